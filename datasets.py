@@ -1,0 +1,97 @@
+"""The data set: pictures and objects from the lists that create_data_lists.py wrote, and how they make a batch."""
+import json
+import os
+import random
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from utils import UserError, open_image, transform
+
+
+class PascalVOCDataset(Dataset):
+    """
+    Pictures with their objects, ready for the network.
+
+    :param data_folder: the folder with the lists
+    :param split: 'TRAIN' for random variations of the training pictures, or 'TEST'
+    :param keep_difficult: keep objects that are marked as difficult
+    :raises UserError: a list is missing
+    """
+
+    def __init__(self, data_folder, split, keep_difficult=False):
+        self.split = split
+        self.keep_difficult = keep_difficult
+        self.images, self.objects, self.label_map = (
+            read_list(data_folder, name) for name in (f'{split}_images.json', f'{split}_objects.json', 'label_map.json'))
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        """
+        :param i: a picture's index; or (index, seed), then the same seed gives the same variation (see EpochSampler)
+        :return: image (3, 300, 300), boxes in fractional boundary coordinates (n_objects, 4), labels (n_objects),
+            difficulties (n_objects) byte
+        """
+        i, rng = (i[0], random.Random(i[1])) if isinstance(i, tuple) else (i, random)
+        image = open_image(self.images[i])
+        boxes = torch.tensor(self.objects[i]['boxes'], dtype=torch.float32).view(-1, 4)  # (n_objects, 4), also for none
+        labels = torch.tensor(self.objects[i]['labels'], dtype=torch.long)  # (n_objects)
+        difficulties = torch.tensor(self.objects[i]['difficulties'], dtype=torch.uint8)  # (n_objects)
+        if not self.keep_difficult:
+            easy = difficulties == 0
+            boxes, labels, difficulties = boxes[easy], labels[easy], difficulties[easy]
+        return transform(image, boxes, labels, difficulties, self.split, rng)
+
+
+def read_list(data_folder, name):
+    """
+    :param data_folder: the folder with the lists
+    :param name: the file's name
+    :return: its content
+    :raises UserError: it is missing, or no JSON
+    """
+    path = os.path.join(data_folder, name)
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: write the lists with "python create_data_lists.py" first') from None
+    except ValueError as error:
+        raise UserError(f'{path} is damaged ({error}): run "python create_data_lists.py" again') from None
+
+
+class EpochSampler(Sampler):
+    """
+    Shuffles the pictures anew in each epoch, and hands out a seed with each. Order and variations depend on nothing but
+    `seed` and the epoch: not on the number of workers, nor on whether training was interrupted before.
+
+    :param n: number of pictures
+    :param seed: the seed of the training
+    """
+
+    def __init__(self, n, seed):
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def set_epoch(self, epoch):
+        """:param epoch: the epoch that comes next"""
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        rng = random.Random(f'{self.seed} {self.epoch}')
+        return iter([(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)])
+
+
+def collate_fn(batch):
+    """
+    Pictures stack into a tensor; objects can't, because each picture has its own number of them.
+
+    :param batch: N items of PascalVOCDataset
+    :return: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N tensors
+    """
+    images, boxes, labels, difficulties = zip(*batch)
+    return torch.stack(images), list(boxes), list(labels), list(difficulties)

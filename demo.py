@@ -1,0 +1,208 @@
+"""
+The whole pipeline in a few minutes, without a GPU or a download:
+
+    python demo.py
+
+draws a small data set in Pascal VOC's layout, lists it, trains SSD300 on it from random weights, measures the mean
+average precision on pictures it did not train on, and saves a sheet of detections.
+"""
+import os
+import random
+import time
+import xml.etree.ElementTree as ET
+
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
+from torch.utils.data import DataLoader
+
+from datasets import PascalVOCDataset, collate_fn
+from detect import detect
+from eval import evaluate
+from model import SSD300
+from train import fit
+from utils import create_data_lists, load_checkpoint, open_image, run
+
+folder = 'demo'  # where everything goes
+shapes = ('circle', 'square', 'triangle')  # the classes
+n_train = 320  # pictures to train on
+n_test = 80  # other pictures, to measure on
+epochs = 3  # times to go through the training pictures
+decay_lr_at = (2,)  # epochs from which the learning rate is a tenth
+batch_size = 8  # pictures in a batch
+lr = 1e-4  # learning rate of AdamW, which needs far fewer iterations here than the stochastic gradient descent of train.py
+
+
+def random_color(rng, saturation, lightness):
+    """
+    :param saturation: lower and upper bound, from 0 to 100
+    :param lightness: lower and upper bound, from 0 to 100
+    :return: an RGB color of random hue
+    """
+    return ImageColor.getrgb(f'hsl({rng.randrange(360)}, {rng.randint(*saturation)}%, {rng.randint(*lightness)}%)')
+
+
+def draw_background(size, rng):
+    """
+    :param size: width and height
+    :return: a PIL image: a blurred patchwork, with lines and arcs over it that are no objects
+    """
+    patches = Image.new('RGB', (rng.randint(2, 6), rng.randint(2, 6)))
+    patches.putdata([random_color(rng, (0, 40), (25, 75)) for _ in range(patches.width * patches.height)])
+    image = patches.resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(5, 25)):
+        x, y = rng.randrange(size[0]), rng.randrange(size[1])
+        box = (x, y, x + rng.randint(10, size[0] // 2), y + rng.randint(10, size[1] // 2))
+        color, width = random_color(rng, (0, 60), (10, 90)), rng.randint(1, 4)
+        if rng.random() < 0.5:
+            draw.arc(box, rng.randrange(360), rng.randrange(360), color, width)
+        else:
+            draw.line(box, color, width)
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5)))
+
+
+def draw_shape(image, shape, box, difficult, rng):
+    """
+    :param image: a PIL image in RGB, which is drawn on
+    :param shape: one of `shapes`
+    :param box: boundary coordinates in pixels, the last pixels included
+    :param difficult: draw it as if through fog
+    """
+    x_min, y_min, x_max, y_max = box
+    mask = Image.new('L', image.size)
+    fill = 50 if difficult else 255
+    if shape == 'circle':
+        ImageDraw.Draw(mask).ellipse(box, fill)
+    elif shape == 'square':
+        ImageDraw.Draw(mask).rectangle(box, fill)
+    else:
+        ImageDraw.Draw(mask).polygon([((x_min + x_max) // 2, y_min), (x_max, y_max), (x_min, y_max)], fill)
+    image.paste(random_color(rng, (60, 100), (30, 70)), mask=mask)
+
+
+def draw_picture(rng):
+    """
+    :return: a PIL image with one to four shapes, and a list of (shape, box, difficult) for each; boxes are boundary
+        coordinates in pixels from 0, the last pixels included
+    """
+    image = draw_background((rng.randint(280, 400), rng.randint(240, 340)), rng)
+    objects = []
+    for _ in range(rng.randint(1, 4)):
+        side = rng.randint(50, 180)
+        width, height = side, round(side * rng.uniform(0.8, 1.25))
+        x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        box = (x, y, x + width - 1, y + height - 1)
+        if any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for _, b, _ in objects):
+            continue  # shapes do not cover each other
+        shape, difficult = rng.choice(shapes), rng.random() < 0.04
+        draw_shape(image, shape, box, difficult, rng)
+        objects.append((shape, box, difficult))
+    return image, objects
+
+
+def draw_dataset(folder, n_train, n_test, seed=0):
+    """
+    Draw pictures, with annotations and splits in Pascal VOC's layout.
+
+    :param folder: where JPEGImages, Annotations and ImageSets/Main go
+    :param n_train: number of pictures in the split trainval
+    :param n_test: number of pictures in the split test
+    :param seed: the same seed draws the same pictures
+    """
+    for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+    rng = random.Random(seed)
+    for split, n in (('trainval', n_train), ('test', n_test)):
+        ids = [f'{split}_{i:04}' for i in range(n)]
+        with open(os.path.join(folder, 'ImageSets', 'Main', split + '.txt'), 'w') as file:
+            file.write('\n'.join(ids) + '\n')
+        for id in ids:
+            image, objects = draw_picture(rng)
+            image.save(os.path.join(folder, 'JPEGImages', id + '.jpg'), quality=90)
+            root = ET.Element('annotation')
+            ET.SubElement(root, 'filename').text = id + '.jpg'
+            size = ET.SubElement(root, 'size')
+            ET.SubElement(size, 'width').text, ET.SubElement(size, 'height').text = map(str, image.size)
+            for shape, box, difficult in objects:
+                node = ET.SubElement(root, 'object')
+                ET.SubElement(node, 'name').text = shape
+                ET.SubElement(node, 'difficult').text = str(int(difficult))
+                bndbox = ET.SubElement(node, 'bndbox')
+                for edge, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box):
+                    ET.SubElement(bndbox, edge).text = str(value + 1)  # VOC counts pixels from 1
+            ET.ElementTree(root).write(os.path.join(folder, 'Annotations', id + '.xml'))
+
+
+def faster_in_bfloat16():
+    """
+    Some processors multiply 16-bit numbers twice as fast as 32-bit ones, others far more slowly.
+
+    :return: whether a convolution like those of the network is faster in bfloat16 on this one
+    """
+    convolution, seconds = torch.nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        image = torch.rand(8, 256, 75, 75, dtype=dtype)
+        for _ in range(2):  # the first time is for warming up
+            start = time.time()
+            convolution.to(dtype)(image)
+            seconds[dtype] = time.time() - start
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
+    """
+    Save one picture with the detections in many.
+
+    :param path: where to save it
+    :param image_paths: the pictures to detect in
+    :param detector: see `detect.detect`
+    """
+    rows = -(-len(image_paths) // columns)
+    sheet = Image.new('RGB', (columns * tile[0], rows * tile[1]), 'white')
+    for i, image_path in enumerate(image_paths):
+        annotated = detect(open_image(image_path), min_score=0.4, max_overlap=0.45, top_k=200, detector=detector)
+        annotated.thumbnail((tile[0] - 10, tile[1] - 10))
+        sheet.paste(annotated, (i % columns * tile[0] + (tile[0] - annotated.width) // 2,
+                                i // columns * tile[1] + (tile[1] - annotated.height) // 2))
+    sheet.save(path)
+
+
+def main():
+    """Draw, list, train, evaluate, detect."""
+    start = time.time()
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    print(f'1. Drawing {n_train + n_test} pictures of shapes into {folder}')
+    draw_dataset(folder, n_train, n_test)
+
+    print('\n2. Listing pictures and objects, as create_data_lists.py does')
+    create_data_lists(folder, None, folder, labels=shapes)
+
+    print(f'\n3. Training from random weights on {device}, as train.py does')
+    torch.manual_seed(0)
+    model = SSD300(n_classes=len(shapes) + 1).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    checkpoint_path = os.path.join(folder, 'checkpoint_ssd300.pth')
+    fit(model, optimizer, PascalVOCDataset(folder, 'TRAIN', keep_difficult=True), checkpoint_path, epochs, batch_size,
+        decay_lr_at=decay_lr_at, print_freq=10, bfloat16=device.type == 'cuda' or faster_in_bfloat16())
+
+    print(f'\n4. Evaluating on {n_test} other pictures, as eval.py does')
+    saved = load_checkpoint(checkpoint_path, device)
+    model = SSD300.from_checkpoint(saved).to(device)
+    test_set = PascalVOCDataset(folder, 'TEST', keep_difficult=True)
+    _, mean_average_precision = evaluate(DataLoader(test_set, batch_size, collate_fn=collate_fn), model)
+
+    print('\n5. Detecting, as detect.py does')
+    sheet_path = os.path.join(folder, 'detections.png')
+    save_sheet(sheet_path, test_set.images[:12], (model, saved['label_map']))
+    print(f'''
+mAP {mean_average_precision:.3f} after {(time.time() - start) / 60:.1f} minutes. Look at {sheet_path}.
+
+Next: read README.md beside the code, then
+  - set checkpoint = '{checkpoint_path}' in detect.py, and run
+        python detect.py {os.path.join(folder, 'JPEGImages', 'test_0000.jpg')}
+  - set download = True in create_data_lists.py, and train on real pictures:
+        python create_data_lists.py && python train.py && python eval.py''')
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,154 @@
+"""
+Detect objects in pictures, and draw them:
+
+    python detect.py photo.jpg another.png folder_of_pictures
+
+prints each detection's label, score and box in pixels, and saves an annotated copy of each picture. Edit the parameters
+below first.
+"""
+import os
+import sys
+from functools import cache
+
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from model import SSD300
+from utils import UserError, load_checkpoint, make_color_map, open_image, run, to_input, to_rgb
+
+img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
+checkpoint = 'checkpoint_ssd300.pth'  # the weights, from train.py
+output_folder = 'detections'  # where the annotated copies go
+min_score = 0.4  # how certain a detection must be to be drawn
+max_overlap = 0.45  # of two boxes of a class that overlap by more, only the better is kept
+top_k = 200  # draw at most this many detections in a picture
+show = False  # also open a window with each annotated picture
+
+
+@cache
+def load_detector(checkpoint):
+    """
+    :param checkpoint: path of a checkpoint
+    :return: SSD300 on the GPU, if there is one, and its dict of label -> index
+    """
+    saved = load_checkpoint(checkpoint)
+    model = SSD300.from_checkpoint(saved).to('cuda' if torch.cuda.is_available() else 'cpu')
+    return model.eval(), saved['label_map']
+
+
+@torch.no_grad()
+def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress=None):
+    """
+    :param image: a PIL image in RGB
+    :param suppress: labels that are not wanted; the other parameters are those of `detect`
+    :return: list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole pixels
+    """
+    labels = {index: label for label, index in label_map.items()}
+    inputs = to_input(image.resize((300, 300), Image.Resampling.BILINEAR)).unsqueeze(0)  # (1, 3, 300, 300)
+    predictions = model(inputs.to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
+    boxes, indices, scores = (found[0].cpu() for found in model.detect_objects(*predictions, min_score, max_overlap, top_k))
+    boxes = (boxes.clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().int()  # (n, 4)
+    found = zip((labels[index] for index in indices.tolist()), scores.tolist(), boxes.tolist())
+    return [detection for detection in found if detection[0] not in ('background', *(suppress or ()))]
+
+
+def draw_objects(image, detections, label_map):
+    """
+    :param image: a PIL image in RGB, which stays as it is
+    :param detections: list of (label, score, box), see `find_objects`
+    :param label_map: dict of label -> index
+    :return: a copy of the image with boxes, labels and scores
+    """
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    colors = make_color_map(label_map)
+    line_width = max(1, round(min(image.size) / 150))
+    for label, score, (x_min, y_min, x_max, y_max) in reversed(detections):  # the best on top
+        draw.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)), outline=colors[label], width=line_width)
+    for label, score, (x_min, y_min, x_max, y_max) in reversed(detections):
+        text = f'{label} {score:.2f}'
+        size = max(10, round(min(image.size) / 25))
+        while True:  # a smaller font, if the text is wider than the picture
+            font = ImageFont.load_default(size)
+            left, top, right, bottom = font.getbbox(text)
+            width, height = right - left + 2 * line_width, bottom - top + 2 * line_width
+            if width <= image.width or size <= 4:
+                break
+            size -= 1
+        x = max(0, min(x_min, image.width - width))
+        y = y_min - height if y_min >= height else max(0, min(y_min, image.height - height))  # above the box, or inside
+        red, green, blue = ImageColor.getrgb(colors[label])
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 128  # how bright the color looks
+        draw.rectangle((x, y, x + width - 1, y + height - 1), fill=colors[label])
+        draw.text((x + line_width - left, y + line_width - top), text, fill='white' if dark else 'black', font=font)
+    return image
+
+
+def detect(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
+    """
+    :param original_image: a PIL image of any mode, which stays as it is
+    :param min_score: how certain a detection must be
+    :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
+    :param top_k: find at most this many
+    :param suppress: labels that are not wanted
+    :param detector: (model, label_map), see `load_detector`; None for the checkpoint at the top of this file
+    :return: a copy of the image, in RGB and upright, with boxes, labels and scores
+    """
+    model, label_map = detector or load_detector(checkpoint)
+    image = to_rgb(original_image)
+    return draw_objects(image, find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress), label_map)
+
+
+def list_pictures(paths):
+    """
+    :param paths: files and folders
+    :return: the files, and in place of each folder the pictures in it, by name
+    :raises UserError: a folder without pictures
+    """
+    files = []
+    for path in paths:
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        inside = [os.path.join(path, name) for name in sorted(os.listdir(path))
+                  if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
+        if not inside:
+            raise UserError(f'{path} has no pictures in it: give a picture, or a folder with pictures')
+        files += inside
+    return files
+
+
+def main():
+    """Detect in the pictures on the command line, with the parameters at the top of this file."""
+    model, label_map = load_detector(checkpoint)
+    os.makedirs(output_folder, exist_ok=True)
+    saved, failed = set(), 0
+    for path in list_pictures(sys.argv[1:] or [img_path]):
+        try:
+            image = open_image(path)
+        except UserError as error:
+            print(f'Error: {error}', file=sys.stderr)
+            failed += 1
+            continue
+        detections = find_objects(image, min_score, max_overlap, top_k, model, label_map)
+        annotated = draw_objects(image, detections, label_map)
+
+        stem, extension = os.path.splitext(os.path.basename(path))
+        extension = extension if extension.lower() in ('.jpg', '.jpeg', '.png') else extension + '.png'
+        output_path, number = os.path.join(output_folder, stem + extension), 2
+        # Neither another folder's picture of the same name nor the original is overwritten.
+        while output_path in saved or os.path.realpath(output_path) == os.path.realpath(path):
+            output_path, number = os.path.join(output_folder, f'{stem}-{number}{extension}'), number + 1
+        saved.add(output_path)
+        annotated.save(output_path, quality=95)
+        print(f'{path}: {len(detections)} objects, drawn in {output_path}')
+        for label, score, box in detections:
+            print(f'  {label:20}{score:.2f}  x {box[0]}-{box[2]}, y {box[1]}-{box[3]}')
+        if show:
+            annotated.show()
+    if failed:
+        raise UserError(f'{failed} of {failed + len(saved)} files could not be read')
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,454 @@
+"""
+SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", 2016, arXiv 1512.02325) and its loss.
+
+A picture goes through three sets of convolutions: the base finds low-level features, the auxiliary convolutions
+higher-level ones on ever coarser maps, and the prediction convolutions turn six of these maps into 8732 predictions,
+one for each prior: how the prior has to move and stretch to fit an object, and a score for each class. The loss says
+how wrong they are; `SSD300.detect_objects` turns them into detections.
+
+In the comments on shapes, N is the number of pictures in the batch. Boxes and priors: see utils.py.
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.models import VGG16_Weights
+
+from utils import (UserError, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
+
+
+class VGGBase(nn.Module):
+    """
+    VGG-16 up to its last convolution, with its fully connected layers fc6 and fc7 turned into convolutions.
+
+    :param pretrained: start from torchvision's ImageNet weights instead of random ones
+    """
+
+    def __init__(self, pretrained=False):
+        super().__init__()
+
+        self.conv1_1 = nn.Conv2d(3, 64, kernel_size=3, padding=1)
+        self.conv1_2 = nn.Conv2d(64, 64, kernel_size=3, padding=1)
+        self.pool1 = nn.MaxPool2d(kernel_size=2, stride=2)
+
+        self.conv2_1 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
+        self.conv2_2 = nn.Conv2d(128, 128, kernel_size=3, padding=1)
+        self.pool2 = nn.MaxPool2d(kernel_size=2, stride=2)
+
+        self.conv3_1 = nn.Conv2d(128, 256, kernel_size=3, padding=1)
+        self.conv3_2 = nn.Conv2d(256, 256, kernel_size=3, padding=1)
+        self.conv3_3 = nn.Conv2d(256, 256, kernel_size=3, padding=1)
+        self.pool3 = nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True)  # 75 -> 38, not 37
+
+        self.conv4_1 = nn.Conv2d(256, 512, kernel_size=3, padding=1)
+        self.conv4_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+        self.conv4_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+        self.pool4 = nn.MaxPool2d(kernel_size=2, stride=2)
+
+        self.conv5_1 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+        self.conv5_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+        self.conv5_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
+        self.pool5 = nn.MaxPool2d(kernel_size=3, stride=1, padding=1)  # keeps 19x19, where VGG-16 halves
+
+        # fc6 and fc7 as convolutions. The dilation spreads the 3x3 kernel that is left of fc6 over 13x13 tiles.
+        self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
+        self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
+
+        if pretrained:
+            self.load_pretrained_layers()
+        else:
+            # PyTorch's default initialization shrinks the signal from layer to layer, and nothing here would restore
+            # it. He's keeps its variance through convolution and ReLU.
+            for layer in self.children():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, image):
+        """
+        :param image: pictures, a tensor (N, 3, 300, 300), see `utils.to_input`
+        :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
+        """
+        out = F.relu(self.conv1_1(image))  # (N, 64, 300, 300)
+        out = F.relu(self.conv1_2(out))  # (N, 64, 300, 300)
+        out = self.pool1(out)  # (N, 64, 150, 150)
+
+        out = F.relu(self.conv2_1(out))  # (N, 128, 150, 150)
+        out = F.relu(self.conv2_2(out))  # (N, 128, 150, 150)
+        out = self.pool2(out)  # (N, 128, 75, 75)
+
+        out = F.relu(self.conv3_1(out))  # (N, 256, 75, 75)
+        out = F.relu(self.conv3_2(out))  # (N, 256, 75, 75)
+        out = F.relu(self.conv3_3(out))  # (N, 256, 75, 75)
+        out = self.pool3(out)  # (N, 256, 38, 38)
+
+        out = F.relu(self.conv4_1(out))  # (N, 512, 38, 38)
+        out = F.relu(self.conv4_2(out))  # (N, 512, 38, 38)
+        out = F.relu(self.conv4_3(out))  # (N, 512, 38, 38)
+        conv4_3_feats = out
+        out = self.pool4(out)  # (N, 512, 19, 19)
+
+        out = F.relu(self.conv5_1(out))  # (N, 512, 19, 19)
+        out = F.relu(self.conv5_2(out))  # (N, 512, 19, 19)
+        out = F.relu(self.conv5_3(out))  # (N, 512, 19, 19)
+        out = self.pool5(out)  # (N, 512, 19, 19)
+
+        out = F.relu(self.conv6(out))  # (N, 1024, 19, 19)
+        conv7_feats = F.relu(self.conv7(out))  # (N, 1024, 19, 19)
+        return conv4_3_feats, conv7_feats
+
+    def load_pretrained_layers(self):
+        """
+        Load torchvision's VGG-16 weights, trained on ImageNet, by name and shape.
+
+        :raises UserError: the weights can't be downloaded
+        """
+        weights = VGG16_Weights.IMAGENET1K_V1
+        try:
+            vgg = weights.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+            raise UserError(f'the download of {weights.url} failed ({error}): '
+                            f'put that file into {folder}, or set pretrained = None to start from random weights') from None
+
+        # torchvision numbers its layers, ReLUs and pools included; its convolutions come in the same order as ours.
+        names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)][:13]
+        indices = sorted({int(key.split('.')[1]) for key in vgg if key.startswith('features.')})
+        state_dict = {f'{name}.{kind}': vgg[f'features.{index}.{kind}']
+                      for name, index in zip(names, indices, strict=True) for kind in ('weight', 'bias')}
+        state_dict['conv6.weight'], state_dict['conv6.bias'] = fully_connected_to_convolution(
+            vgg['classifier.0.weight'], vgg['classifier.0.bias'], 512, 7, m=(4, None, 3, 3))  # (1024, 512, 3, 3), (1024)
+        state_dict['conv7.weight'], state_dict['conv7.bias'] = fully_connected_to_convolution(
+            vgg['classifier.3.weight'], vgg['classifier.3.bias'], 4096, 1, m=(4, 4, None, None))  # (1024, 1024, 1, 1), (1024)
+        self.load_state_dict(state_dict)
+
+
+def fully_connected_to_convolution(weight, bias, channels, size, m):
+    """
+    Turn a fully connected layer into the convolution that computes the same numbers, then decimate it.
+
+    The layer sees a flattened map (channels, size, size). A kernel as large as the map has one place to stand, and there
+    multiplies the same numbers by the same weights.
+
+    :param weight: (n_outputs, channels * size * size)
+    :param bias: (n_outputs)
+    :param channels: channels of the map
+    :param size: width and height of the map
+    :param m: steps at which to decimate filters, channels, rows and columns; None keeps all
+    :return: the convolution's weight (n_filters, n_channels, n_rows, n_columns) and bias (n_filters)
+    """
+    return decimate(weight.view(-1, channels, size, size), m), decimate(bias, m[:1])
+
+
+class AuxiliaryConvolutions(nn.Module):
+    """Four pairs of convolutions, each of which shrinks the map: room for larger objects."""
+
+    def __init__(self):
+        super().__init__()
+
+        self.conv8_1 = nn.Conv2d(1024, 256, kernel_size=1)
+        self.conv8_2 = nn.Conv2d(256, 512, kernel_size=3, stride=2, padding=1)
+
+        self.conv9_1 = nn.Conv2d(512, 128, kernel_size=1)
+        self.conv9_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
+
+        self.conv10_1 = nn.Conv2d(256, 128, kernel_size=1)
+        self.conv10_2 = nn.Conv2d(128, 256, kernel_size=3)  # without padding: 5 -> 3
+
+        self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
+        self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3)  # without padding: 3 -> 1
+
+        xavier_initialization(self)
+
+    def forward(self, conv7_feats):
+        """
+        :param conv7_feats: (N, 1024, 19, 19)
+        :return: conv8_2_feats (N, 512, 10, 10), conv9_2_feats (N, 256, 5, 5), conv10_2_feats (N, 256, 3, 3),
+            conv11_2_feats (N, 256, 1, 1)
+        """
+        out = F.relu(self.conv8_1(conv7_feats))  # (N, 256, 19, 19)
+        conv8_2_feats = F.relu(self.conv8_2(out))  # (N, 512, 10, 10)
+
+        out = F.relu(self.conv9_1(conv8_2_feats))  # (N, 128, 10, 10)
+        conv9_2_feats = F.relu(self.conv9_2(out))  # (N, 256, 5, 5)
+
+        out = F.relu(self.conv10_1(conv9_2_feats))  # (N, 128, 5, 5)
+        conv10_2_feats = F.relu(self.conv10_2(out))  # (N, 256, 3, 3)
+
+        out = F.relu(self.conv11_1(conv10_2_feats))  # (N, 128, 3, 3)
+        conv11_2_feats = F.relu(self.conv11_2(out))  # (N, 256, 1, 1)
+        return conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats
+
+
+def xavier_initialization(module):
+    """
+    :param module: its convolutions get Xavier's uniform weights and zero biases, in place
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+class PredictionConvolutions(nn.Module):
+    """
+    Two convolutions over each of the six feature maps: one predicts offsets (loc_...), one class scores (cl_...).
+
+    At each tile, the channels of the first are 4 offsets for each of the tile's priors, those of the second n_classes
+    scores for each.
+
+    :param n_classes: number of classes, background included
+    """
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.n_classes = n_classes
+        for name, feature_map in feature_maps.items():
+            n_priors = len(feature_map.ratios) + 1  # per tile; one more for the extra prior
+            setattr(self, f'loc_{name}', nn.Conv2d(feature_map.channels, n_priors * 4, kernel_size=3, padding=1))
+            setattr(self, f'cl_{name}', nn.Conv2d(feature_map.channels, n_priors * n_classes, kernel_size=3, padding=1))
+        xavier_initialization(self)
+
+    def forward(self, conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats):
+        """
+        :param conv4_3_feats: (N, 512, 38, 38), and so on, see `utils.feature_maps`
+        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), before softmax
+        """
+        feats = (conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats)
+        locs, classes_scores = [], []
+        for name, feat in zip(feature_maps, feats):
+            loc = getattr(self, f'loc_{name}')(feat)  # (N, n_priors * 4, size, size)
+            cl = getattr(self, f'cl_{name}')(feat)  # (N, n_priors * n_classes, size, size)
+            # The priors are ordered row by row, tile by tile, and prior by prior within a tile. Reshaping follows the
+            # order of the dimensions, so the channels must come last, or predictions would land on others' priors.
+            loc = loc.permute(0, 2, 3, 1)  # (N, size, size, n_priors * 4)
+            cl = cl.permute(0, 2, 3, 1)  # (N, size, size, n_priors * n_classes)
+            locs.append(loc.reshape(len(loc), -1, 4))  # (N, size * size * n_priors, 4)
+            classes_scores.append(cl.reshape(len(cl), -1, self.n_classes))  # (N, size * size * n_priors, n_classes)
+        return torch.cat(locs, dim=1), torch.cat(classes_scores, dim=1)  # (N, 8732, 4), (N, 8732, n_classes)
+
+
+class SSD300(nn.Module):
+    """
+    The whole network: base, auxiliary and prediction convolutions, and the priors.
+
+    :param n_classes: number of classes, background included
+    :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
+    """
+
+    def __init__(self, n_classes, pretrained=False):
+        super().__init__()
+        self.n_classes = n_classes
+
+        self.base = VGGBase(pretrained)
+        self.aux_convs = AuxiliaryConvolutions()
+        self.pred_convs = PredictionConvolutions(n_classes)
+
+        # conv4_3's features are much larger in scale than the other maps'. They are brought to length 1 and multiplied
+        # by these factors, one a channel, which are learned and start at 20 (Liu et al., "ParseNet", 2015).
+        self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.))
+
+        # A buffer moves to the GPU along with the weights, but is not learned.
+        self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)  # (8732, 4)
+
+        # Convolutions are faster when the values of a pixel lie next to each other in memory; the shapes stay the same.
+        self.to(memory_format=torch.channels_last)
+
+    def create_prior_boxes(self):
+        """
+        :return: the priors in fractional center-size coordinates, (8732, 4), see `utils.create_prior_boxes`
+        """
+        return create_prior_boxes()
+
+    def forward(self, image):
+        """
+        :param image: pictures, a tensor (N, 3, 300, 300), see `utils.to_input`
+        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), before softmax
+        """
+        conv4_3_feats, conv7_feats = self.base(image)  # (N, 512, 38, 38), (N, 1024, 19, 19)
+        aux_feats = self.aux_convs(conv7_feats)  # (N, 512, 10, 10), (N, 256, 5, 5), (N, 256, 3, 3), (N, 256, 1, 1)
+
+        # Divided by the L2 norm over the channels, at each pixel; a norm of 0 is replaced by a tiny number.
+        conv4_3_feats = F.normalize(conv4_3_feats, dim=1) * self.rescale_factors  # (N, 512, 38, 38)
+
+        return self.pred_convs(conv4_3_feats, conv7_feats, *aux_feats)  # (N, 8732, 4), (N, 8732, n_classes)
+
+    @torch.no_grad()
+    def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
+        """
+        Turn predictions into detections: decode the boxes, drop low scores, suppress boxes that overlap a better one of
+        their class, and keep each picture's best.
+
+        :param predicted_locs: offsets from the priors, (N, 8732, 4)
+        :param predicted_scores: class scores before softmax, (N, 8732, n_classes)
+        :param min_score: a score must be above this to count
+        :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
+        :param top_k: keep at most this many detections of a picture
+        :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
+            long, scores (n). A picture without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0.
+        """
+        N = len(predicted_scores)
+        boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
+        scores = predicted_scores.float().softmax(dim=2)[:, :, 1:].flatten(1)  # (N, 8732 * (n_classes - 1))
+        n_candidates = (scores > min_score).sum(dim=1)  # (N)
+
+        # Suppression goes down the scores and never looks back. So when a picture's best candidates alone leave top_k
+        # survivors, these are final, and the other candidates, perhaps 90,000, need not be looked at. Try with few.
+        n_best = 4 * top_k
+        while True:
+            n_best = min(n_best, scores.size(1))
+            best, at = scores.topk(n_best)  # (N, n_best), (N, n_best)
+            pictures, ranks = (best > min_score).nonzero(as_tuple=True)  # (n), (n)
+            at = at[pictures, ranks]  # (n)
+            labels = at % (self.n_classes - 1) + 1  # (n), without the background
+            candidates = boxes[pictures, at // (self.n_classes - 1)]  # (n, 4)
+            candidate_scores = best[pictures, ranks]  # (n)
+            kept = non_maximum_suppression(candidates, candidate_scores, pictures * self.n_classes + labels, max_overlap)
+            n_kept = pictures[kept].bincount(minlength=N)  # (N)
+            if ((n_kept >= top_k) | (n_candidates <= n_best)).all():
+                break
+            n_best *= 8
+
+        # `kept` is sorted by score; sorting it by picture, stably, gives each picture's detections by score.
+        kept = kept[pictures[kept].sort(stable=True).indices]
+        all_boxes, all_labels, all_scores = [], [], []
+        for of_picture in kept.split(n_kept.tolist()):
+            of_picture = of_picture[:top_k]  # (n)
+            if len(of_picture) > 0:
+                all_boxes.append(candidates[of_picture])  # (n, 4)
+                all_labels.append(labels[of_picture])  # (n)
+                all_scores.append(candidate_scores[of_picture])  # (n)
+            else:
+                all_boxes.append(boxes.new_tensor([[0., 0., 1., 1.]]))  # (1, 4)
+                all_labels.append(labels.new_zeros(1))  # (1)
+                all_scores.append(boxes.new_zeros(1))  # (1)
+        return all_boxes, all_labels, all_scores
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """
+        :param checkpoint: what `utils.load_checkpoint` returned
+        :return: the model as it was saved, on the CPU
+        :raises UserError: the weights do not fit SSD300 with the checkpoint's classes
+        """
+        model = cls(n_classes=len(checkpoint['label_map']))
+        try:
+            model.load_state_dict(checkpoint['model'])
+        except RuntimeError as error:
+            raise UserError('the checkpoint does not fit SSD300 with its classes '
+                            f'{list(checkpoint["label_map"])}: {" ".join(str(error).split())}') from None
+        model.priors_cxcy = checkpoint['priors_cxcy'].to(model.priors_cxcy)
+        return model
+
+
+class MultiBoxLoss(nn.Module):
+    """
+    The loss of a batch: how wrong are the offsets of the priors that should find an object, and how wrong are the class
+    scores of these priors and of the hardest others (the paper's section 2.2 and equations 1 to 3).
+
+    :param priors_cxcy: priors in center-size coordinates, (8732, 4)
+    :param threshold: a prior that overlaps no object by this much is background
+    :param neg_pos_ratio: how many background priors count for each prior with an object
+    :param alpha: weight of the localization loss
+    """
+
+    def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.):
+        super().__init__()
+        self.register_buffer('priors_cxcy', priors_cxcy)  # (8732, 4)
+        self.threshold = threshold
+        self.neg_pos_ratio = neg_pos_ratio
+        self.alpha = alpha
+
+    def forward(self, predicted_locs, predicted_scores, boxes, labels):
+        """
+        :param predicted_locs: offsets from the priors, (N, 8732, 4)
+        :param predicted_scores: class scores before softmax, (N, 8732, n_classes)
+        :param boxes: the objects in fractional boundary coordinates, a list of N tensors (n_objects, 4)
+        :param labels: the objects' labels, a list of N tensors (n_objects)
+        :return: the loss, a scalar; 0 if there is no object in the batch
+        """
+        loc_loss, conf_loss = self.parts(predicted_locs, predicted_scores, boxes, labels)
+        return conf_loss + self.alpha * loc_loss
+
+    def parts(self, predicted_locs, predicted_scores, boxes, labels):
+        """
+        :return: localization loss and confidence loss, scalars; the arguments are those of `forward`
+        """
+        true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
+        positive = true_classes > 0  # (N, 8732)
+        n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
+        n_all = n_positive.sum().clamp(min=1)  # without any object the sums below are 0, and so is the loss
+
+        # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
+        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
+        loc_loss = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction='none').sum(dim=2)  # (N, 8732)
+        loc_loss = loc_loss.where(positive, 0).sum() / n_all
+
+        # Confidence: cross entropy (equation 3) over the positive priors, and over the hard negatives. Nearly all of
+        # the 8732 priors are background, most of them easily seen to be; all together they would drown the few
+        # positives. Only those with the highest loss count, in each picture three times as many as positives.
+        conf_loss = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
+                                    reduction='none').view_as(true_classes)  # (N, 8732)
+        negatives = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
+        hard = torch.arange(negatives.size(1), device=negatives.device) < self.neg_pos_ratio * n_positive  # (N, 8732)
+        conf_loss = (conf_loss.where(positive, 0).sum() + negatives.where(hard, 0).sum()) / n_all
+        return loc_loss, conf_loss
+
+    def match(self, boxes, labels):
+        """
+        Decide for each prior which object it should find, if any (the paper's section 2.2, "Matching strategy").
+
+        :param boxes: the objects in fractional boundary coordinates, a list of N tensors (n_objects, 4)
+        :param labels: the objects' labels, a list of N tensors (n_objects)
+        :return: true_boxes (N, 8732, 4), each prior's object, or for background the prior itself, in boundary
+            coordinates; true_classes (N, 8732), its label, or 0
+        """
+        priors_xy = cxcy_to_xy(self.priors_cxcy)  # (8732, 4)
+        n_priors = len(priors_xy)
+
+        # To treat all pictures at once, their objects are padded with zeros to the largest number, which is at least 1.
+        boxes = pad_sequence([*boxes, priors_xy.new_zeros(1, 4)], batch_first=True)[:-1]  # (N, n_objects, 4)
+        labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1]  # (N, n_objects)
+        real = labels > 0  # (N, n_objects)
+        overlap = find_jaccard_overlap(boxes, priors_xy).where(real.unsqueeze(2), -1)  # (N, n_objects, 8732)
+
+        # Each prior gets the object that it overlaps most.
+        overlap_of_prior, object_of_prior = overlap.max(dim=1)  # (N, 8732), (N, 8732)
+
+        # An object that is nobody's largest overlap, or overlaps no prior by the threshold, would be lost: so each object
+        # takes one prior of its own. What padding takes is written behind the last prior, and cut off.
+        own = own_priors(overlap).where(real, n_priors)  # (N, n_objects)
+        objects = torch.arange(own.size(1), device=own.device).expand_as(own)  # (N, n_objects)
+        object_of_prior = F.pad(object_of_prior, (0, 1)).scatter(1, own, objects)[:, :-1]  # (N, 8732)
+        overlap_of_prior = F.pad(overlap_of_prior, (0, 1)).scatter(1, own, 1.)[:, :-1]  # (N, 8732)
+
+        positive = overlap_of_prior >= self.threshold  # (N, 8732)
+        true_classes = labels.gather(1, object_of_prior).where(positive, 0)  # (N, 8732)
+        true_boxes = boxes.gather(1, object_of_prior.unsqueeze(2).expand(-1, -1, 4))  # (N, 8732, 4)
+        return true_boxes.where(positive.unsqueeze(2), priors_xy), true_classes
+
+
+def own_priors(overlap):
+    """
+    Give each object a prior of its own, the largest overlap first: where two objects overlap the same prior most, the one
+    that overlaps it more keeps it, and the other takes its next best.
+
+    :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732)
+    :return: the index of each object's prior, no two the same in a picture, (N, n_objects)
+    """
+    N, n_objects, _ = overlap.shape
+    # An object loses at most n_objects - 1 priors to others, so its n_objects best are choice enough.
+    overlap, priors = overlap.topk(n_objects, dim=2)  # (N, n_objects, n_objects), (N, n_objects, n_objects)
+    overlap, priors = overlap.flatten(1), priors.flatten(1)  # (N, n_objects * n_objects)
+    objects = torch.arange(n_objects, device=overlap.device).repeat_interleave(n_objects)  # (n_objects * n_objects)
+
+    own = priors.new_zeros(N, n_objects)  # (N, n_objects)
+    for _ in range(n_objects):
+        best = overlap.argmax(dim=1, keepdim=True)  # (N, 1)
+        object, prior = objects[best], priors.gather(1, best)  # (N, 1), (N, 1)
+        own = own.scatter(1, object, prior)  # (N, n_objects)
+        overlap = overlap.masked_fill((objects == object) | (priors == prior), -2)  # both are taken
+    return own

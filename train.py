@@ -1,0 +1,188 @@
+"""
+Train SSD300 on the pictures that create_data_lists.py has listed:
+
+    python train.py
+
+Edit the parameters below first. After each epoch the weights go to `checkpoint_path`, and the log to a .csv file beside
+it. To go on after an interruption, set `checkpoint` to that file.
+"""
+import csv
+import math
+import os
+import time
+from datetime import timedelta
+
+import torch
+from torch.utils.data import DataLoader
+
+from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from model import SSD300, MultiBoxLoss
+from utils import (AverageMeter, UserError, adjust_learning_rate, clip_gradient, load_checkpoint, run, save_checkpoint,
+                   write_whole)
+
+# Data
+data_folder = './'  # where create_data_lists.py wrote the lists
+keep_difficult = True  # train on objects that are marked as difficult, too
+workers = 4  # processes that load pictures
+
+# Model
+checkpoint = None  # a checkpoint to go on from, or None to start anew
+checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
+pretrained = 'imagenet'  # how the base starts: 'imagenet' for torchvision's VGG-16 weights, or None for random ones
+
+# Learning: the paper's recipe, 120,000 iterations of 32 pictures of VOC 07+12, in epochs and with a smaller batch
+batch_size = 8  # pictures in a batch
+epochs = 232  # times to go through the training pictures
+lr = 1e-3  # learning rate; biases learn at twice this rate
+decay_lr_at = (154, 193)  # epochs from which the learning rate is lower ...
+decay_lr_to = 0.1  # ... by this factor, each time
+momentum = 0.9  # of stochastic gradient descent
+weight_decay = 5e-4  # how hard large weights are pulled back
+grad_clip = None  # largest length of the gradient; set it, say to 10, if the loss explodes
+bfloat16 = None  # compute in 16 bits: True, False, or None for only on a GPU
+seed = 0  # the same seed gives the same weights, on the same machine
+print_freq = 200  # batches between two lines of the log
+
+
+def make_optimizer(model, lr, momentum, weight_decay):
+    """
+    :param model: SSD300
+    :return: stochastic gradient descent, with twice the learning rate for biases, as in the paper's code
+    """
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
+    others = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
+    return torch.optim.SGD([{'params': biases, 'lr': 2 * lr}, {'params': others}],
+                           lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=0, seed=0, workers=0,
+        decay_lr_at=(), decay_lr_to=0.1, **options):
+    """
+    Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch.
+
+    :param model: SSD300, on the device to train on
+    :param optimizer: its optimizer
+    :param train_set: PascalVOCDataset
+    :param options: see `train`; the others are the parameters at the top of this file
+    """
+    criterion = MultiBoxLoss(model.priors_cxcy)
+    sampler = EpochSampler(len(train_set), seed)
+    train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
+                              pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0)
+    log_path = os.path.splitext(checkpoint_path)[0] + '.csv'
+    start_log(log_path, start_epoch)
+    for epoch in range(start_epoch, epochs):
+        if epoch in decay_lr_at:
+            adjust_learning_rate(optimizer, decay_lr_to)
+        sampler.set_epoch(epoch)
+        train(train_loader, model, criterion, optimizer, epoch, epochs=epochs, log_path=log_path, **options)
+        save_checkpoint(checkpoint_path, epoch, model, optimizer, train_set.label_map, seed)
+
+
+def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_freq=200, grad_clip=None, bfloat16=None,
+          log_path=None):
+    """
+    Train for one epoch.
+
+    :param train_loader: DataLoader of PascalVOCDataset
+    :param model: SSD300
+    :param criterion: MultiBoxLoss
+    :param optimizer: optimizer of the model's parameters
+    :param epoch: the epoch's number, from 0
+    :param epochs: how many there will be, for the time left
+    :param log_path: CSV file to which the log's lines are added; the others are the parameters at the top of this file
+    :raises UserError: the loss is no longer a finite number
+    """
+    model.train()
+    device = model.priors_cxcy.device
+    bfloat16 = device.type == 'cuda' if bfloat16 is None else bfloat16
+    n_batches = len(train_loader)
+    batches_left = ((epochs or epoch + 1) - epoch) * n_batches
+    batch_time, data_time = AverageMeter(), AverageMeter()
+    losses = []  # of the batches since the last line: left on the GPU, because fetching each would make it wait
+    n_images, last_line, end = 0, time.time(), time.time()
+
+    for i, (images, boxes, labels, _) in enumerate(train_loader):
+        data_time.update(time.time() - end)
+        images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
+        boxes = [b.to(device, non_blocking=True) for b in boxes]  # N tensors (n_objects, 4)
+        labels = [l.to(device, non_blocking=True) for l in labels]  # N tensors (n_objects)
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
+        loc_loss, conf_loss = criterion.parts(predicted_locs, predicted_scores, boxes, labels)
+        optimizer.zero_grad()
+        (conf_loss + criterion.alpha * loc_loss).backward()
+        if grad_clip is not None:
+            clip_gradient(optimizer, grad_clip)
+        optimizer.step()
+
+        losses.append(torch.stack([loc_loss, conf_loss]).detach())
+        n_images += len(images)
+        batch_time.update(time.time() - end)
+        end = time.time()
+        if (i + 1) % print_freq and i + 1 < n_batches:
+            continue
+
+        loc, conf = torch.stack(losses).mean(dim=0).tolist()
+        if not math.isfinite(loc + conf):
+            raise UserError(f'the loss became {loc + conf} in epoch {epoch}, at or before batch {i}; the last checkpoint is '
+                            'as it was. Lower lr, or set grad_clip, and check the boxes of your data')
+        row = {'epoch': epoch, 'batch': i + 1, 'loss': conf + criterion.alpha * loc, 'loc_loss': loc, 'conf_loss': conf,
+               'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / (time.time() - last_line),
+               'data_s': data_time.avg, 'left_s': round((batches_left - i - 1) * batch_time.avg)}
+        print('epoch {epoch}  batch {batch}/{n}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  lr {lr:.2g}  '
+              '{images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}'.format(
+                  n=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
+        if log_path is not None:
+            with open(log_path, 'a', newline='') as file:
+                csv.writer(file).writerow(row.values())
+        losses, n_images, last_line = [], 0, time.time()
+        data_time = AverageMeter()
+
+
+def start_log(log_path, start_epoch):
+    """
+    Make sure that the log ends where training starts: after an interruption, later epochs will be logged again.
+
+    :param log_path: CSV file, which may exist
+    :param start_epoch: the first epoch to come
+    """
+    header = ['epoch', 'batch', 'loss', 'loc_loss', 'conf_loss', 'lr', 'images_per_s', 'data_s', 'left_s']
+    rows = []
+    if start_epoch > 0 and os.path.exists(log_path):
+        with open(log_path, newline='') as file:
+            rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < start_epoch]
+    with write_whole(log_path, 'w') as file:
+        csv.writer(file, lineterminator='\n').writerows([header, *rows])
+
+
+def main():
+    """Train with the parameters at the top of this file."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
+    torch.backends.cudnn.benchmark = True  # all batches have one shape: let cuDNN find the fastest way for it
+    if checkpoint is None:
+        if os.path.exists(checkpoint_path):
+            raise UserError(f'{checkpoint_path} exists, and training anew would overwrite it: to go on with it, set '
+                            f"checkpoint = '{checkpoint_path}' in train.py; else move it away")
+        torch.manual_seed(seed)
+        model = SSD300(len(train_set.label_map), pretrained == 'imagenet').to(device)
+        optimizer = make_optimizer(model, lr, momentum, weight_decay)
+        start_epoch, first_seed = 0, seed
+    else:
+        saved = load_checkpoint(checkpoint, device)
+        if saved['label_map'] != train_set.label_map:
+            raise UserError(f'{checkpoint} detects {list(saved["label_map"])[1:]}, but the lists in {data_folder} have '
+                            f'{list(train_set.label_map)[1:]}: use the lists it was trained with')
+        model = SSD300.from_checkpoint(saved).to(device)
+        optimizer = make_optimizer(model, lr, momentum, weight_decay)
+        optimizer.load_state_dict(saved['optimizer'])
+        start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
+    print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
+    fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers, decay_lr_at,
+        decay_lr_to, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,777 @@
+"""
+What the scripts share. In reading order: labels, annotations and data lists, box coordinates and overlaps, priors and
+their encoding, non-maximum suppression, transforms, mean average precision, training helpers and checkpoints.
+
+Boxes come in three forms, and names say which:
+    xy      boundary coordinates: (x_min, y_min, x_max, y_max)
+    cxcy    center-size coordinates: (c_x, c_y, w, h)
+    gcxgcy  a box as an offset from a prior: what the network predicts
+They are in pixels before `transform` and in fractions of the picture's width and height (0 to 1) after it.
+"""
+import json
+import math
+import os
+import pickle
+import random
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter, namedtuple
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as FT
+from PIL import Image, ImageOps
+from torchvision.ops import batched_nms
+
+
+class UserError(Exception):
+    """Something the user can put right. Its message is one line; scripts print that line and exit with code 1."""
+
+
+def run(main):
+    """
+    Run a script's `main`, and turn what a user can put right into one line and a non-zero exit.
+
+    :param main: a function without arguments
+    """
+    try:
+        main()
+    except (UserError, OSError) as error:
+        # A data loader's worker wraps our line in a traceback of its own; the last line is still ours.
+        line = str(error).strip().splitlines()[-1]
+        sys.exit('Error: ' + line.split('UserError: ')[-1])
+    except KeyboardInterrupt:
+        sys.exit('Stopped.')
+
+
+# ----------------------------------------------------------------------------------------------------------- Labels
+
+voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable',
+              'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor')
+
+
+def make_label_map(labels):
+    """
+    :param labels: names of the classes, without the background
+    :return: dict of label -> index; 'background' is 0, the labels follow in their order
+    :raises UserError: a label stands twice, or is 'background' itself
+    """
+    names = ['background', *labels]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated or not labels:
+        raise UserError(f"labels {list(labels)} must name each class once, and not 'background': "
+                        + (f'{repeated} stands twice' if repeated else 'there is none'))
+    return {name: index for index, name in enumerate(names)}
+
+
+def make_color_map(label_map):
+    """
+    :param label_map: dict of label -> index
+    :return: dict of label -> color '#rrggbb': hues a golden section apart, so that neighbors in the list differ most
+    """
+    def color(index):
+        hue = 6 * (index * 0.618 % 1)  # from 0 to 6, once around the color wheel
+        return '#' + ''.join(f'{int(255 * min(1, max(0, abs((hue + shift) % 6 - 3) - 1))):02x}' for shift in (0, 4, 2))
+
+    return {label: color(index) if index else '#ffffff' for label, index in label_map.items()}
+
+
+label_map = make_label_map(voc_labels)
+rev_label_map = {index: label for label, index in label_map.items()}
+label_color_map = make_color_map(label_map)
+
+
+# ---------------------------------------------------------------------------------------- Annotations and data lists
+
+def parse_annotation(annotation_path, label_map=label_map):
+    """
+    Read the objects from an XML file in Pascal VOC's format.
+
+    Pascal VOC counts pixels from 1; we subtract 1. A box may lie a pixel outside the picture, because some tools count
+    from 0 or round up: it is clipped. A box that lies further outside, or has no area, is wrong, and is dropped.
+
+    :param annotation_path: the XML file
+    :param label_map: dict of label -> index
+    :return: dict of boxes (boundary coordinates in pixels), labels (indices), difficulties (0 or 1), one of each per
+        object; size (width, height), or None if the file does not tell; dropped (a reason for each dropped object)
+    :raises UserError: the file is missing, is no annotation, or has an object without a name or numeric box
+    """
+    try:
+        root = ET.parse(annotation_path).getroot()
+        size = tuple(int(float(root.findtext(f'size/{side}', '0'))) for side in ('width', 'height'))
+        objects = [(node.find('name').text.strip(), int(node.findtext('difficult') or 0),
+                    [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')])
+                   for node in root.findall('object')]  # only direct children: VOC 2012 nests 'part' boxes deeper
+    except FileNotFoundError:
+        raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
+    except (ET.ParseError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f'{annotation_path} is not an annotation in VOC format ({error}): '
+                        'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
+
+    size = size if min(size) > 0 else None
+    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'size': size, 'dropped': []}
+    for label, difficult, box in objects:
+        x_min, y_min, x_max, y_max = (edge - 1 for edge in box)
+        width, height = size or (math.inf, math.inf)
+        if label not in label_map or label == 'background':
+            annotation['dropped'].append(f"label '{label}' is not one of the labels")
+        elif not (x_min < x_max and y_min < y_max):  # also true of NaN
+            annotation['dropped'].append(f'{label} {box} has no area')
+        elif min(x_min, y_min) < -1 or x_max > width or y_max > height:
+            annotation['dropped'].append(f'{label} {box} is outside the picture of {width}x{height}')
+        else:
+            annotation['boxes'].append([max(x_min, 0), max(y_min, 0), x_max, y_max])
+            annotation['labels'].append(label_map[label])
+            annotation['difficulties'].append(difficult)
+    return annotation
+
+
+def read_split(folder, split, label_map):
+    """
+    Read one split of a folder in Pascal VOC's layout: ImageSets/Main/SPLIT.txt, Annotations, JPEGImages.
+
+    :param folder: the folder, for example VOCdevkit/VOC2007
+    :param split: 'trainval' or 'test'
+    :param label_map: dict of label -> index
+    :return: list of (path of the picture, its annotation), see `parse_annotation`
+    :raises UserError: something is missing, unreadable, or annotated for a picture of another size
+    """
+    list_path = os.path.join(folder, 'ImageSets', 'Main', split + '.txt')
+    if not os.path.isfile(list_path):
+        raise UserError(f'{list_path} is missing: set the paths in create_data_lists.py to folders in VOC layout, '
+                        'or download = True to fetch Pascal VOC')
+    with open(list_path, encoding='utf-8') as file:
+        ids = [line.split()[0] for line in file if line.strip()]
+    image_folder = os.path.join(os.path.abspath(folder), 'JPEGImages')
+    names = os.listdir(image_folder) if os.path.isdir(image_folder) else []
+    image_names = {os.path.splitext(name)[0]: name for name in names}
+
+    pictures = []
+    for id in ids:
+        if id not in image_names:
+            raise UserError(f'{os.path.join(image_folder, id)}.* is missing: {list_path} names this picture')
+        image_path = os.path.join(image_folder, image_names[id])
+        annotation_path = os.path.join(folder, 'Annotations', id + '.xml')
+        annotation = parse_annotation(annotation_path, label_map)
+        size = image_size(image_path)
+        if annotation['size'] not in (size, None):
+            raise UserError(f'{annotation_path} is for a picture of {annotation["size"]}, but {image_path} has {size}: '
+                            'annotate the picture anew, or take it out of the split')
+        pictures.append((image_path, annotation))
+    return pictures
+
+
+def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
+    """
+    Index the pictures and objects of Pascal VOC, or of any folder in its layout, and write what training and evaluation
+    read: TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json, label_map.json.
+
+    Training takes the trainval splits, without pictures that have no object. The test takes the first folder's test
+    split with all its pictures: a detection on an empty picture is a false positive, and has to count.
+
+    :param voc07_path: folder with the splits trainval and test
+    :param voc12_path: folder with another split trainval, or None
+    :param output_folder: where the lists go; they are written all together, or not at all
+    :param labels: the classes to detect; objects of other classes are dropped
+    :raises UserError: see `read_split`; or no object of these labels was found for training
+    """
+    label_map = make_label_map(labels)
+    splits = {'TRAIN': [], 'TEST': read_split(voc07_path, 'test', label_map)}
+    for folder in filter(None, (voc07_path, voc12_path)):
+        splits['TRAIN'] += read_split(folder, 'trainval', label_map)
+
+    dropped = [f'{image_path}: {reason}' for pictures in splits.values()
+               for image_path, annotation in pictures for reason in annotation['dropped']]
+    empty = sum(not annotation['boxes'] for _, annotation in splits['TRAIN'])
+    splits['TRAIN'] = [picture for picture in splits['TRAIN'] if picture[1]['boxes']]
+    if not splits['TRAIN']:
+        raise UserError(f'no object with one of the labels {list(labels)} in the training pictures of {voc07_path}: '
+                        'set the labels that its annotations use')
+
+    contents = {'label_map.json': label_map}
+    for split, pictures in splits.items():
+        contents[f'{split}_images.json'] = [image_path for image_path, _ in pictures]
+        contents[f'{split}_objects.json'] = [{key: annotation[key] for key in ('boxes', 'labels', 'difficulties')}
+                                             for _, annotation in pictures]
+    os.makedirs(output_folder, exist_ok=True)
+    with ExitStack() as files:  # every file replaces its predecessor only after all of them were written
+        for name, content in contents.items():
+            json.dump(content, files.enter_context(write_whole(os.path.join(output_folder, name), 'w')))
+
+    counts = {split: Counter(label for _, annotation in pictures for label in annotation['labels'])
+              for split, pictures in splits.items()}
+    print(f'{"":20}{"train":>10}{"test":>10}')
+    for row, count in (('pictures', lambda split: len(splits[split])),
+                       ('objects', lambda split: sum(counts[split].values())),
+                       ('of them difficult', lambda split: sum(sum(a['difficulties']) for _, a in splits[split]))):
+        print(f'{row:20}{count("TRAIN"):10}{count("TEST"):10}')
+    for label, index in list(label_map.items())[1:]:
+        print(f'  {label:18}{counts["TRAIN"][index]:10}{counts["TEST"][index]:10}')
+    print(f'Left out {empty} training pictures without objects, and dropped {len(dropped)} boxes:')
+    print('\n'.join('  ' + line for line in dropped) or '  none')
+    print(f'The lists are in {os.path.abspath(output_folder)}.')
+
+
+@contextmanager
+def write_whole(path, mode='wb'):
+    """
+    Open a file for writing that replaces `path` only when it is complete: whatever interrupts the writing, `path` is
+    either the old file or the new one.
+
+    :param path: the file to write
+    :param mode: 'wb' for bytes, 'w' for text
+    """
+    temporary = f'{path}.tmp'
+    try:
+        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, not just on its way there
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+# -------------------------------------------------------------------------------------- Box coordinates and overlaps
+
+def xy_to_cxcy(xy):
+    """
+    :param xy: boxes in boundary coordinates, a tensor (..., 4)
+    :return: the boxes in center-size coordinates, (..., 4)
+    """
+    return torch.cat([(xy[..., 2:] + xy[..., :2]) / 2, xy[..., 2:] - xy[..., :2]], dim=-1)
+
+
+def cxcy_to_xy(cxcy):
+    """
+    :param cxcy: boxes in center-size coordinates, a tensor (..., 4)
+    :return: the boxes in boundary coordinates, (..., 4)
+    """
+    return torch.cat([cxcy[..., :2] - cxcy[..., 2:] / 2, cxcy[..., :2] + cxcy[..., 2:] / 2], dim=-1)
+
+
+def find_intersection(set_1, set_2):
+    """
+    Areas of the intersections of every box of one set with every box of another.
+
+    :param set_1: boxes in boundary coordinates, a tensor (..., n1, 4)
+    :param set_2: boxes in boundary coordinates, a tensor (..., n2, 4)
+    :return: areas, (..., n1, n2)
+    """
+    set_1, set_2 = set_1.unsqueeze(-2), set_2.unsqueeze(-3)  # (..., n1, 1, 4), (..., 1, n2, 4)
+    lower = torch.max(set_1[..., :2], set_2[..., :2])  # (..., n1, n2, 2)
+    upper = torch.min(set_1[..., 2:], set_2[..., 2:])  # (..., n1, n2, 2)
+    return (upper - lower).clamp(min=0).prod(dim=-1)  # (..., n1, n2)
+
+
+def find_jaccard_overlap(set_1, set_2):
+    """
+    Jaccard overlaps (intersection over union) of every box of one set with every box of another.
+
+    :param set_1: boxes in boundary coordinates, a tensor (..., n1, 4)
+    :param set_2: boxes in boundary coordinates, a tensor (..., n2, 4)
+    :return: overlaps from 0 to 1, (..., n1, n2)
+    """
+    intersection = find_intersection(set_1, set_2)  # (..., n1, n2)
+    areas_1 = (set_1[..., 2:] - set_1[..., :2]).prod(dim=-1)  # (..., n1)
+    areas_2 = (set_2[..., 2:] - set_2[..., :2]).prod(dim=-1)  # (..., n2)
+    union = areas_1.unsqueeze(-1) + areas_2.unsqueeze(-2) - intersection  # (..., n1, n2)
+    return intersection / union.clamp(min=1e-12)  # two boxes without area overlap by 0, not by 0/0
+
+
+# ------------------------------------------------------------------------------------------ Priors and their encoding
+
+# The six feature maps that predict, and the priors on each: the paper's section 2.2, and its authors' code, which gives
+# conv4_3 a scale of its own (0.1) and spaces the other five evenly from 0.2 to 0.9. Every tile also has an extra
+# prior (see create_prior_boxes), so its number of priors is one more than its number of aspect ratios.
+FeatureMap = namedtuple('FeatureMap', 'channels size scale ratios')
+feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
+                'conv7': FeatureMap(1024, 19, 0.2, (1, 2, 3, 1 / 2, 1 / 3)),
+                'conv8_2': FeatureMap(512, 10, 0.375, (1, 2, 3, 1 / 2, 1 / 3)),
+                'conv9_2': FeatureMap(256, 5, 0.55, (1, 2, 3, 1 / 2, 1 / 3)),
+                'conv10_2': FeatureMap(256, 3, 0.725, (1, 2, 1 / 2)),
+                'conv11_2': FeatureMap(256, 1, 0.9, (1, 2, 1 / 2))}
+
+
+def create_prior_boxes():
+    """
+    The 8732 priors of SSD300: map by map, row by row, tile by tile, and within a tile ratio 1, the extra prior, then
+    the other ratios. The predictions come in the same order.
+
+    The clamp keeps each of the four numbers in [0, 1]. It changes 20 priors, whose width or height would exceed the
+    picture's. It does not cut priors at the picture's edge, as the paper's wording suggests: published weights were
+    trained with these priors.
+
+    :return: priors in fractional center-size coordinates, a tensor (8732, 4)
+    """
+    priors = []
+    scales = [feature_map.scale for feature_map in feature_maps.values()] + [1.]
+    for (_, size, scale, ratios), next_scale in zip(feature_maps.values(), scales[1:]):
+        extra_scale = math.sqrt(scale * next_scale)  # between this map's scale and the next
+        shapes = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
+        shapes.insert(1, (extra_scale, extra_scale))
+        for row in range(size):
+            for column in range(size):
+                for width, height in shapes:
+                    priors.append([(column + 0.5) / size, (row + 0.5) / size, width, height])
+    return torch.tensor(priors).clamp(0, 1)  # (8732, 4)
+
+
+def cxcy_to_gcxgcy(cxcy, priors_cxcy):
+    """
+    Encode boxes as offsets from priors: the center's shift in units of the prior's size, the size's ratio as a
+    logarithm. The factors 10 and 5 bring the four numbers to a similar spread; the paper's authors write them as
+    divisions by 'variances' of 0.1 and 0.2.
+
+    :param cxcy: boxes in center-size coordinates, a tensor (..., 4)
+    :param priors_cxcy: a prior for each box, in center-size coordinates, (..., 4)
+    :return: offsets, (..., 4)
+    """
+    return torch.cat([(cxcy[..., :2] - priors_cxcy[..., :2]) / (priors_cxcy[..., 2:] / 10),
+                      torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5], dim=-1)
+
+
+def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
+    """
+    Decode offsets from priors into boxes: the inverse of `cxcy_to_gcxgcy`.
+
+    :param gcxgcy: offsets, a tensor (..., 4)
+    :param priors_cxcy: a prior for each offset, in center-size coordinates, (..., 4)
+    :return: boxes in center-size coordinates, (..., 4)
+    """
+    return torch.cat([gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2],
+                      torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]], dim=-1)
+
+
+def decimate(tensor, m):
+    """
+    Keep every m-th value along each dimension.
+
+    :param tensor: a tensor
+    :param m: a step for each dimension; None keeps the dimension whole
+    :return: the smaller tensor
+    """
+    return tensor[tuple(slice(None, None, step) for step in m)]
+
+
+# ------------------------------------------------------------------------------------------ Non-maximum suppression
+
+def non_maximum_suppression(boxes_xy, scores, groups, max_overlap):
+    """
+    Of boxes that overlap too much, keep the best.
+
+    Within each group: take the box with the highest score, and keep it; strike out all boxes that overlap it by more
+    than `max_overlap`; take the best of those that are left; and so on until none is left. Boxes of different groups
+    (classes, or pictures) never strike each other out.
+
+    :param boxes_xy: boxes in boundary coordinates, a tensor (n, 4)
+    :param scores: (n)
+    :param groups: the group of each box, integers, (n)
+    :param max_overlap: a Jaccard overlap from 0 to 1
+    :return: indices of the boxes that were kept, by decreasing score
+    """
+    if boxes_xy.numel() == 0:
+        return groups.new_empty(0)
+    # To treat all groups at once, batched_nms moves each to a place of its own, (largest coordinate + 1) further on.
+    # Boxes left of 0 could then reach into another group, and in 32 bits the move would round overlaps.
+    boxes_xy = boxes_xy.double()
+    return batched_nms(boxes_xy - boxes_xy.min(), scores.double(), groups, max_overlap)
+
+
+# ------------------------------------------------------------------------------------------------------- Transforms
+
+mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB pixels: what VGG-16 was trained with
+mean_color = tuple(round(255 * value) for value in mean)
+
+
+@contextmanager
+def opened_image(path):
+    """
+    Open a picture file; the pixels are read when they are needed.
+
+    :param path: a file
+    :raises UserError: the file is missing, or is no picture that Pillow can read whole
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing') from None
+    except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
+        raise UserError(f'{path} is not a picture that can be read: {error}') from None
+
+
+def image_size(path):
+    """
+    :param path: a picture file, of which only the header is read; errors as in `opened_image`
+    :return: (width, height) in pixels, as `open_image` will have them
+    """
+    with opened_image(path) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
+        return image.size[::-1] if turned else image.size
+
+
+def open_image(path):
+    """
+    :param path: a picture file; errors as in `opened_image`
+    :return: a PIL image in RGB, see `to_rgb`
+    """
+    with opened_image(path) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image):
+    """
+    Bring a picture of any mode to 8-bit RGB, turned the way its EXIF orientation says.
+
+    :param image: a PIL image, which stays as it is
+    :return: a new PIL image in RGB
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in 'IF':  # one channel of 16 or 32 bits: convert('RGB') would cut off all above 255
+        pixels = np.asarray(image, dtype=np.float32)
+        brightest = 65535 if image.mode[0] == 'I' else max(float(pixels.max()), 1e-6)
+        image = Image.fromarray((pixels * (255 / brightest)).clip(0, 255).astype(np.uint8))
+    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
+        image = image.convert('RGBA')  # what is transparent gets white behind it, as on a page
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+def to_input(image):
+    """
+    :param image: a PIL image in RGB, 300x300
+    :return: the network's input: a tensor (3, 300, 300), RGB from 0 to 1, then normalized
+    """
+    return FT.normalize(FT.to_tensor(image), mean, std)
+
+
+def photometric_distort(image, rng=random):
+    """
+    Vary brightness, contrast, saturation and hue, each with a chance of 0.5, in random order.
+
+    :param image: a PIL image in RGB
+    :param rng: the source of random numbers
+    :return: a PIL image
+    """
+    distortions = [(FT.adjust_brightness, 0.5, 1.5), (FT.adjust_contrast, 0.5, 1.5), (FT.adjust_saturation, 0.5, 1.5),
+                   (FT.adjust_hue, -18 / 255, 18 / 255)]  # hue: a fraction of the color wheel's full turn
+    rng.shuffle(distortions)
+    for distort, low, high in distortions:
+        if rng.random() < 0.5:
+            image = distort(image, rng.uniform(low, high))
+    return image
+
+
+# Zooming out and in moves no pixels at first. `expand` and `random_crop` only choose a window: a rectangle
+# (x_min, y_min, x_max, y_max) in the picture's pixels that may reach beyond the picture. `resize` then draws what the
+# window shows, in one pass over those pixels that are really seen.
+
+def expand(window, rng=random):
+    """
+    Zoom out: a window up to 4 times as wide and high, somewhere around the old one. The network learns small objects.
+
+    :param window: boundary coordinates in pixels
+    :param rng: the source of random numbers
+    :return: the larger window
+    """
+    x_min, y_min, x_max, y_max = window
+    scale = rng.uniform(1, 4)
+    width, height = scale * (x_max - x_min), scale * (y_max - y_min)
+    left = x_min - rng.uniform(0, width - (x_max - x_min))
+    top = y_min - rng.uniform(0, height - (y_max - y_min))
+    return left, top, left + width, top + height
+
+
+def random_crop(window, boxes, rng=random):
+    """
+    Zoom in: a random smaller window, in which the center of at least one object lies, and which overlaps some object by
+    a minimum drawn anew whenever 50 tries did not meet it. The network learns large and cut objects.
+
+    :param window: boundary coordinates in pixels
+    :param boxes: objects, boundary coordinates in pixels, a tensor (n_objects, 4)
+    :param rng: the source of random numbers
+    :return: the smaller window, or the same where no crop was drawn or there is no object
+    """
+    x_min, y_min, x_max, y_max = window
+    while len(boxes) > 0:
+        min_overlap = rng.choice([0., .1, .3, .5, .7, .9, None])  # None: no crop
+        if min_overlap is None:
+            break
+        # All 50 tries at once: sides from 0.3 to 1 of the window's, placed anywhere inside it
+        draws = torch.tensor([rng.random() for _ in range(50 * 4)]).view(50, 4)
+        sizes = torch.tensor([x_max - x_min, y_max - y_min])  # (2)
+        sides = (0.3 + 0.7 * draws[:, :2]) * sizes  # (50, 2)
+        corners = torch.tensor([x_min, y_min]) + draws[:, 2:] * (sizes - sides)  # (50, 2)
+        crops = torch.cat([corners, corners + sides], dim=1)  # (50, 4)
+
+        aspect_ratios = sides[:, 0] / sides[:, 1]  # (50)
+        good = (aspect_ratios >= 0.5) & (aspect_ratios <= 2)
+        good &= find_jaccard_overlap(crops, boxes).max(dim=1).values >= min_overlap
+        good &= centers_inside(boxes, crops.unsqueeze(1)).any(dim=1)
+        if good.any():
+            return tuple(crops[good.nonzero()[0, 0]].tolist())  # the first that is good
+    return window
+
+
+def centers_inside(boxes, window):
+    """
+    :param boxes: boundary coordinates, a tensor (n_objects, 4)
+    :param window: boundary coordinates of the same kind: 4 numbers; or many windows, a tensor (n_windows, 1, 4)
+    :return: whether each box's center is inside the window, a bool tensor (n_objects) or (n_windows, n_objects)
+    """
+    window = torch.as_tensor(window)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n_objects, 2)
+    return ((centers > window[..., :2]) & (centers < window[..., 2:])).all(dim=-1)  # (n_objects)
+
+
+def resize(image, boxes, window, dims=(300, 300)):
+    """
+    Draw what a window shows of a picture; beyond the picture it shows the ImageNet mean.
+
+    :param image: a PIL image in RGB
+    :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
+    :param window: boundary coordinates in pixels, it must show some of the picture
+    :param dims: width and height to draw
+    :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)
+    """
+    x_min, y_min, x_max, y_max = window
+    scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)
+    # The part of the picture that the window shows, and the whole pixels where it is drawn
+    part = max(x_min, 0), max(y_min, 0), min(x_max, image.width), min(y_max, image.height)
+    left, top = (min(round((part[0] - x_min) * scale_x), dims[0] - 1),
+                 min(round((part[1] - y_min) * scale_y), dims[1] - 1))
+    right, bottom = (max(round((part[2] - x_min) * scale_x), left + 1),
+                     max(round((part[3] - y_min) * scale_y), top + 1))
+    drawn = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=part)
+    canvas = Image.new('RGB', dims, mean_color)
+    canvas.paste(drawn, (left, top))
+
+    # The boxes follow the pixels, from the part to where it was drawn
+    scales = torch.tensor([(right - left) / (part[2] - part[0]), (bottom - top) / (part[3] - part[1])]).repeat(2)  # (4)
+    boxes = (boxes - torch.tensor(part[:2] * 2)) * scales + torch.tensor([left, top] * 2)  # (n_objects, 4)
+    return canvas, (boxes / torch.tensor(dims * 2)).clamp(0, 1)
+
+
+def flip(image, boxes):
+    """
+    Mirror left and right.
+
+    :param image: a PIL image
+    :param boxes: fractional boundary coordinates, a tensor (n_objects, 4)
+    :return: the mirrored image and boxes
+    """
+    x_min, y_min, x_max, y_max = boxes.unbind(dim=1)
+    return ImageOps.mirror(image), torch.stack([1 - x_max, y_min, 1 - x_min, y_max], dim=1)  # (n_objects, 4)
+
+
+def transform(image, boxes, labels, difficulties, split, rng=random):
+    """
+    Prepare a picture for the network; for training, as a random variation of it (the paper's section 2.2, "Data
+    augmentation").
+
+    :param image: a PIL image in RGB
+    :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
+    :param labels: (n_objects)
+    :param difficulties: (n_objects)
+    :param split: 'TRAIN', or 'TEST' to only resize and normalize
+    :param rng: the source of random numbers
+    :return: the input (3, 300, 300), boxes in fractional boundary coordinates (n, 4), labels (n), difficulties (n);
+        in training, objects are left out whose center a crop cut off
+    """
+    window = (0., 0., float(image.width), float(image.height))
+    if split == 'TRAIN':
+        image = photometric_distort(image, rng)
+        if rng.random() < 0.5:
+            window = expand(window, rng)
+        window = random_crop(window, boxes, rng)
+        kept = centers_inside(boxes, window)
+        boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
+    image, boxes = resize(image, boxes, window)
+    if split == 'TRAIN' and rng.random() < 0.5:
+        image, boxes = flip(image, boxes)  # after resize, because there are fewer pixels to mirror
+    return to_input(image), boxes, labels, difficulties
+
+
+# ------------------------------------------------------------------------------------------- Mean average precision
+
+def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map=label_map):
+    """
+    Average precision of each class, and their mean, as Pascal VOC 2007 defines them.
+
+    The arguments are lists with a tensor for each picture. Boxes are in boundary coordinates, all of one kind.
+
+    :param det_boxes: detections, (n, 4) each
+    :param det_labels: (n) each; label 0, the placeholder for no detection, does not count
+    :param det_scores: (n) each
+    :param true_boxes: objects, (n_objects, 4) each
+    :param true_labels: (n_objects) each
+    :param true_difficulties: (n_objects) each, 1 if the object need not be found
+    :param label_map: dict of label -> index
+    :return: dict of label -> average precision, and their mean. A class without objects has no average precision
+        and is in neither; without any objects the mean is NaN.
+    """
+    labels, hits = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties)
+    counted = torch.cat(true_labels)[torch.cat(true_difficulties) == 0].cpu()
+    average_precisions = {}
+    for label, index in label_map.items():
+        n_objects = (counted == index).sum().item()
+        if index > 0 and n_objects > 0:
+            average_precisions[label] = average_precision(hits[labels == index], n_objects)
+    mean_average_precision = sum(average_precisions.values()) / len(average_precisions) if average_precisions else math.nan
+    return average_precisions, mean_average_precision
+
+
+def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
+    """
+    Decide for each detection whether it hits an object, over all pictures and classes at once.
+
+    A detection belongs to the object of its picture and class that it overlaps most, if by more than 0.5. Of an
+    object's detections, the one with the highest score is the hit, the others are false positives. Detections of
+    difficult objects do not count at all.
+
+    :return: (labels, hits), by decreasing score: (n) and bool (n), without the detections that do not count.
+        The arguments are those of `calculate_mAP`.
+    """
+    true_boxes, true_labels, difficult, true_pictures = concatenate(true_boxes, true_labels, true_difficulties)
+    det_boxes, det_labels, scores, det_pictures = concatenate(det_boxes, det_labels, det_scores)
+    order = scores.sort(descending=True, stable=True).indices
+    order = order[det_labels[order] > 0]
+    det_boxes, det_labels, det_pictures = det_boxes[order], det_labels[order], det_pictures[order]
+    n, n_objects = len(det_labels), len(true_labels)
+
+    # A key for each picture and class. With the objects sorted by key, those that a detection may belong to stand
+    # together, from `first` on.
+    n_classes = 1 + max((int(labels.max()) for labels in (det_labels, true_labels) if len(labels)), default=0)
+    det_keys = det_pictures * n_classes + det_labels
+    true_keys, order = (true_pictures * n_classes + true_labels).sort(stable=True)
+    true_boxes, difficult = true_boxes[order], difficult[order] > 0
+    first = torch.searchsorted(true_keys, det_keys)
+    counts = torch.searchsorted(true_keys, det_keys, right=True) - first  # objects that each detection may belong to
+
+    # Every pair of a detection and an object that it may belong to
+    pair_dets = torch.arange(n).repeat_interleave(counts)
+    pair_objects = torch.arange(len(pair_dets)) + (first - counts.cumsum(0) + counts)[pair_dets]
+    overlaps = find_jaccard_overlap(det_boxes[pair_dets, None], true_boxes[pair_objects, None]).flatten()
+
+    # The best pair of each detection; of equal overlaps, the first object
+    best_overlaps = torch.zeros(n).scatter_reduce(0, pair_dets, overlaps, 'amax')
+    best = overlaps == best_overlaps[pair_dets]
+    objects = torch.full((n,), n_objects).scatter_reduce(0, pair_dets[best], pair_objects[best], 'amin')
+    found = best_overlaps > 0.5
+    not_counted = torch.zeros(n, dtype=torch.bool)
+    not_counted[found] = difficult[objects[found]]
+
+    # The first detection of each object, by score, is the hit
+    found = (found & ~not_counted).nonzero().squeeze(1)
+    first_dets = torch.full((n_objects,), n).scatter_reduce(0, objects[found], found, 'amin')
+    hits = torch.zeros(n, dtype=torch.bool)
+    hits[first_dets[first_dets < n]] = True
+    return det_labels[~not_counted], hits[~not_counted]
+
+
+def concatenate(*lists):
+    """
+    :param lists: lists with a tensor for each picture, alike in the number of rows
+    :return: the concatenation of each list, on the CPU, and for each row the number of its picture
+    """
+    pictures = torch.arange(len(lists[0])).repeat_interleave(torch.tensor([len(rows) for rows in lists[0]]))
+    return *(torch.cat([rows.cpu() for rows in tensors]) for tensors in lists), pictures
+
+
+def average_precision(hits, n_objects):
+    """
+    Mean of the best precision at recalls of at least 0, 0.1, ... 1 (the 11-point measure of VOC 2007).
+
+    :param hits: whether each detection of a class is a hit, by decreasing score, a bool tensor (n)
+    :param n_objects: how many objects there were to find
+    :return: the average precision, from 0 to 1
+    """
+    true_positives = hits.cumsum(0)  # (n)
+    precisions = true_positives.double() / torch.arange(1, len(hits) + 1)  # (n)
+    total = 0.
+    for tenth in range(11):
+        reached = precisions[true_positives * 10 >= tenth * n_objects]  # whole numbers: 0.3 is not quite 3 * 0.1
+        total += reached.max().item() if len(reached) else 0.
+    return total / 11
+
+
+# ----------------------------------------------------------------------------------------- Training and checkpoints
+
+class AverageMeter:
+    """A value's latest reading, and its average over all readings."""
+
+    def __init__(self):
+        self.val = self.sum = self.count = self.avg = 0.
+
+    def update(self, val, n=1):
+        """
+        :param val: a reading
+        :param n: how many items it stands for
+        """
+        self.val = val
+        self.sum += val * n
+        self.count += n
+        self.avg = self.sum / self.count
+
+
+def adjust_learning_rate(optimizer, scale):
+    """
+    :param optimizer: its learning rates are changed in place
+    :param scale: what to multiply them with
+    """
+    for group in optimizer.param_groups:
+        group['lr'] *= scale
+
+
+def clip_gradient(optimizer, max_norm):
+    """
+    Scale the gradient down to a length of at most `max_norm`: insurance against a batch that would throw the weights.
+
+    :param optimizer: its parameters' gradients are changed in place
+    :param max_norm: the largest length allowed
+    """
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
+
+
+def save_checkpoint(path, epoch, model, optimizer, label_map, seed):
+    """
+    Write all that training needs to go on exactly where it was, and all that detection needs. The random numbers of an
+    epoch depend on nothing but the seed and the epoch's number.
+
+    :param path: the file to write
+    :param epoch: the epoch that was finished last
+    :param model: SSD300
+    :param optimizer: its optimizer
+    :param label_map: dict of label -> index
+    :param seed: the seed of the training
+    """
+    content = {'version': 1, 'epoch': epoch, 'label_map': label_map, 'seed': seed, 'model': model.state_dict(),
+               'priors_cxcy': model.priors_cxcy, 'optimizer': optimizer.state_dict()}
+    with write_whole(path) as file:
+        torch.save(content, file)
+
+
+def load_checkpoint(path, device='cpu'):
+    """
+    Read a checkpoint. Nothing in the file is run: one that holds code is refused.
+
+    :param path: a file that `save_checkpoint` wrote
+    :param device: where its tensors go
+    :return: dict of version, epoch, label_map, seed, model, priors_cxcy, optimizer, see `save_checkpoint`
+    :raises UserError: the file is missing, or is no such checkpoint
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'no checkpoint at {path}: train one with "python train.py", or set the right path')
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = 'it holds more than tensors and plain values, which could be harmful' \
+            if 'Unsupported' in str(error) or 'GLOBAL' in str(error) else 'it is damaged, or from another program'
+        raise UserError(f'{path} was not loaded: {reason}. Take a checkpoint that train.py wrote') from None
+    missing = {'epoch', 'label_map', 'model', 'priors_cxcy'} - set(content if isinstance(content, dict) else ())
+    if missing:
+        raise UserError(f'{path} is no checkpoint of train.py: it lacks {sorted(missing)}')
+    return content
