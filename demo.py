@@ -24,6 +24,7 @@ from utils import create_data_lists, load_checkpoint, open_image, run
 
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
+hues = {'circle': (-30, 50), 'square': (180, 260), 'triangle': (70, 150)}  # of each class, in degrees around the color wheel
 n_train = 320  # pictures to train on
 n_test = 80  # other pictures, to measure on
 epochs = 3  # times to go through the training pictures
@@ -32,13 +33,14 @@ batch_size = 8  # pictures in a batch
 lr = 1e-4  # learning rate of AdamW, which needs far fewer iterations here than the stochastic gradient descent of train.py
 
 
-def random_color(rng, saturation, lightness):
+def random_color(rng, hue=(0, 360), saturation=(0, 30), lightness=(20, 80)):
     """
+    :param hue: lower and upper bound, in degrees
     :param saturation: lower and upper bound, from 0 to 100
     :param lightness: lower and upper bound, from 0 to 100
-    :return: an RGB color of random hue
+    :return: an RGB color; dull, unless asked otherwise
     """
-    return ImageColor.getrgb(f'hsl({rng.randrange(360)}, {rng.randint(*saturation)}%, {rng.randint(*lightness)}%)')
+    return ImageColor.getrgb(f'hsl({rng.randint(*hue) % 360}, {rng.randint(*saturation)}%, {rng.randint(*lightness)}%)')
 
 
 def draw_background(size, rng):
@@ -47,13 +49,13 @@ def draw_background(size, rng):
     :return: a PIL image: a blurred patchwork, with lines and arcs over it that are no objects
     """
     patches = Image.new('RGB', (rng.randint(2, 6), rng.randint(2, 6)))
-    patches.putdata([random_color(rng, (0, 40), (25, 75)) for _ in range(patches.width * patches.height)])
+    patches.putdata([random_color(rng) for _ in range(patches.width * patches.height)])
     image = patches.resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.randint(5, 25)):
         x, y = rng.randrange(size[0]), rng.randrange(size[1])
         box = (x, y, x + rng.randint(10, size[0] // 2), y + rng.randint(10, size[1] // 2))
-        color, width = random_color(rng, (0, 60), (10, 90)), rng.randint(1, 4)
+        color, width = random_color(rng), rng.randint(1, 4)
         if rng.random() < 0.5:
             draw.arc(box, rng.randrange(360), rng.randrange(360), color, width)
         else:
@@ -77,7 +79,7 @@ def draw_shape(image, shape, box, difficult, rng):
         ImageDraw.Draw(mask).rectangle(box, fill)
     else:
         ImageDraw.Draw(mask).polygon([((x_min + x_max) // 2, y_min), (x_max, y_max), (x_min, y_max)], fill)
-    image.paste(random_color(rng, (60, 100), (30, 70)), mask=mask)
+    image.paste(random_color(rng, hues[shape], (70, 100), (40, 60)), mask=mask)
 
 
 def draw_picture(rng):
@@ -88,7 +90,7 @@ def draw_picture(rng):
     image = draw_background((rng.randint(280, 400), rng.randint(240, 340)), rng)
     objects = []
     for _ in range(rng.randint(1, 4)):
-        side = rng.randint(50, 180)
+        side = rng.randint(60, 180)
         width, height = side, round(side * rng.uniform(0.8, 1.25))
         x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
         box = (x, y, x + width - 1, y + height - 1)

@@ -1,0 +1,332 @@
+"""The network, its loss and its detections."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_boxes
+from torchvision.models import VGG16_Weights
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.ops import box_iou
+
+from model import SSD300, MultiBoxLoss, PredictionConvolutions, VGGBase, fully_connected_to_convolution, own_priors
+from utils import (UserError, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, xy_to_cxcy)
+
+first_of_map = {'conv4_3': 0, 'conv7': 5776, 'conv8_2': 7942, 'conv9_2': 8542, 'conv10_2': 8692, 'conv11_2': 8728}
+
+
+@pytest.fixture(scope='module')
+def ssd():
+    torch.manual_seed(0)
+    return SSD300(n_classes=21).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------- Network
+
+def test_shapes_of_all_maps(ssd):
+    with torch.no_grad():
+        conv4_3, conv7 = ssd.base(torch.rand(2, 3, 300, 300))
+        maps = (conv4_3, conv7, *ssd.aux_convs(conv7))
+        assert [tuple(m.shape) for m in maps] == [(2, f.channels, f.size, f.size) for f in feature_maps.values()]
+        locs, scores = ssd(torch.rand(2, 3, 300, 300))
+    assert locs.shape == (2, 8732, 4) and scores.shape == (2, 8732, 21)
+
+
+def test_state_dict_has_the_names_that_other_weights_use(ssd):
+    base = [f'conv{block}_{i}' for block, n in ((1, 2), (2, 2), (3, 3), (4, 3), (5, 3)) for i in range(1, n + 1)]
+    layers = [f'base.{name}' for name in (*base, 'conv6', 'conv7')]
+    layers += [f'aux_convs.conv{block}_{i}' for block in (8, 9, 10, 11) for i in (1, 2)]
+    layers += [f'pred_convs.{kind}_{name}' for kind in ('loc', 'cl') for name in feature_maps]
+    expected = {f'{layer}.{kind}' for layer in layers for kind in ('weight', 'bias')} | {'rescale_factors'}
+    assert set(ssd.state_dict()) == expected
+    assert ssd.rescale_factors.shape == (1, 512, 1, 1) and (ssd.rescale_factors == 20).all()
+    assert ssd.base.conv6.weight.shape == (1024, 512, 3, 3) and ssd.base.conv7.weight.shape == (1024, 1024, 1, 1)
+
+
+def test_random_start_keeps_the_signal_alive(ssd):
+    with torch.no_grad():
+        conv4_3, conv7 = ssd.base(torch.randn(1, 3, 300, 300))
+    assert 0.1 < conv4_3.std() < 10 and 0.1 < conv7.std() < 10
+    assert all((layer.bias == 0).all() for layer in ssd.modules() if isinstance(layer, torch.nn.Conv2d))
+
+
+def test_a_picture_without_features_has_finite_predictions_and_gradients(ssd):
+    locs, scores = ssd(torch.zeros(1, 3, 300, 300))  # biases are 0, so all features are 0, and so is their norm
+    (locs.sum() + scores.sum()).backward()
+    assert locs.isfinite().all() and scores.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in ssd.parameters() if p.grad is not None)
+    ssd.zero_grad()
+
+
+def test_fully_connected_layer_as_convolution():
+    linear, features = torch.nn.Linear(512 * 7 * 7, 64), torch.randn(2, 512, 7, 7)
+    weight, bias = fully_connected_to_convolution(linear.weight, linear.bias, 512, 7, m=(None, None, None, None))
+    assert weight.shape == (64, 512, 7, 7)
+    torch.testing.assert_close(F.conv2d(features, weight, bias).flatten(1), linear(features.flatten(1)), atol=1e-4, rtol=0)
+
+    weight, bias = fully_connected_to_convolution(linear.weight, linear.bias, 512, 7, m=(4, None, 3, 3))
+    assert weight.shape == (16, 512, 3, 3) and bias.shape == (16,)
+    for filter, channel, row, column in ((0, 0, 0, 0), (1, 2, 1, 0), (15, 511, 2, 2)):
+        assert weight[filter, channel, row, column] == linear.weight[4 * filter, channel * 49 + 3 * row * 7 + 3 * column]
+        assert bias[filter] == linear.bias[4 * filter]
+
+
+def test_decimate():
+    tensor = torch.arange(24).view(4, 6)
+    assert decimate(tensor, (3, 2)).tolist() == [[0, 2, 4], [18, 20, 22]]
+    assert decimate(tensor, (None, 5)).tolist() == [[0, 5], [6, 11], [12, 17], [18, 23]]
+
+
+def test_pretrained_weights_go_where_they_belong(tmp_path, monkeypatch):
+    """A state dict in torchvision's layout stands in for the download."""
+    vgg, indices = {}, (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    base = VGGBase()
+    names = [name for name, _ in base.named_children() if name.startswith('conv')]
+    for name, index in zip(names, indices):
+        vgg[f'features.{index}.weight'] = torch.randn_like(getattr(base, name).weight)
+        vgg[f'features.{index}.bias'] = torch.randn_like(getattr(base, name).bias)
+    vgg |= {'classifier.0.weight': torch.randn(4096, 512 * 49), 'classifier.0.bias': torch.randn(4096),
+            'classifier.3.weight': torch.randn(4096, 4096), 'classifier.3.bias': torch.randn(4096)}
+
+    monkeypatch.setattr(VGG16_Weights, 'get_state_dict', lambda self, **_: vgg)
+    base = VGGBase(pretrained=True)
+    assert torch.equal(base.conv1_1.weight, vgg['features.0.weight'])
+    assert torch.equal(base.conv3_1.weight, vgg['features.10.weight'])
+    assert torch.equal(base.conv5_3.bias, vgg['features.28.bias'])
+    assert torch.equal(base.conv6.weight, vgg['classifier.0.weight'].view(4096, 512, 7, 7)[::4, :, ::3, ::3])
+    assert torch.equal(base.conv7.weight[:, :, 0, 0], vgg['classifier.3.weight'][::4, ::4])
+
+    vgg['features.5.weight'] = torch.randn(128, 64, 5, 5)
+    with pytest.raises(RuntimeError, match='conv2_1.weight'):
+        VGGBase(pretrained=True)
+
+
+def test_without_network_pretrained_says_where_the_file_belongs(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+
+    def no_network(*_, **__):
+        raise OSError('no network')
+
+    monkeypatch.setattr('torch.hub.download_url_to_file', no_network)
+    with pytest.raises(UserError) as error:
+        SSD300(n_classes=3, pretrained=True)
+    message = str(error.value)
+    assert 'vgg16-397923af.pth' in message and str(tmp_path) in message and '\n' not in message
+
+
+# ----------------------------------------------------------------------------------------------------------- Priors
+
+@pytest.mark.parametrize('name, row, column, prior, expected', [
+    ('conv4_3', 0, 0, 0, (0.5 / 38, 0.5 / 38, 0.1, 0.1)),
+    ('conv4_3', 37, 20, 1, (20.5 / 38, 37.5 / 38, math.sqrt(0.1 * 0.2), math.sqrt(0.1 * 0.2))),
+    ('conv7', 3, 7, 2, (7.5 / 19, 3.5 / 19, 0.2 * math.sqrt(2), 0.2 / math.sqrt(2))),
+    ('conv8_2', 9, 0, 3, (0.05, 0.95, 0.375 * math.sqrt(3), 0.375 / math.sqrt(3))),
+    ('conv9_2', 2, 4, 5, (0.9, 0.5, 0.55 / math.sqrt(3), 0.55 * math.sqrt(3))),
+    ('conv10_2', 1, 1, 3, (0.5, 0.5, 0.725 / math.sqrt(2), 1.)),  # 0.725 * sqrt(2) = 1.025, clamped
+    ('conv11_2', 0, 0, 1, (0.5, 0.5, math.sqrt(0.9), math.sqrt(0.9))),
+    ('conv11_2', 0, 0, 2, (0.5, 0.5, 1., 0.9 / math.sqrt(2)))])
+def test_priors_by_hand_and_the_order_of_predictions(ssd, name, row, column, prior, expected):
+    """A score made at one tile, for one prior, must come out at that prior's place, and detect that prior's box."""
+    size, n_priors = feature_maps[name].size, len(feature_maps[name].ratios) + 1
+    index = first_of_map[name] + (row * size + column) * n_priors + prior
+    assert ssd.priors_cxcy[index].tolist() == pytest.approx(expected, abs=1e-6)
+
+    heads = PredictionConvolutions(n_classes=3)
+    for layer in heads.children():
+        torch.nn.init.zeros_(layer.weight)
+    getattr(heads, f'cl_{name}').weight.data[prior * 3 + 2, 0, 1, 1] = 50.  # class 2, looks at the tile itself
+    getattr(heads, f'loc_{name}').weight.data[prior * 4, 0, 1, 1] = 1.  # moves by a tenth of the prior's width
+    feats = [torch.zeros(1, f.channels, f.size, f.size) for f in feature_maps.values()]
+    feats[list(feature_maps).index(name)][0, 0, row, column] = 1.
+    locs, scores = heads(*feats)
+    assert scores.nonzero().tolist() == [[0, index, 2]] and locs.nonzero().tolist() == [[0, index, 0]]
+
+    boxes, labels, _ = SSD300.detect_objects(_Predictor(3), locs, scores, min_score=0.9, max_overlap=0.5, top_k=10)
+    assert labels[0].tolist() == [2]
+    moved = (expected[0] + expected[2] / 10, *expected[1:])
+    assert xy_to_cxcy(boxes[0])[0].tolist() == pytest.approx(moved, abs=1e-5)
+
+
+class _Predictor:
+    """What detect_objects needs of a model."""
+
+    def __init__(self, n_classes):
+        self.n_classes, self.priors_cxcy = n_classes, create_prior_boxes()
+
+
+def test_number_of_priors_and_of_clamped_ones():
+    priors = create_prior_boxes()
+    assert priors.shape == (8732, 4) and priors.dtype == torch.float32
+    assert priors.min() >= 0 and priors.max() <= 1
+    assert (priors == 1).any(dim=1).sum() == 20
+    counts = [f.size ** 2 * (len(f.ratios) + 1) for f in feature_maps.values()]
+    assert counts == [5776, 2166, 600, 150, 36, 4]
+    assert (cxcy_to_xy(priors) < 0).any()  # boxes are not cut at the picture's edge
+
+
+def test_priors_follow_the_model_to_another_device():
+    assert SSD300(n_classes=2).to('meta').priors_cxcy.device.type == 'meta'
+
+
+# ------------------------------------------------------------------------------------------------------------- Loss
+
+def scenes_without_conflicts(n):
+    """Boxes and labels of n pictures, in which no two objects overlap the same prior most."""
+    priors_xy, boxes, labels = cxcy_to_xy(create_prior_boxes()), [], []
+    while len(boxes) < n:
+        candidates = random_boxes(torch.randint(1, 8, ()).item())
+        favorites = box_iou(candidates, priors_xy).argmax(dim=1)
+        if len(favorites.unique()) == len(favorites):
+            boxes.append(candidates)
+            labels.append(torch.randint(1, 21, (len(candidates),)))
+    return boxes, labels
+
+
+def test_loss_and_gradients_equal_torchvisions():
+    boxes, labels = scenes_without_conflicts(6)
+    boxes.append(torch.empty(0, 4)), labels.append(torch.empty(0, dtype=torch.long))  # and a picture without objects
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21)
+    priors_xy = cxcy_to_xy(create_prior_boxes())
+    matches = [theirs.proposal_matcher(box_iou(b, priors_xy)) if len(b) else torch.full((8732,), -1) for b in boxes]
+
+    results = []
+    values = torch.randn(7, 8732, 4), 3 * torch.randn(7, 8732, 21)
+    for name in ('ours', 'theirs'):
+        locs, scores = (v.clone().requires_grad_() for v in values)
+        if name == 'ours':
+            loc_loss, conf_loss = MultiBoxLoss(create_prior_boxes()).parts(locs, scores, boxes, labels)
+        else:
+            losses = theirs.compute_loss([{'boxes': b, 'labels': l} for b, l in zip(boxes, labels)],
+                                         {'bbox_regression': locs, 'cls_logits': scores}, [priors_xy] * 7, matches)
+            loc_loss, conf_loss = losses['bbox_regression'], losses['classification']
+        (loc_loss + conf_loss).backward()
+        results.append((loc_loss.detach(), conf_loss.detach(), locs.grad, scores.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert results[0][2].abs().sum() > 0 and results[0][3].abs().sum() > 0
+
+
+def test_two_objects_that_want_the_same_prior_both_stay():
+    priors = create_prior_boxes()
+    index = first_of_map['conv9_2'] + 12 * 6  # the square prior in the middle of conv9_2
+    prior_xy = cxcy_to_xy(priors[index])
+    nearer, further = prior_xy + torch.tensor([0., 0., .01, 0.]), prior_xy + torch.tensor([0., 0., .03, 0.])
+    favorites = box_iou(torch.stack([further, nearer]), cxcy_to_xy(priors)).argmax(dim=1)
+    assert favorites.tolist() == [index, index]
+
+    true_boxes, true_classes = MultiBoxLoss(priors, threshold=0.99).match([torch.stack([further, nearer])],
+                                                                          [torch.tensor([7, 9])])
+    assert true_classes[0, index] == 9 and torch.equal(true_boxes[0, index], nearer)
+    assert (true_classes == 7).sum() == 1  # the other has its next best prior
+    next_best = box_iou(further[None], cxcy_to_xy(priors))[0].topk(2).indices[1]
+    assert true_classes[0, next_best] == 7
+
+
+def test_every_object_gets_a_prior_of_its_own():
+    """Against the plain algorithm: the largest overlap of all first, until each object has one."""
+    priors_xy = cxcy_to_xy(create_prior_boxes())
+    for n_objects in (1, 2, 5, 12, 30):
+        boxes = random_boxes(n_objects)
+        boxes[n_objects // 2:] = boxes[:n_objects - n_objects // 2] + 1e-3 * torch.rand(n_objects - n_objects // 2, 4)
+        overlap = box_iou(boxes, priors_xy)
+        found, left = own_priors(overlap[None])[0].tolist(), overlap.clone()
+        for _ in range(n_objects):
+            object, prior = divmod(left.argmax().item(), 8732)
+            assert overlap[object, prior] == overlap[object, found[object]]
+            left[object], left[:, found[object]] = -1, -1
+        assert len(set(found)) == n_objects
+
+
+def test_identical_objects_each_get_a_prior():
+    box = torch.tensor([0.2, 0.2, 0.4, 0.4])
+    _, true_classes = MultiBoxLoss(create_prior_boxes(), threshold=2.).match([box.repeat(3, 1)], [torch.tensor([1, 2, 3])])
+    assert true_classes[true_classes > 0].sort().values.tolist() == [1, 2, 3]
+
+
+def test_objects_do_not_depend_on_the_rest_of_the_batch():
+    """The padding of one picture's objects must not leave a trace."""
+    boxes, labels = scenes_without_conflicts(4)
+    criterion = MultiBoxLoss(create_prior_boxes())
+    together = criterion.match(boxes, labels)
+    for i in range(4):
+        alone = criterion.match(boxes[i:i + 1], labels[i:i + 1])
+        assert torch.equal(alone[0][0], together[0][i]) and torch.equal(alone[1][0], together[1][i])
+
+
+@pytest.mark.parametrize('n_pictures', [1, 3])
+def test_no_object_in_the_batch_means_no_loss(n_pictures):
+    locs, scores = torch.randn(n_pictures, 8732, 4, requires_grad=True), torch.randn(n_pictures, 8732, 5, requires_grad=True)
+    loss = MultiBoxLoss(create_prior_boxes())(locs, scores, [torch.empty(0, 4)] * n_pictures,
+                                             [torch.empty(0, dtype=torch.long)] * n_pictures)
+    loss.backward()
+    assert loss.item() == 0 and (locs.grad == 0).all() and (scores.grad == 0).all()
+
+
+def test_hard_negatives_are_three_times_the_positives_and_the_hardest():
+    boxes, labels = scenes_without_conflicts(2)
+    criterion, scores = MultiBoxLoss(create_prior_boxes()), torch.randn(2, 8732, 21, requires_grad=True)
+    _, conf_loss = criterion.parts(torch.zeros(2, 8732, 4), scores, boxes, labels)
+    conf_loss.backward()
+    counted, positive = scores.grad.abs().sum(dim=2) > 0, criterion.match(boxes, labels)[1] > 0
+    losses = -scores.log_softmax(dim=2)[:, :, 0]
+    for i in range(2):
+        n = 3 * positive[i].sum()
+        assert (counted[i] & ~positive[i]).sum() == n and counted[i][positive[i]].all()
+        assert losses[i][counted[i] & ~positive[i]].min() >= losses[i][~counted[i]].max()
+
+
+# ------------------------------------------------------------------------------------------------------- Detections
+
+def detect_plainly(predictor, locs, scores, min_score, max_overlap, top_k):
+    """Each picture and class on its own, box by box: what detect_objects has to equal."""
+    pictures = []
+    for loc, score in zip(locs, scores.softmax(dim=2)):
+        boxes, found = cxcy_to_xy(gcxgcy_to_cxcy(loc, predictor.priors_cxcy)), []
+        for label in range(1, score.size(1)):
+            left = [i for i in score[:, label].argsort(descending=True).tolist() if score[i, label] > min_score]
+            overlaps = find_jaccard_overlap(boxes[left].double(), boxes[left].double())
+            kept = []
+            for k, i in enumerate(left):
+                if not kept or overlaps[k, kept].max() <= max_overlap:
+                    kept.append(k)
+                    found.append((score[i, label].item(), label, i))
+        found = sorted(found, reverse=True)[:top_k]
+        pictures.append(([boxes[i].tolist() for _, _, i in found], [label for _, label, _ in found], [s for s, _, _ in found]))
+    return pictures
+
+
+@pytest.mark.parametrize('spread, top_k, min_score', [(1., 5, 0.2), (1., 200, 0.3), (0., 200, 0.01), (30., 5, 0.3)])
+def test_detections_equal_the_plain_algorithm(spread, top_k, min_score):
+    """Scattered boxes, boxes exactly on priors, and boxes far outside; few candidates needed, and all of them."""
+    predictor = _Predictor(n_classes=4)
+    locs = spread * torch.randn(2, 8732, 4)
+    scores = torch.cat([torch.full((2, 8732, 1), 4.), 2 * torch.randn(2, 8732, 3)], dim=2)
+    ours = SSD300.detect_objects(predictor, locs, scores, min_score, 0.45, top_k)
+    for i, (boxes, labels, all_scores) in enumerate(detect_plainly(predictor, locs, scores, min_score, 0.45, top_k)):
+        assert ours[1][i].tolist() == labels
+        assert ours[2][i].tolist() == pytest.approx(all_scores)
+        torch.testing.assert_close(ours[0][i], torch.tensor(boxes))
+        assert 0 < len(labels) <= top_k
+
+
+def test_candidates_that_all_overlap_are_searched_to_the_end():
+    """One box everywhere: the first candidates leave a single survivor each, so the search has to go on to the last."""
+    predictor = _Predictor(n_classes=3)
+    target = torch.tensor([0.5, 0.5, 0.3, 0.3]).expand(1, 8732, 4).clone()
+    target[0, 100] = torch.tensor([0.1, 0.1, 0.05, 0.05])  # except for one, with the lowest score
+    scores = torch.zeros(1, 8732, 3)
+    scores[..., 1] = 5 + torch.rand(8732)
+    scores[0, 100, 1] = 4
+    boxes, labels, _ = SSD300.detect_objects(predictor, cxcy_to_gcxgcy(target, predictor.priors_cxcy), scores, 0.01, 0.45, 50)
+    assert xy_to_cxcy(boxes[0])[labels[0] == 1].tolist() == [pytest.approx([.5, .5, .3, .3], abs=1e-5),
+                                                           pytest.approx([.1, .1, .05, .05], abs=1e-5)]
+
+
+def test_no_detection_gives_a_placeholder():
+    scores = torch.zeros(2, 8732, 3)
+    scores[..., 0] = 20.
+    scores[1, 7, 2] = 40.
+    boxes, labels, all_scores = SSD300.detect_objects(_Predictor(3), torch.zeros(2, 8732, 4), scores, 0.5, 0.45, 200)
+    assert boxes[0].tolist() == [[0, 0, 1, 1]] and labels[0].tolist() == [0] and all_scores[0].tolist() == [0]
+    assert labels[1].tolist() == [2] and labels[0].dtype == labels[1].dtype == torch.long

@@ -1,0 +1,303 @@
+"""The scripts, as a user runs them: data set, training, resuming, evaluation, detection, and what goes wrong."""
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import root
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import detect
+import eval as eval_script
+import train
+from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from demo import shapes
+from model import SSD300
+from utils import UserError, load_checkpoint, make_label_map, save_checkpoint
+
+label_map = make_label_map(shapes)
+
+
+# --------------------------------------------------------------------------------------------------------- Data set
+
+def test_dataset_items(voc_folder):
+    for split, n in (('TRAIN', 3), ('TEST', 2)):
+        dataset = PascalVOCDataset(voc_folder, split)
+        assert len(dataset) == n and dataset.label_map == label_map
+        image, boxes, labels, difficulties = dataset[0]
+        assert image.shape == (3, 300, 300) and image.dtype == torch.float32
+        assert boxes.shape == (len(labels), 4) and boxes.dtype == torch.float32 and 0 <= boxes.min() and boxes.max() <= 1
+        assert labels.dtype == torch.long and difficulties.dtype == torch.uint8 and len(difficulties) == len(labels)
+
+
+def test_pictures_whose_objects_are_all_difficult_or_that_have_none(voc_folder, tmp_path):
+    shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
+    objects = json.loads((tmp_path / 'TEST_objects.json').read_text())
+    objects[0]['difficulties'] = [1] * len(objects[0]['labels'])
+    objects[1] = {'boxes': [], 'labels': [], 'difficulties': []}
+    for split in ('TRAIN', 'TEST'):
+        shutil.copy(tmp_path / 'TEST_images.json', tmp_path / f'{split}_images.json')
+        (tmp_path / f'{split}_objects.json').write_text(json.dumps(objects))
+        hidden, kept = PascalVOCDataset(tmp_path, split), PascalVOCDataset(tmp_path, split, keep_difficult=True)
+        assert hidden[0][1].shape == hidden[1][1].shape == kept[1][1].shape == (0, 4)
+        assert kept[0][3].all() and len(kept[0][3]) > 0
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(voc_folder):
+    dataset, batches = PascalVOCDataset(voc_folder, 'TRAIN'), []
+    for workers in (0, 2):
+        sampler = EpochSampler(len(dataset), seed=3)
+        loader = DataLoader(dataset, 2, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
+                            persistent_workers=workers > 0)
+        epochs = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            epochs.append([batch[0] for batch in loader])
+        assert not torch.equal(epochs[0][0], epochs[1][0])
+        batches.append(torch.cat(epochs[0] + epochs[1]))
+    assert batches[0].shape == (6, 3, 300, 300) and torch.equal(*batches)
+
+
+def test_sampler_visits_each_picture_once_in_a_new_order():
+    sampler, orders = EpochSampler(50, seed=0), []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.append([i for i, _ in sampler])
+        assert sorted(orders[-1]) == list(range(50)) and list(sampler) == list(sampler)
+    assert orders[0] != orders[1] != orders[2]
+
+
+# ---------------------------------------------------------------------------------------------- Training, resuming
+
+def train_on(folder, path, epochs, workers=0, resume=False):
+    """Train with the functions of train.py."""
+    torch.manual_seed(0)
+    model = SSD300.from_checkpoint(load_checkpoint(path)) if resume else SSD300(len(label_map))
+    optimizer = train.make_optimizer(model, lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    if resume:
+        optimizer.load_state_dict(load_checkpoint(path)['optimizer'])
+    train.fit(model, optimizer, PascalVOCDataset(folder, 'TRAIN', keep_difficult=True), path, epochs, batch_size=2,
+              start_epoch=int(resume), workers=workers, decay_lr_at=(1,), decay_lr_to=0.5, print_freq=1, grad_clip=10)
+
+
+def test_interrupted_training_ends_in_the_same_weights(voc_folder, tmp_path, capsys):
+    """Two epochs at once; and one, then, with other workers, another. Three pictures: the last batch is of one."""
+    whole, parts = str(tmp_path / 'whole.pth'), str(tmp_path / 'parts.pth')
+    train_on(voc_folder, whole, epochs=2, workers=2)
+    train_on(voc_folder, parts, epochs=1)
+    first = load_checkpoint(parts)
+    train_on(voc_folder, parts, epochs=2, resume=True)
+    expected, resumed = load_checkpoint(whole), load_checkpoint(parts)
+    assert expected['epoch'] == resumed['epoch'] == 1
+    assert all(torch.equal(expected['model'][key], resumed['model'][key]) for key in expected['model'])
+    assert any(not torch.equal(expected['model'][key], first['model'][key]) for key in expected['model'])
+    assert [group['lr'] for group in resumed['optimizer']['param_groups']] == [1e-4, 5e-5]  # biases learn twice as fast
+
+    logs = []
+    for path in (whole, parts):
+        with open(path.replace('.pth', '.csv'), newline='') as file:
+            logs.append([[row[key] for key in ('epoch', 'batch', 'loss', 'lr')] for row in csv.DictReader(file)])
+    assert logs[0] == logs[1] and [row[:2] for row in logs[0]] == [['0', '1'], ['0', '2'], ['1', '1'], ['1', '2']]
+    assert re.search(r'epoch 1  batch 2/2  loss [\d.]+ \(loc [\d.]+, conf [\d.]+\)  lr 5e-05  [\d.]+ images/s  '
+                     r'data [\d.]+ s  left 0:00:00', capsys.readouterr().out)
+
+
+def test_the_log_of_epochs_to_come_is_cut_off(tmp_path):
+    path = str(tmp_path / 'c.csv')
+    train.start_log(path, 0)
+    with open(path, 'a', newline='') as file:
+        csv.writer(file).writerows([[0, 1], [1, 1], [2, 1]])
+    train.start_log(path, 2)
+    with open(path, newline='') as file:
+        assert [row[0] for row in csv.reader(file)] == ['epoch', '0', '1']
+    train.start_log(path, 0)
+    with open(path, newline='') as file:
+        assert len(list(csv.reader(file))) == 1
+
+
+def test_a_loss_that_is_no_number_stops_training(voc_folder, tmp_path):
+    path = str(tmp_path / 'c.pth')
+    model = SSD300(len(label_map))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    save_checkpoint(path, 0, model, optimizer, label_map, seed=0)
+    before = open(path, 'rb').read()
+    model.pred_convs.loc_conv7.bias.data[0] = float('nan')
+    with pytest.raises(UserError, match='the loss became nan in epoch 1'):
+        train.fit(model, optimizer, PascalVOCDataset(voc_folder, 'TRAIN'), path, 2, 2, start_epoch=1)
+    assert open(path, 'rb').read() == before
+
+
+def test_main_trains_evaluates_and_refuses_other_labels(voc_folder, tmp_path, monkeypatch, capsys):
+    settings = {'data_folder': voc_folder, 'checkpoint_path': str(tmp_path / 'c.pth'), 'pretrained': None, 'epochs': 1,
+                'batch_size': 3, 'workers': 0}
+    for name, value in settings.items():
+        monkeypatch.setattr(train, name, value)
+    train.main()
+    with pytest.raises(UserError, match='exists'):
+        train.main()  # would overwrite it
+    monkeypatch.setattr(train, 'checkpoint', settings['checkpoint_path'])
+    monkeypatch.setattr(train, 'epochs', 2)
+    train.main()
+    assert load_checkpoint(settings['checkpoint_path'])['epoch'] == 1
+
+    for name, value in {'data_folder': voc_folder, 'checkpoint': settings['checkpoint_path'], 'workers': 0}.items():
+        monkeypatch.setattr(eval_script, name, value)
+    capsys.readouterr()
+    eval_script.main()
+    printed = capsys.readouterr().out
+    assert re.search(r'circle +\d+ +(\d\.\d{3}|-)\n', printed) and re.search(r'mAP +\d+ +\d\.\d{3}\n', printed)
+    assert re.search(r'2 pictures, [\d.]+ pictures/s', printed)
+
+    other = tmp_path / 'other'
+    shutil.copytree(voc_folder, other)
+    (other / 'label_map.json').write_text(json.dumps({'background': 0, 'dog': 1}))
+    for script in (train, eval_script):
+        monkeypatch.setattr(script, 'data_folder', str(other))
+        with pytest.raises(UserError, match='dog'):
+            script.main()
+
+
+# ------------------------------------------------------------------------------------------------------- Detection
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    """A checkpoint whose model finds a square at one place in every picture, whatever it shows."""
+    model = SSD300(len(label_map))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.zeros_(layer.weight)
+    for name, layer in model.pred_convs.named_children():
+        if name.startswith('cl_'):
+            layer.bias.data.view(-1, len(label_map))[:, 0] = 20
+    model.pred_convs.cl_conv11_2.bias.data[label_map['square']] = 25  # the last map's first prior: the middle, 0.9 wide
+    path = str(tmp_path_factory.mktemp('checkpoint') / 'c.pth')
+    save_checkpoint(path, 0, model, torch.optim.SGD(model.parameters(), lr=1), label_map, seed=0)
+    return path
+
+
+def run_detect(monkeypatch, checkpoint, output_folder, *paths):
+    for name, value in {'checkpoint': checkpoint, 'output_folder': str(output_folder)}.items():
+        monkeypatch.setattr(detect, name, value)
+    monkeypatch.setattr(sys, 'argv', ['detect.py', *map(str, paths)])
+    detect.main()
+
+
+def test_detect_files_and_folders(checkpoint, tmp_path, monkeypatch, capsys):
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+        Image.new('RGB', (200, 100), 'white').save(tmp_path / folder / 'x.png')
+    Image.new('CMYK', (60, 90)).save(tmp_path / 'b' / 'y.tif')
+    (tmp_path / 'b' / 'notes.txt').write_text('no picture, and not asked for')
+    before = (tmp_path / 'a' / 'x.png').read_bytes()
+    run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path / 'a' / 'x.png', tmp_path / 'b')
+    assert sorted(os.listdir(tmp_path / 'out')) == ['x-2.png', 'x.png', 'y.tif.png']
+    assert Image.open(tmp_path / 'out' / 'x.png').size == (200, 100)
+    assert (tmp_path / 'a' / 'x.png').read_bytes() == before
+    assert re.search(r'square +0\.99  x 10-190, y 5-95', capsys.readouterr().out)
+
+    run_detect(monkeypatch, checkpoint, tmp_path / 'a', tmp_path / 'a')  # into the folder itself
+    assert (tmp_path / 'a' / 'x.png').read_bytes() == before and (tmp_path / 'a' / 'x-2.png').exists()
+
+
+def test_detect_goes_on_after_a_file_that_is_no_picture(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'text.jpg').write_text('no picture')
+    Image.effect_noise((64, 64), 50).save(tmp_path / 'whole.jpg')
+    (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:800])
+    with pytest.raises(UserError, match='3 of 4'):
+        run_detect(monkeypatch, checkpoint, tmp_path / 'out', *(tmp_path / f'{n}.jpg' for n in ('text', 'cut', 'none', 'whole')))
+    assert os.listdir(tmp_path / 'out') == ['whole.jpg']
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 3 and all(f'{n}.jpg' in line for n, line in zip(('text', 'cut', 'none'), errors))
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='empty has no pictures'):
+        run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path / 'empty')
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F'])
+def test_detect_takes_any_mode_and_leaves_the_picture_alone(checkpoint, monkeypatch, mode):
+    monkeypatch.setattr(detect, 'checkpoint', checkpoint)
+    image = Image.new(mode, (120, 80))
+    before = image.tobytes()
+    annotated = detect.detect(image, min_score=0.5, max_overlap=0.5, top_k=10)
+    assert annotated.mode == 'RGB' and annotated.size == (120, 80) and annotated is not image
+    assert image.mode == mode and image.tobytes() == before
+    assert annotated.tobytes() != detect.detect(image, 0.5, 0.5, 10, suppress=['square']).tobytes()
+    unmarked = detect.detect(image, min_score=0.9999, max_overlap=0.5, top_k=10)
+    assert unmarked.tobytes() == detect.to_rgb(image).tobytes()
+
+
+def test_detect_honors_exif_orientation(checkpoint, monkeypatch):
+    monkeypatch.setattr(detect, 'checkpoint', checkpoint)
+    image = Image.new('RGB', (120, 80))
+    image.getexif()[0x0112] = 6
+    assert detect.detect(image, 0.5, 0.5, 10).size == (80, 120)
+    assert image.size == (120, 80) and image.getexif()[0x0112] == 6
+
+
+@pytest.mark.parametrize('size', [(30, 20), (300, 200), (4000, 3000)])
+def test_labels_stay_inside_the_picture(monkeypatch, size):
+    """Boxes in the corners and beyond: each label is drawn whole, and scales with the picture."""
+    drawn = []
+    plain = detect.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(detect.ImageDraw.ImageDraw, 'text',
+                        lambda self, xy, text, **options: (drawn.append(self.textbbox(xy, text, options['font'])),
+                                                           plain(self, xy, text, **options)))
+    w, h = size
+    corners = [(0, 0, w // 4, h // 4), (w - w // 4, 0, w, h // 4), (0, h - h // 4, w // 4, h), (w - 2, h - 2, w, h), (0, 0, w, h)]
+    detect.draw_objects(Image.new('RGB', size), [('square', 0.9, box) for box in corners], label_map)
+    assert len(drawn) == 5
+    for x_min, y_min, x_max, y_max in drawn:
+        assert x_min >= 0 and y_min >= 0 and y_max <= h and (x_max <= w or w < 100)
+        assert y_max - y_min >= min(h / 50, 5)
+
+
+def test_text_is_readable_on_every_label_color():
+    """The text is black or white, whichever differs more from the label's color."""
+    many = make_label_map([f'class{i}' for i in range(80)])
+    for label in list(many)[1:]:
+        image = detect.draw_objects(Image.new('RGB', (400, 300)), [(label, 0.5, (0, 100, 300, 280))], many)
+        band = image.crop((4, 80, 60, 98)).convert('L')
+        assert band.getextrema()[1] - band.getextrema()[0] > 90
+
+
+# ----------------------------------------------------------------------------------------------- What users run into
+
+@pytest.mark.parametrize('command, remedy', [
+    (['create_data_lists.py'], 'download = True'), (['train.py'], 'python create_data_lists.py'),
+    (['eval.py'], 'python create_data_lists.py'), (['detect.py', 'x.jpg'], 'python train.py')])
+def test_without_data_scripts_end_in_one_line(tmp_path, command, remedy):
+    result = subprocess.run([sys.executable, os.path.join(root, command[0]), *command[1:]], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ''
+    assert result.stderr.startswith('Error: ') and result.stderr.count('\n') == 1 and remedy in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
+    shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'broken.jpg').write_text('no picture')
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps([str(tmp_path / 'broken.jpg')] * 3))
+    program = ('import torch, train\nfrom utils import run\n'
+               'train.data_folder, train.checkpoint_path, train.pretrained, train.workers = ".", "c.pth", None, 1\n'
+               'if __name__ == "__main__":\n    run(train.main)')
+    result = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, 'PYTHONPATH': root})
+    assert result.returncode == 1 and result.stderr.count('\n') == 1
+    assert result.stderr.startswith(f'Error: {tmp_path / "broken.jpg"} is not a picture')
+
+
+@pytest.mark.parametrize('script', ['utils', 'model', 'datasets', 'create_data_lists', 'train', 'eval', 'detect', 'demo'])
+def test_importing_touches_nothing(tmp_path, script):
+    program = ('import socket, torch\n'
+               'torch.load = torch.cuda.is_available = torch.cuda.init = socket.socket = None\n'
+               f'import {script}\nprint(torch.cuda.is_initialized())')
+    result = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, 'PYTHONPATH': root, 'PYTHONDONTWRITEBYTECODE': '1'})
+    assert result.stdout == 'False\n' and result.stderr == '' and os.listdir(tmp_path) == []

@@ -1,0 +1,379 @@
+"""Annotations, lists, boxes, encodings, suppression, mean average precision, checkpoints."""
+import io
+import json
+import math
+import os
+import pickle
+import tarfile
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+import torchvision.datasets.voc
+from conftest import random_boxes
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import batched_nms, box_convert, box_iou
+
+import create_data_lists as create_data_lists_script
+import utils
+from demo import draw_dataset
+from model import SSD300
+from utils import (UserError, calculate_mAP, create_data_lists, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_color_map, make_label_map,
+                   non_maximum_suppression, parse_annotation, save_checkpoint, voc_labels, xy_to_cxcy)
+
+
+# ------------------------------------------------------------------------------------------------------------ Boxes
+
+def test_coordinates_equal_torchvisions_and_round_trip():
+    xy = random_boxes(3, 50)
+    torch.testing.assert_close(xy_to_cxcy(xy), box_convert(xy, 'xyxy', 'cxcywh'))
+    torch.testing.assert_close(cxcy_to_xy(xy_to_cxcy(xy)), xy)
+    assert xy_to_cxcy(torch.empty(0, 4)).shape == (0, 4)
+
+
+def test_overlaps_equal_torchvisions():
+    set_1, set_2 = random_boxes(40), random_boxes(70)
+    torch.testing.assert_close(find_jaccard_overlap(set_1, set_2), box_iou(set_1, set_2))
+    both = find_jaccard_overlap(torch.stack([set_1, set_1 / 2]), set_2)  # a batch of sets against one
+    torch.testing.assert_close(both[1], box_iou(set_1 / 2, set_2))
+    assert find_jaccard_overlap(set_1, torch.empty(0, 4)).shape == (40, 0)
+    assert find_jaccard_overlap(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0
+
+
+def test_encoding_equals_torchvisions_and_round_trips():
+    priors = create_prior_boxes()
+    boxes = random_boxes(len(priors))
+    offsets = cxcy_to_gcxgcy(xy_to_cxcy(boxes), priors)
+    theirs = BoxCoder(weights=(10., 10., 5., 5.)).encode_single(boxes, cxcy_to_xy(priors))
+    torch.testing.assert_close(offsets, theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cxcy_to_xy(gcxgcy_to_cxcy(offsets, priors)), boxes, atol=1e-5, rtol=0)
+
+
+def test_suppression_equals_torchvisions():
+    for n in (1, 30, 2000):
+        boxes, scores, groups = random_boxes(n), torch.rand(n), torch.randint(0, 5, (n,))
+        expected = batched_nms(boxes.double(), scores.double(), groups, 0.45)
+        assert torch.equal(non_maximum_suppression(boxes, scores, groups, 0.45), expected)
+    assert non_maximum_suppression(torch.empty(0, 4), torch.empty(0), torch.empty(0, dtype=torch.long), 0.5).shape == (0,)
+
+
+def test_suppression_keeps_groups_apart_even_far_outside_the_picture():
+    """Were boxes only moved by (largest coordinate + 1), the second would come to lie on the first."""
+    boxes = torch.tensor([[0., 0., 1., 1.], [-2., -2., -1., -1.]])
+    assert non_maximum_suppression(boxes, torch.tensor([.9, .8]), torch.tensor([0, 1]), 0.5).tolist() == [0, 1]
+
+
+# ----------------------------------------------------------------------------------------------------------- Labels
+
+def test_labels():
+    assert utils.label_map['background'] == 0 and utils.label_map['aeroplane'] == 1 and utils.label_map['tvmonitor'] == 20
+    assert utils.rev_label_map[12] == 'dog' and set(utils.label_color_map) == {'background', *voc_labels}
+    colors = make_color_map(make_label_map([str(i) for i in range(80)])).values()
+    assert len(set(colors)) == 81 and all(len(c) == 7 and int(c[1:], 16) >= 0 for c in colors)
+    for labels in (['a', 'a'], ['background'], []):
+        with pytest.raises(UserError):
+            make_label_map(labels)
+
+
+# ------------------------------------------------------------------------------------------------------ Annotations
+
+def annotation(*objects, size='<size><width>100</width><height>80</height></size>'):
+    """XML of an annotation; an object is (name, box, more XML)."""
+    edges = ('xmin', 'ymin', 'xmax', 'ymax')
+    return f'<annotation>{size}' + ''.join(
+        f'<object><name>{name}</name>{more}<bndbox>' + ''.join(f'<{e}>{v}</{e}>' for e, v in zip(edges, box))
+        + '</bndbox></object>' for name, box, more in objects) + '</annotation>'
+
+
+def parse(tmp_path, text):
+    path = tmp_path / 'a.xml'
+    path.write_text(text)
+    return parse_annotation(str(path))
+
+
+def test_annotation(tmp_path):
+    part = '<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>'
+    parsed = parse(tmp_path, annotation(('dog', (1, 1, 100, 80), '<difficult>1</difficult>'),
+                                        ('person', (45.5, 10.25, 60, 20), part), ('cat', (0, 0, 101, 81), '')))
+    assert parsed['boxes'] == [[0, 0, 99, 79], [44.5, 9.25, 59, 19], [0, 0, 100, 80]]  # the last one was a pixel outside
+    assert parsed['labels'] == [12, 15, 8] and parsed['difficulties'] == [1, 0, 0] and parsed['dropped'] == []
+
+
+@pytest.mark.parametrize('name, box, reason', [
+    ('dog', (5, 5, 5, 9), 'has no area'), ('dog', (9, 5, 5, 9), 'has no area'), ('dog', ('nan', 5, 5, 9), 'has no area'),
+    ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'), ('dog', (5, 5, 'inf', 9), 'outside'),
+    ('dragon', (5, 5, 10, 9), 'dragon'), ('background', (5, 5, 10, 9), 'background')])
+def test_wrong_objects_are_dropped_with_a_reason(tmp_path, name, box, reason):
+    parsed = parse(tmp_path, annotation((name, box, ''), ('cat', (5, 5, 10, 9), '')))
+    assert parsed['boxes'] == [[4, 4, 9, 8]] and len(parsed['dropped']) == 1 and reason in parsed['dropped'][0]
+
+
+@pytest.mark.parametrize('text', ['', 'no xml', '<annotation><object></object></annotation>',
+                                  annotation(('dog', ('a', 1, 2, 3), '')), annotation(('dog', (1, 2), '')),
+                                  annotation(('', (1, 2, 3, 4), ''))])
+def test_an_unreadable_annotation_is_named(tmp_path, text):
+    with pytest.raises(UserError, match='a.xml is not an annotation') as error:
+        parse(tmp_path, text)
+    assert '\n' not in str(error.value)
+
+
+def test_lists(tmp_path, capsys):
+    folder = tmp_path / 'data'
+    draw_dataset(str(folder), 4, 2)
+    annotations = folder / 'Annotations'
+    (annotations / 'trainval_0001.xml').write_text('<annotation></annotation>')
+    (annotations / 'test_0001.xml').write_text('<annotation></annotation>')
+    root = ET.parse(annotations / 'trainval_0002.xml').getroot()
+    root.find('object/bndbox/xmax').text = root.find('object/bndbox/xmin').text
+    ET.ElementTree(root).write(annotations / 'trainval_0002.xml')
+
+    create_data_lists(str(folder), None, str(tmp_path / 'lists'), labels=('triangle', 'square', 'circle'))
+    lists = {name: json.loads((tmp_path / 'lists' / name).read_text()) for name in os.listdir(tmp_path / 'lists')}
+    assert set(lists) == {'TRAIN_images.json', 'TRAIN_objects.json', 'TEST_images.json', 'TEST_objects.json', 'label_map.json'}
+    assert lists['label_map.json'] == {'background': 0, 'triangle': 1, 'square': 2, 'circle': 3}
+    assert len(lists['TRAIN_images.json']) == len(lists['TRAIN_objects.json']) == 3  # without the picture without objects
+    assert len(lists['TEST_images.json']) == 2 and lists['TEST_objects.json'][1]['boxes'] == []
+    assert all(os.path.isfile(path) for path in lists['TRAIN_images.json'])
+
+    printed = capsys.readouterr().out
+    assert 'trainval_0002.jpg: ' in printed and 'has no area' in printed and 'dropped 1 boxes' in printed
+    n_objects = sum(len(objects['labels']) for objects in lists['TRAIN_objects.json'])
+    assert f'{"objects":20}{n_objects:10}' in printed
+
+
+def test_lists_of_two_folders_and_unknown_labels(tmp_path, capsys):
+    draw_dataset(str(tmp_path / '07'), 3, 2)
+    draw_dataset(str(tmp_path / '12'), 4, 0, seed=1)
+    create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), labels=('square',))
+    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
+    assert {os.path.dirname(path) for path in images} <= {str(tmp_path / year / 'JPEGImages') for year in ('07', '12')}
+    assert "label 'circle' is not one of the labels" in capsys.readouterr().out
+    with pytest.raises(UserError, match='dragon'):
+        create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=('dragon',))
+
+
+@pytest.mark.parametrize('breakage', ['picture', 'annotation', 'no picture', 'size', 'disk'])
+def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, breakage):
+    draw_dataset(str(tmp_path), 3, 1)
+    create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square', 'circle', 'triangle'))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob('*.json')}
+    picture, annotated = tmp_path / 'JPEGImages/test_0000.jpg', tmp_path / 'Annotations/test_0000.xml'
+    if breakage == 'picture':
+        picture.unlink()
+    elif breakage == 'annotation':
+        annotated.unlink()
+    elif breakage == 'no picture':
+        picture.write_text('text')
+    elif breakage == 'size':
+        annotated.write_text(annotation(size='<size><width>7</width><height>7</height></size>'))
+    else:
+        def full(*_):
+            raise OSError(28, 'No space left on device')
+        monkeypatch.setattr(utils.os, 'fsync', full)
+    with pytest.raises(OSError if breakage == 'disk' else UserError) as error:
+        create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square',))
+    assert breakage == 'disk' or 'test_0000' in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_download_merges_the_archives(tmp_path, monkeypatch):
+    """Small archives stand in for Pascal VOC's, with their own checksums."""
+    import hashlib
+    years = {}
+    for key, year, splits in (('2007', '2007', (2, 0)), ('2007-test', '2007', (0, 2)), ('2012', '2012', (3, 0))):
+        source = tmp_path / 'source' / key
+        draw_dataset(str(source), *splits, seed=len(key) + int(year))
+        for split in ('trainval', 'test'):
+            path = source / 'ImageSets/Main' / f'{split}.txt'
+            if not path.read_text().strip():
+                path.unlink()
+        archive = tmp_path / f'{key}.tar'
+        with tarfile.open(archive, 'w') as tar:
+            tar.add(source, f'VOCdevkit/VOC{year}')
+        years[key] = {'url': archive.as_uri(), 'filename': archive.name, 'base_dir': f'VOCdevkit/VOC{year}',
+                      'md5': hashlib.md5(archive.read_bytes()).hexdigest()}
+    for year in (tmp_path / 'source').iterdir():  # VOCDetection reads this split list, which has the same name here
+        pass
+    monkeypatch.setattr(torchvision.datasets.voc, 'DATASET_YEAR_DICT', years)
+    create_data_lists_script.download_voc(str(tmp_path / 'root'))
+    devkit = tmp_path / 'root/VOCdevkit'
+    create_data_lists(str(devkit / 'VOC2007'), str(devkit / 'VOC2012'), str(tmp_path), ('circle', 'square', 'triangle'))
+    assert len(json.loads((tmp_path / 'TEST_images.json').read_text())) == 2
+    assert len(json.loads((tmp_path / 'TRAIN_images.json').read_text())) == 5
+
+    years['2012']['md5'] = 'wrong'
+    with pytest.raises(UserError, match='2012'):
+        create_data_lists_script.download_voc(str(tmp_path / 'root'))
+
+
+# -------------------------------------------------------------------------------------------- Mean average precision
+
+left, right, far = [0., 0., .4, .4], [.5, .5, .9, .9], [.9, 0., 1., .1]
+
+
+def mAP(detections, objects, label_map={'background': 0, 'a': 1, 'b': 2}):
+    """Of pictures, each a list of detections (box, label, score) and of objects (box, label, difficult)."""
+    def tensors(pictures):
+        return ([torch.tensor([row[0] for row in rows]).view(-1, 4) for rows in pictures],
+                [torch.tensor([row[1] for row in rows], dtype=torch.long) for rows in pictures],
+                [torch.tensor([float(row[2]) for row in rows]) for rows in pictures])
+    return calculate_mAP(*tensors(detections), *tensors(objects), label_map)
+
+
+def test_mAP_by_hand():
+    assert mAP([[(left, 1, .9)]], [[(left, 1, 0)]]) == ({'a': 1.}, 1.)
+    # A miss: one of two objects found, precision 1 up to a recall of 0.5, that is at 6 of the 11 points
+    assert mAP([[(left, 1, .9)]], [[(left, 1, 0), (right, 1, 0)]])[1] == pytest.approx(6 / 11)
+    # A false positive with a higher score: precision 1/2 at all points
+    assert mAP([[(left, 1, .9), (far, 1, .95)]], [[(left, 1, 0)]])[1] == pytest.approx(1 / 2)
+    # The same with a lower score does no harm
+    assert mAP([[(left, 1, .9), (far, 1, .5)]], [[(left, 1, 0)]])[1] == 1
+    # A duplicate is a false positive: hit, duplicate, hit; precision 1 at 6 points, 2/3 at 5
+    found = [(left, 1, .9), (left, 1, .8), (right, 1, .7)]
+    assert mAP([found], [[(left, 1, 0), (right, 1, 0)]])[1] == pytest.approx((6 + 5 * 2 / 3) / 11)
+    # The right box with the wrong class, and the right box in another picture, are false positives
+    assert mAP([[(left, 2, .9)], []], [[(left, 1, 0)], []]) == ({'a': 0.}, 0.)
+    assert mAP([[], [(left, 1, .9)]], [[(left, 1, 0)], []]) == ({'a': 0.}, 0.)
+    # The mean over two classes
+    assert mAP([[(left, 1, .9)]], [[(left, 1, 0), (right, 2, 0)]]) == ({'a': 1., 'b': 0.}, .5)
+
+
+def test_mAP_needs_an_overlap_of_more_than_half():
+    half = [0., 0., .5, .25]
+    assert mAP([[(half, 1, .9)]], [[([0., 0., .5, .5], 1, 0)]])[1] == 0  # exactly one half
+    assert mAP([[([0., 0., .5, .26], 1, .9)]], [[([0., 0., .5, .5], 1, 0)]])[1] == 1
+
+
+def test_mAP_ignores_difficult_objects():
+    objects = [(left, 1, 0), (right, 1, 1)]
+    assert mAP([[(left, 1, .9)]], [objects])[1] == 1  # not found: no miss
+    assert mAP([[(left, 1, .8), (right, 1, .9)]], [objects])[1] == 1  # found: no false positive
+    assert mAP([[(left, 1, .8), (right, 1, .9), (right, 1, .85)]], [objects])[1] == 1  # found twice: neither
+    assert math.isnan(mAP([[(right, 1, .9)]], [[(right, 1, 1)]])[1])  # a class of difficult objects only has no AP
+
+
+def test_mAP_belongs_detections_to_the_object_they_overlap_most():
+    """The second detection overlaps both objects by more than half, but more the one that is found already."""
+    first, second = [0., 0., .5, .5], [.06, 0., .56, .5]
+    objects = [(first, 1, 0), (second, 1, 0)]
+    assert mAP([[(first, 1, .9), ([.01, 0., .51, .5], 1, .8)]], [objects])[1] == pytest.approx(6 / 11)
+
+
+def test_mAP_of_ties_keeps_the_order_of_detections():
+    objects = [[(left, 1, 0)]]
+    assert mAP([[(left, 1, .5), (far, 1, .5)]], objects)[1] == 1
+    assert mAP([[(far, 1, .5), (left, 1, .5)]], objects)[1] == pytest.approx(1 / 2)
+    twins = [[(left, 1, 0), (left, 1, 0)]]  # two identical objects: both detections belong to the first
+    assert mAP([[(left, 1, .5), (left, 1, .5)]], twins)[1] == pytest.approx(6 / 11)
+
+
+def test_mAP_without_detections_or_objects():
+    assert mAP([[], []], [[(left, 1, 0)], []]) == ({'a': 0.}, 0.)
+    assert mAP([[([0., 0., 1., 1.], 0, 0.)]], [[(left, 1, 0)]]) == ({'a': 0.}, 0.)  # the placeholder
+    for detections in ([[]], [[(left, 1, .9)]]):
+        average_precisions, mean = mAP(detections, [[]])
+        assert average_precisions == {} and math.isnan(mean)
+    assert mAP([[(left, 2, .9)]], [[(right, 1, 0)]]) == ({'a': 0.}, 0.)  # class b has no objects and no AP
+
+
+def test_mAP_equals_a_plain_count():
+    """Against loops over classes, detections and objects, on random boxes."""
+    def some(n, last):
+        boxes = (random_boxes(n) * 4).round() / 4  # a coarse grid: many overlaps, and many ties between them
+        boxes[:, 2:] = torch.max(boxes[:, 2:], boxes[:, :2] + .25)
+        return list(zip(boxes.tolist(), torch.randint(1, 3, (n,)).tolist(), last(n)))
+
+    detections = [some(torch.randint(0, 25, ()).item(), lambda n: (torch.randint(0, 10, (n,)) / 10).tolist()) for _ in range(30)]
+    objects = [some(torch.randint(0, 5, ()).item(), lambda n: (torch.rand(n) < .2).int().tolist()) for _ in range(30)]
+    expected = {}
+    for label, name in ((1, 'a'), (2, 'b')):
+        ranked = [(score, i, box) for i, found in enumerate(detections) for box, l, score in found if l == label]
+        ranked.sort(key=lambda row: -row[0])
+        n_objects = sum(l == label and not difficult for rows in objects for _, l, difficult in rows)
+        taken, hits, precisions = set(), 0, []
+        for n, (_, i, box) in enumerate(ranked):
+            best = max(((box_iou(torch.tensor([box]), torch.tensor([b])).item(), -k, difficult)
+                        for k, (b, l, difficult) in enumerate(objects[i]) if l == label), default=(0, 0, 0))
+            if best[0] > .5 and best[2]:
+                continue
+            hit = best[0] > .5 and (i, best[1]) not in taken
+            hits += hit
+            taken |= {(i, best[1])} if hit else set()
+            precisions.append((hit, hits, None))
+        counted = [(h / (k + 1), h) for k, (_, h, _) in enumerate(precisions)]
+        expected[name] = sum(max([p for p, h in counted if h * 10 >= t * n_objects], default=0) for t in range(11)) / 11
+    average_precisions, mean = mAP(detections, objects)
+    assert average_precisions == pytest.approx(expected) and mean == pytest.approx(sum(expected.values()) / 2)
+    assert 0.05 < mean < 0.95
+
+
+# ------------------------------------------------------------------------------------------------------ Checkpoints
+
+def test_checkpoint_round_trip(tmp_path):
+    model, path = SSD300(n_classes=3), str(tmp_path / 'c.pth')
+    model.priors_cxcy = model.priors_cxcy * 0.9
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    save_checkpoint(path, 4, model, optimizer, {'background': 0, 'a': 1, 'b': 2}, seed=7)
+    saved = load_checkpoint(path)
+    assert saved['epoch'] == 4 and saved['seed'] == 7 and saved['optimizer']['param_groups'][0]['lr'] == 0.5
+    loaded = SSD300.from_checkpoint(saved)
+    assert torch.equal(loaded.priors_cxcy, model.priors_cxcy)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    assert os.listdir(tmp_path) == ['c.pth']
+
+    saved['label_map'] = {'background': 0, 'a': 1}
+    with pytest.raises(UserError, match='does not fit'):
+        SSD300.from_checkpoint(saved)
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / 'c.pth'
+    path.write_bytes(b'old')
+
+    def interrupted(content, file):
+        file.write(b'half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, 'save', interrupted)
+    model = SSD300(n_classes=2)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(str(path), 0, model, torch.optim.SGD(model.parameters(), lr=1), {}, 0)
+    assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['c.pth']
+
+
+class Malicious:
+    """Would create a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, zipped):
+    content = {'epoch': 0, 'label_map': {}, 'model': Malicious(str(tmp_path / 'harm')), 'priors_cxcy': torch.zeros(1)}
+    torch.save(content, tmp_path / 'c.pth', _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match='harmful') as error:
+        load_checkpoint(str(tmp_path / 'c.pth'))
+    assert not (tmp_path / 'harm').exists() and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('content', [b'', b'text', b'PK\x03\x04 no zip', pickle.dumps({'epoch': 1}), None])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
+    path = tmp_path / 'c.pth'
+    if content is None:
+        file = io.BytesIO()
+        torch.save({'weights': torch.zeros(3)}, file)
+        content = file.getvalue()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match='c.pth') as error:
+        load_checkpoint(str(path))
+    assert '\n' not in str(error.value)
+
+
+def test_a_missing_checkpoint_says_how_to_make_it(tmp_path):
+    with pytest.raises(UserError, match='python train.py'):
+        load_checkpoint(str(tmp_path / 'none.pth'))
