@@ -22,8 +22,9 @@ class PascalVOCDataset(Dataset):
     def __init__(self, data_folder, split, keep_difficult=False):
         self.split = split
         self.keep_difficult = keep_difficult
-        self.images, self.objects, self.label_map = (
-            read_list(data_folder, name) for name in (f'{split}_images.json', f'{split}_objects.json', 'label_map.json'))
+        self.images = read_list(data_folder, f'{split}_images.json')
+        self.objects = read_list(data_folder, f'{split}_objects.json')
+        self.label_map = read_list(data_folder, 'label_map.json')
 
     def __len__(self):
         return len(self.images)
@@ -36,7 +37,7 @@ class PascalVOCDataset(Dataset):
         """
         i, rng = (i[0], random.Random(i[1])) if isinstance(i, tuple) else (i, random)
         image = open_image(self.images[i])
-        boxes = torch.tensor(self.objects[i]['boxes'], dtype=torch.float32).view(-1, 4)  # (n_objects, 4), also for none
+        boxes = torch.tensor(self.objects[i]['boxes'], dtype=torch.float32).view(-1, 4)  # (n_objects, 4)
         labels = torch.tensor(self.objects[i]['labels'], dtype=torch.long)  # (n_objects)
         difficulties = torch.tensor(self.objects[i]['difficulties'], dtype=torch.uint8)  # (n_objects)
         if not self.keep_difficult:

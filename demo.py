@@ -24,13 +24,13 @@ from utils import create_data_lists, load_checkpoint, open_image, run
 
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
-hues = {'circle': (-30, 50), 'square': (180, 260), 'triangle': (70, 150)}  # of each class, in degrees around the color wheel
+hues = {'circle': (-30, 50), 'square': (180, 260), 'triangle': (70, 150)}  # of each, in degrees on the color wheel
 n_train = 320  # pictures to train on
 n_test = 80  # other pictures, to measure on
 epochs = 3  # times to go through the training pictures
 decay_lr_at = (2,)  # epochs from which the learning rate is a tenth
 batch_size = 8  # pictures in a batch
-lr = 1e-4  # learning rate of AdamW, which needs far fewer iterations here than the stochastic gradient descent of train.py
+lr = 1e-4  # learning rate of AdamW, which needs far fewer iterations here than train.py's gradient descent
 
 
 def random_color(rng, hue=(0, 360), saturation=(0, 30), lightness=(20, 80)):
@@ -46,21 +46,17 @@ def random_color(rng, hue=(0, 360), saturation=(0, 30), lightness=(20, 80)):
 def draw_background(size, rng):
     """
     :param size: width and height
-    :return: a PIL image: a blurred patchwork, with lines and arcs over it that are no objects
+    :return: a PIL image: dull patches, grain, and many strokes that are no objects
     """
     patches = Image.new('RGB', (rng.randint(2, 6), rng.randint(2, 6)))
     patches.putdata([random_color(rng) for _ in range(patches.width * patches.height)])
     image = patches.resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(5, 25)):
+    for _ in range(rng.randint(40, 120)):
         x, y = rng.randrange(size[0]), rng.randrange(size[1])
-        box = (x, y, x + rng.randint(10, size[0] // 2), y + rng.randint(10, size[1] // 2))
-        color, width = random_color(rng), rng.randint(1, 4)
-        if rng.random() < 0.5:
-            draw.arc(box, rng.randrange(360), rng.randrange(360), color, width)
-        else:
-            draw.line(box, color, width)
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5)))
+        draw.line((x, y, x + rng.randint(-30, 30), y + rng.randint(-30, 30)), random_color(rng), rng.randint(1, 4))
+    grain = Image.frombytes('L', (size[0], size[1]), rng.randbytes(size[0] * size[1])).convert('RGB')
+    return Image.blend(image, grain, rng.uniform(0.1, 0.4))
 
 
 def draw_shape(image, shape, box, difficult, rng):
@@ -84,13 +80,14 @@ def draw_shape(image, shape, box, difficult, rng):
 
 def draw_picture(rng):
     """
-    :return: a PIL image with one to four shapes, and a list of (shape, box, difficult) for each; boxes are boundary
+    :return: a PIL image with one to six shapes, and a list of (shape, box, difficult) for each; boxes are boundary
         coordinates in pixels from 0, the last pixels included
     """
-    image = draw_background((rng.randint(280, 400), rng.randint(240, 340)), rng)
+    image = draw_background((rng.randint(280, 360), rng.randint(260, 340)), rng)
     objects = []
-    for _ in range(rng.randint(1, 4)):
-        side = rng.randint(60, 180)
+    n_objects = rng.randint(1, 6)
+    for _ in range(30):  # tries
+        side = rng.randint(80, 180)
         width, height = side, round(side * rng.uniform(0.8, 1.25))
         x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
         box = (x, y, x + width - 1, y + height - 1)
@@ -99,6 +96,8 @@ def draw_picture(rng):
         shape, difficult = rng.choice(shapes), rng.random() < 0.04
         draw_shape(image, shape, box, difficult, rng)
         objects.append((shape, box, difficult))
+        if len(objects) == n_objects:
+            break
     return image, objects
 
 

@@ -46,10 +46,11 @@ def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppres
     labels = {index: label for label, index in label_map.items()}
     inputs = to_input(image.resize((300, 300), Image.Resampling.BILINEAR)).unsqueeze(0)  # (1, 3, 300, 300)
     predictions = model(inputs.to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
-    boxes, indices, scores = (found[0].cpu() for found in model.detect_objects(*predictions, min_score, max_overlap, top_k))
+    found = model.detect_objects(*predictions, min_score, max_overlap, top_k)
+    boxes, indices, scores = (of_pictures[0].cpu() for of_pictures in found)  # (n, 4), (n), (n)
     boxes = (boxes.clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().int()  # (n, 4)
-    found = zip((labels[index] for index in indices.tolist()), scores.tolist(), boxes.tolist())
-    return [detection for detection in found if detection[0] not in ('background', *(suppress or ()))]
+    detections = zip((labels[index] for index in indices.tolist()), scores.tolist(), boxes.tolist())
+    return [detection for detection in detections if detection[0] not in ('background', *(suppress or ()))]
 
 
 def draw_objects(image, detections, label_map):
@@ -64,7 +65,8 @@ def draw_objects(image, detections, label_map):
     colors = make_color_map(label_map)
     line_width = max(1, round(min(image.size) / 150))
     for label, score, (x_min, y_min, x_max, y_max) in reversed(detections):  # the best on top
-        draw.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)), outline=colors[label], width=line_width)
+        corners = (x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1))
+        draw.rectangle(corners, outline=colors[label], width=line_width)
     for label, score, (x_min, y_min, x_max, y_max) in reversed(detections):
         text = f'{label} {score:.2f}'
         size = max(10, round(min(image.size) / 25))
@@ -96,7 +98,8 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
     """
     model, label_map = detector or load_detector(checkpoint)
     image = to_rgb(original_image)
-    return draw_objects(image, find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress), label_map)
+    detections = find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress)
+    return draw_objects(image, detections, label_map)
 
 
 def list_pictures(paths):

@@ -111,18 +111,19 @@ class VGGBase(nn.Module):
             vgg = weights.get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError) as error:
             folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-            raise UserError(f'the download of {weights.url} failed ({error}): '
-                            f'put that file into {folder}, or set pretrained = None to start from random weights') from None
+            raise UserError(f'the download of {weights.url} failed ({error}): put that file into {folder}, '
+                            'or set pretrained = None to start from random weights') from None
 
         # torchvision numbers its layers, ReLUs and pools included; its convolutions come in the same order as ours.
         names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)][:13]
         indices = sorted({int(key.split('.')[1]) for key in vgg if key.startswith('features.')})
         state_dict = {f'{name}.{kind}': vgg[f'features.{index}.{kind}']
                       for name, index in zip(names, indices, strict=True) for kind in ('weight', 'bias')}
+        # fc6 (4096, 512 * 7 * 7) -> conv6 (1024, 512, 3, 3); fc7 (4096, 4096) -> conv7 (1024, 1024, 1, 1)
         state_dict['conv6.weight'], state_dict['conv6.bias'] = fully_connected_to_convolution(
-            vgg['classifier.0.weight'], vgg['classifier.0.bias'], 512, 7, m=(4, None, 3, 3))  # (1024, 512, 3, 3), (1024)
+            vgg['classifier.0.weight'], vgg['classifier.0.bias'], 512, 7, m=(4, None, 3, 3))
         state_dict['conv7.weight'], state_dict['conv7.bias'] = fully_connected_to_convolution(
-            vgg['classifier.3.weight'], vgg['classifier.3.bias'], 4096, 1, m=(4, 4, None, None))  # (1024, 1024, 1, 1), (1024)
+            vgg['classifier.3.weight'], vgg['classifier.3.bias'], 4096, 1, m=(4, 4, None, None))
         self.load_state_dict(state_dict)
 
 
@@ -130,8 +131,8 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
     """
     Turn a fully connected layer into the convolution that computes the same numbers, then decimate it.
 
-    The layer sees a flattened map (channels, size, size). A kernel as large as the map has one place to stand, and there
-    multiplies the same numbers by the same weights.
+    The layer sees a flattened map (channels, size, size). A kernel as large as the map has one place to stand, and
+    there multiplies the same numbers by the same weights.
 
     :param weight: (n_outputs, channels * size * size)
     :param bias: (n_outputs)
@@ -306,7 +307,8 @@ class SSD300(nn.Module):
             labels = at % (self.n_classes - 1) + 1  # (n), without the background
             candidates = boxes[pictures, at // (self.n_classes - 1)]  # (n, 4)
             candidate_scores = best[pictures, ranks]  # (n)
-            kept = non_maximum_suppression(candidates, candidate_scores, pictures * self.n_classes + labels, max_overlap)
+            groups = pictures * self.n_classes + labels  # (n), one for each class of each picture
+            kept = non_maximum_suppression(candidates, candidate_scores, groups, max_overlap)
             n_kept = pictures[kept].bincount(minlength=N)  # (N)
             if ((n_kept >= top_k) | (n_candidates <= n_best)).all():
                 break
@@ -418,8 +420,8 @@ class MultiBoxLoss(nn.Module):
         # Each prior gets the object that it overlaps most.
         overlap_of_prior, object_of_prior = overlap.max(dim=1)  # (N, 8732), (N, 8732)
 
-        # An object that is nobody's largest overlap, or overlaps no prior by the threshold, would be lost: so each object
-        # takes one prior of its own. What padding takes is written behind the last prior, and cut off.
+        # An object that is nobody's largest overlap, or overlaps no prior by the threshold, would be lost: so each
+        # object takes one prior of its own. What padding takes is written behind the last prior, and cut off.
         own = own_priors(overlap).where(real, n_priors)  # (N, n_objects)
         objects = torch.arange(own.size(1), device=own.device).expand_as(own)  # (N, n_objects)
         object_of_prior = F.pad(object_of_prior, (0, 1)).scatter(1, own, objects)[:, :-1]  # (N, 8732)
@@ -433,8 +435,8 @@ class MultiBoxLoss(nn.Module):
 
 def own_priors(overlap):
     """
-    Give each object a prior of its own, the largest overlap first: where two objects overlap the same prior most, the one
-    that overlaps it more keeps it, and the other takes its next best.
+    Give each object a prior of its own, the largest overlap first: where two objects overlap the same prior most, the
+    one that overlaps it more keeps it, and the other takes its next best.
 
     :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732)
     :return: the index of each object's prior, no two the same in a picture, (N, n_objects)

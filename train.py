@@ -126,13 +126,13 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
         loc, conf = torch.stack(losses).mean(dim=0).tolist()
         if not math.isfinite(loc + conf):
-            raise UserError(f'the loss became {loc + conf} in epoch {epoch}, at or before batch {i}; the last checkpoint is '
-                            'as it was. Lower lr, or set grad_clip, and check the boxes of your data')
+            raise UserError(f'the loss became {loc + conf} in epoch {epoch}, at or before batch {i + 1}; the last '
+                            'checkpoint is as it was. Lower lr, or set grad_clip, and check the boxes of your data')
         row = {'epoch': epoch, 'batch': i + 1, 'loss': conf + criterion.alpha * loc, 'loc_loss': loc, 'conf_loss': conf,
                'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / (time.time() - last_line),
                'data_s': data_time.avg, 'left_s': round((batches_left - i - 1) * batch_time.avg)}
-        print('epoch {epoch}  batch {batch}/{n}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  lr {lr:.2g}  '
-              '{images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}'.format(
+        print('epoch {epoch}  batch {batch}/{n}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  '
+              'lr {lr:.2g}  {images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}'.format(
                   n=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
         if log_path is not None:
             with open(log_path, 'a', newline='') as file:

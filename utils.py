@@ -11,7 +11,6 @@ They are in pixels before `transform` and in fractions of the picture's width an
 import json
 import math
 import os
-import pickle
 import random
 import sys
 import xml.etree.ElementTree as ET
@@ -620,8 +619,9 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
         n_objects = (counted == index).sum().item()
         if index > 0 and n_objects > 0:
             average_precisions[label] = average_precision(hits[labels == index], n_objects)
-    mean_average_precision = sum(average_precisions.values()) / len(average_precisions) if average_precisions else math.nan
-    return average_precisions, mean_average_precision
+    if not average_precisions:
+        return {}, math.nan
+    return average_precisions, sum(average_precisions.values()) / len(average_precisions)
 
 
 def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
@@ -767,7 +767,7 @@ def load_checkpoint(path, device='cpu'):
         raise UserError(f'no checkpoint at {path}: train one with "python train.py", or set the right path')
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # nearly anything, on a file that is no checkpoint
         reason = 'it holds more than tensors and plain values, which could be harmful' \
             if 'Unsupported' in str(error) or 'GLOBAL' in str(error) else 'it is damaged, or from another program'
         raise UserError(f'{path} was not loaded: {reason}. Take a checkpoint that train.py wrote') from None

@@ -63,12 +63,14 @@ def test_fully_connected_layer_as_convolution():
     linear, features = torch.nn.Linear(512 * 7 * 7, 64), torch.randn(2, 512, 7, 7)
     weight, bias = fully_connected_to_convolution(linear.weight, linear.bias, 512, 7, m=(None, None, None, None))
     assert weight.shape == (64, 512, 7, 7)
-    torch.testing.assert_close(F.conv2d(features, weight, bias).flatten(1), linear(features.flatten(1)), atol=1e-4, rtol=0)
+    outputs = F.conv2d(features, weight, bias).flatten(1)
+    torch.testing.assert_close(outputs, linear(features.flatten(1)), atol=1e-4, rtol=0)
 
     weight, bias = fully_connected_to_convolution(linear.weight, linear.bias, 512, 7, m=(4, None, 3, 3))
     assert weight.shape == (16, 512, 3, 3) and bias.shape == (16,)
     for filter, channel, row, column in ((0, 0, 0, 0), (1, 2, 1, 0), (15, 511, 2, 2)):
-        assert weight[filter, channel, row, column] == linear.weight[4 * filter, channel * 49 + 3 * row * 7 + 3 * column]
+        position = channel * 49 + 3 * row * 7 + 3 * column
+        assert weight[filter, channel, row, column] == linear.weight[4 * filter, position]
         assert bias[filter] == linear.bias[4 * filter]
 
 
@@ -240,7 +242,8 @@ def test_every_object_gets_a_prior_of_its_own():
 
 def test_identical_objects_each_get_a_prior():
     box = torch.tensor([0.2, 0.2, 0.4, 0.4])
-    _, true_classes = MultiBoxLoss(create_prior_boxes(), threshold=2.).match([box.repeat(3, 1)], [torch.tensor([1, 2, 3])])
+    criterion = MultiBoxLoss(create_prior_boxes(), threshold=1.)
+    _, true_classes = criterion.match([box.repeat(3, 1)], [torch.tensor([1, 2, 3])])
     assert true_classes[true_classes > 0].sort().values.tolist() == [1, 2, 3]
 
 
@@ -256,7 +259,7 @@ def test_objects_do_not_depend_on_the_rest_of_the_batch():
 
 @pytest.mark.parametrize('n_pictures', [1, 3])
 def test_no_object_in_the_batch_means_no_loss(n_pictures):
-    locs, scores = torch.randn(n_pictures, 8732, 4, requires_grad=True), torch.randn(n_pictures, 8732, 5, requires_grad=True)
+    locs, scores = (torch.randn(n_pictures, 8732, n, requires_grad=True) for n in (4, 5))
     loss = MultiBoxLoss(create_prior_boxes())(locs, scores, [torch.empty(0, 4)] * n_pictures,
                                              [torch.empty(0, dtype=torch.long)] * n_pictures)
     loss.backward()
@@ -292,7 +295,8 @@ def detect_plainly(predictor, locs, scores, min_score, max_overlap, top_k):
                     kept.append(k)
                     found.append((score[i, label].item(), label, i))
         found = sorted(found, reverse=True)[:top_k]
-        pictures.append(([boxes[i].tolist() for _, _, i in found], [label for _, label, _ in found], [s for s, _, _ in found]))
+        all_scores, labels, indices = zip(*found)
+        pictures.append((boxes[list(indices)], list(labels), list(all_scores)))
     return pictures
 
 
@@ -306,7 +310,7 @@ def test_detections_equal_the_plain_algorithm(spread, top_k, min_score):
     for i, (boxes, labels, all_scores) in enumerate(detect_plainly(predictor, locs, scores, min_score, 0.45, top_k)):
         assert ours[1][i].tolist() == labels
         assert ours[2][i].tolist() == pytest.approx(all_scores)
-        torch.testing.assert_close(ours[0][i], torch.tensor(boxes))
+        torch.testing.assert_close(ours[0][i], boxes)
         assert 0 < len(labels) <= top_k
 
 
@@ -318,7 +322,8 @@ def test_candidates_that_all_overlap_are_searched_to_the_end():
     scores = torch.zeros(1, 8732, 3)
     scores[..., 1] = 5 + torch.rand(8732)
     scores[0, 100, 1] = 4
-    boxes, labels, _ = SSD300.detect_objects(predictor, cxcy_to_gcxgcy(target, predictor.priors_cxcy), scores, 0.01, 0.45, 50)
+    locs = cxcy_to_gcxgcy(target, predictor.priors_cxcy)
+    boxes, labels, _ = SSD300.detect_objects(predictor, locs, scores, 0.01, 0.45, 50)
     assert xy_to_cxcy(boxes[0])[labels[0] == 1].tolist() == [pytest.approx([.5, .5, .3, .3], abs=1e-5),
                                                            pytest.approx([.1, .1, .05, .05], abs=1e-5)]
 

@@ -33,7 +33,8 @@ def test_dataset_items(voc_folder):
         assert len(dataset) == n and dataset.label_map == label_map
         image, boxes, labels, difficulties = dataset[0]
         assert image.shape == (3, 300, 300) and image.dtype == torch.float32
-        assert boxes.shape == (len(labels), 4) and boxes.dtype == torch.float32 and 0 <= boxes.min() and boxes.max() <= 1
+        assert boxes.shape == (len(labels), 4) and boxes.dtype == torch.float32
+        assert 0 <= boxes.min() and boxes.max() <= 1
         assert labels.dtype == torch.long and difficulties.dtype == torch.uint8 and len(difficulties) == len(labels)
 
 
@@ -211,7 +212,8 @@ def test_detect_goes_on_after_a_file_that_is_no_picture(checkpoint, tmp_path, mo
     Image.effect_noise((64, 64), 50).save(tmp_path / 'whole.jpg')
     (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:800])
     with pytest.raises(UserError, match='3 of 4'):
-        run_detect(monkeypatch, checkpoint, tmp_path / 'out', *(tmp_path / f'{n}.jpg' for n in ('text', 'cut', 'none', 'whole')))
+        paths = (tmp_path / f'{name}.jpg' for name in ('text', 'cut', 'none', 'whole'))
+        run_detect(monkeypatch, checkpoint, tmp_path / 'out', *paths)
     assert os.listdir(tmp_path / 'out') == ['whole.jpg']
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and all(f'{n}.jpg' in line for n, line in zip(('text', 'cut', 'none'), errors))
@@ -250,7 +252,8 @@ def test_labels_stay_inside_the_picture(monkeypatch, size):
                         lambda self, xy, text, **options: (drawn.append(self.textbbox(xy, text, options['font'])),
                                                            plain(self, xy, text, **options)))
     w, h = size
-    corners = [(0, 0, w // 4, h // 4), (w - w // 4, 0, w, h // 4), (0, h - h // 4, w // 4, h), (w - 2, h - 2, w, h), (0, 0, w, h)]
+    corners = [(0, 0, w // 4, h // 4), (w - w // 4, 0, w, h // 4), (0, h - h // 4, w // 4, h), (w - 2, h - 2, w, h),
+               (0, 0, w, h)]
     detect.draw_objects(Image.new('RGB', size), [('square', 0.9, box) for box in corners], label_map)
     assert len(drawn) == 5
     for x_min, y_min, x_max, y_max in drawn:
@@ -293,7 +296,8 @@ def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
     assert result.stderr.startswith(f'Error: {tmp_path / "broken.jpg"} is not a picture')
 
 
-@pytest.mark.parametrize('script', ['utils', 'model', 'datasets', 'create_data_lists', 'train', 'eval', 'detect', 'demo'])
+@pytest.mark.parametrize('script', ['utils', 'model', 'datasets', 'create_data_lists', 'train', 'eval', 'detect',
+                                    'demo'])
 def test_importing_touches_nothing(tmp_path, script):
     program = ('import socket, torch\n'
                'torch.load = torch.cuda.is_available = torch.cuda.init = socket.socket = None\n'
