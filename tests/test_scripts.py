@@ -44,7 +44,7 @@ def test_pictures_whose_objects_are_all_difficult_or_that_have_none(voc_folder, 
     objects[0]['difficulties'] = [1] * len(objects[0]['labels'])
     objects[1] = {'boxes': [], 'labels': [], 'difficulties': []}
     for split in ('TRAIN', 'TEST'):
-        shutil.copy(tmp_path / 'TEST_images.json', tmp_path / f'{split}_images.json')
+        (tmp_path / f'{split}_images.json').write_text((tmp_path / 'TEST_images.json').read_text())
         (tmp_path / f'{split}_objects.json').write_text(json.dumps(objects))
         hidden, kept = PascalVOCDataset(tmp_path, split), PascalVOCDataset(tmp_path, split, keep_difficult=True)
         assert hidden[0][1].shape == hidden[1][1].shape == kept[1][1].shape == (0, 4)
