@@ -15,6 +15,7 @@ import random
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter, namedtuple
+from colorsys import hsv_to_rgb
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -70,8 +71,7 @@ def make_color_map(label_map):
     :return: dict of label -> color '#rrggbb': hues a golden section apart, so that neighbors in the list differ most
     """
     def color(index):
-        hue = 6 * (index * 0.618 % 1)  # from 0 to 6, once around the color wheel
-        return '#' + ''.join(f'{int(255 * min(1, max(0, abs((hue + shift) % 6 - 3) - 1))):02x}' for shift in (0, 4, 2))
+        return '#' + ''.join(f'{int(255 * value):02x}' for value in hsv_to_rgb(index * 0.618 % 1, 1, 1))
 
     return {label: color(index) if index else '#ffffff' for label, index in label_map.items()}
 
@@ -83,7 +83,7 @@ label_color_map = make_color_map(label_map)
 
 # ---------------------------------------------------------------------------------------- Annotations and data lists
 
-def parse_annotation(annotation_path, label_map=label_map):
+def parse_annotation(annotation_path, label_map=label_map, size=None):
     """
     Read the objects from an XML file in Pascal VOC's format.
 
@@ -92,13 +92,15 @@ def parse_annotation(annotation_path, label_map=label_map):
 
     :param annotation_path: the XML file
     :param label_map: dict of label -> index
+    :param size: the picture's width and height, if known
     :return: dict of boxes (boundary coordinates in pixels), labels (indices), difficulties (0 or 1), one of each per
-        object; size (width, height), or None if the file does not tell; dropped (a reason for each dropped object)
-    :raises UserError: the file is missing, is no annotation, or has an object without a name or numeric box
+        object; and dropped (a reason for each dropped object)
+    :raises UserError: the file is missing, is no annotation, is for a picture of another size, or has an object
+        without a name or numeric box
     """
     try:
         root = ET.parse(annotation_path).getroot()
-        size = tuple(int(float(root.findtext(f'size/{side}', '0'))) for side in ('width', 'height'))
+        stated_size = tuple(float(root.findtext(f'size/{side}', '0')) for side in ('width', 'height'))
         objects = [(node.find('name').text.strip(), int(node.findtext('difficult') or 0),
                     [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')])
                    for node in root.findall('object')]  # only direct children: VOC 2012 nests 'part' boxes deeper
@@ -108,19 +110,24 @@ def parse_annotation(annotation_path, label_map=label_map):
         raise UserError(f'{annotation_path} is not an annotation in VOC format ({error}): '
                         'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
 
-    size = size if min(size) > 0 else None
-    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'size': size, 'dropped': []}
+    if min(stated_size) > 0 and size not in (None, stated_size):  # some tools leave 0 for a size they don't know
+        raise UserError(f'{annotation_path} is for a picture of {stated_size[0]:.0f}x{stated_size[1]:.0f} pixels, but the '
+                        f'picture has {size[0]}x{size[1]}: annotate it anew, or take it out of the split')
+    width, height = size or (stated_size if min(stated_size) > 0 else (math.inf, math.inf))
+    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': []}
     for label, difficult, box in objects:
         x_min, y_min, x_max, y_max = (edge - 1 for edge in box)
-        width, height = size or (math.inf, math.inf)
+        clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
         if label not in label_map or label == 'background':
             annotation['dropped'].append(f"label '{label}' is not one of the labels")
-        elif not (x_min < x_max and y_min < y_max):  # also true of NaN
-            annotation['dropped'].append(f'{label} {box} has no area')
+        elif not all(map(math.isfinite, box)):
+            annotation['dropped'].append(f'{label} {box} is not finite')
         elif min(x_min, y_min) < -1 or x_max > width or y_max > height:
-            annotation['dropped'].append(f'{label} {box} is outside the picture of {width}x{height}')
+            annotation['dropped'].append(f'{label} {box} is outside the picture of {width:.0f}x{height:.0f}')
+        elif clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+            annotation['dropped'].append(f'{label} {box} has no area')
         else:
-            annotation['boxes'].append([max(x_min, 0), max(y_min, 0), x_max, y_max])
+            annotation['boxes'].append(clipped)
             annotation['labels'].append(label_map[label])
             annotation['difficulties'].append(difficult)
     return annotation
@@ -134,7 +141,7 @@ def read_split(folder, split, label_map):
     :param split: 'trainval' or 'test'
     :param label_map: dict of label -> index
     :return: list of (path of the picture, its annotation), see `parse_annotation`
-    :raises UserError: something is missing, unreadable, or annotated for a picture of another size
+    :raises UserError: something is missing or unreadable, see `parse_annotation` and `image_size`
     """
     list_path = os.path.join(folder, 'ImageSets', 'Main', split + '.txt')
     if not os.path.isfile(list_path):
@@ -152,12 +159,7 @@ def read_split(folder, split, label_map):
             raise UserError(f'{os.path.join(image_folder, id)}.* is missing: {list_path} names this picture')
         image_path = os.path.join(image_folder, image_names[id])
         annotation_path = os.path.join(folder, 'Annotations', id + '.xml')
-        annotation = parse_annotation(annotation_path, label_map)
-        size = image_size(image_path)
-        if annotation['size'] not in (size, None):
-            raise UserError(f'{annotation_path} is for a picture of {annotation["size"]}, but {image_path} has {size}: '
-                            'annotate the picture anew, or take it out of the split')
-        pictures.append((image_path, annotation))
+        pictures.append((image_path, parse_annotation(annotation_path, label_map, image_size(image_path))))
     return pictures
 
 

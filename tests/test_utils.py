@@ -91,10 +91,10 @@ def annotation(*objects, size='<size><width>100</width><height>80</height></size
         + '</bndbox></object>' for name, box, more in objects) + '</annotation>'
 
 
-def parse(tmp_path, text):
+def parse(tmp_path, text, **options):
     path = tmp_path / 'a.xml'
     path.write_text(text)
-    return parse_annotation(str(path))
+    return parse_annotation(str(path), **options)
 
 
 def test_annotation(tmp_path):
@@ -106,12 +106,21 @@ def test_annotation(tmp_path):
 
 
 @pytest.mark.parametrize('name, box, reason', [
-    ('dog', (5, 5, 5, 9), 'no area'), ('dog', (9, 5, 5, 9), 'no area'), ('dog', ('nan', 5, 5, 9), 'no area'),
-    ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'), ('dog', (5, 5, 'inf', 9), 'outside'),
+    ('dog', (5, 5, 5, 9), 'no area'), ('dog', (9, 5, 5, 9), 'no area'), ('dog', ('nan', 5, 5, 9), 'not finite'),
+    ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'), ('dog', (5, 5, 'inf', 9), 'not finite'), ('dog', (0, 5, .5, 9), 'no area'),
     ('dragon', (5, 5, 10, 9), 'dragon'), ('background', (5, 5, 10, 9), 'background')])
 def test_wrong_objects_are_dropped_with_a_reason(tmp_path, name, box, reason):
     parsed = parse(tmp_path, annotation((name, box, ''), ('cat', (5, 5, 10, 9), '')))
     assert parsed['boxes'] == [[4, 4, 9, 8]] and len(parsed['dropped']) == 1 and reason in parsed['dropped'][0]
+
+
+def test_without_a_size_in_the_annotation_the_pictures_counts(tmp_path):
+    for size in ('', '<size><width>0</width><height>0</height></size>'):
+        text = annotation(('dog', (5, 5, 110, 9), ''), ('cat', (5, 5, 100, 80), ''), size=size)
+        assert len(parse(tmp_path, text, size=(100, 80))['dropped']) == 1
+        assert len(parse(tmp_path, text)['dropped']) == 0
+    with pytest.raises(UserError, match='a.xml is for a picture of .* but the picture has'):
+        parse(tmp_path, annotation(), size=(80, 100))
 
 
 @pytest.mark.parametrize('text', ['', 'no xml', '<annotation><object></object></annotation>',
