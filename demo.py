@@ -1,5 +1,5 @@
 """
-The whole pipeline in a few minutes, without a GPU or a download:
+The whole pipeline, without a GPU or a download:
 
     python demo.py
 
@@ -33,12 +33,12 @@ batch_size = 8  # pictures in a batch
 lr = 2e-4  # learning rate of AdamW, which needs far fewer iterations here than train.py's gradient descent
 
 
-def random_color(rng, hue=(0, 360), saturation=(0, 30), lightness=(20, 80)):
+def random_color(rng, hue=(0, 360), saturation=(0, 50), lightness=(5, 40)):
     """
     :param hue: lower and upper bound, in degrees
     :param saturation: lower and upper bound, from 0 to 100
     :param lightness: lower and upper bound, from 0 to 100
-    :return: an RGB color; dull, unless asked otherwise
+    :return: an RGB color; dark, unless asked otherwise
     """
     return ImageColor.getrgb(f'hsl({rng.randint(*hue) % 360}, {rng.randint(*saturation)}%, {rng.randint(*lightness)}%)')
 
@@ -46,7 +46,7 @@ def random_color(rng, hue=(0, 360), saturation=(0, 30), lightness=(20, 80)):
 def draw_background(size, rng):
     """
     :param size: width and height
-    :return: a PIL image: dull patches, grain, and many strokes that are no objects
+    :return: a PIL image: dark patches, grain, and many strokes that are no objects
     """
     patches = Image.new('RGB', (rng.randint(2, 6), rng.randint(2, 6)))
     patches.putdata([random_color(rng) for _ in range(patches.width * patches.height)])
@@ -56,7 +56,7 @@ def draw_background(size, rng):
         x, y = rng.randrange(size[0]), rng.randrange(size[1])
         draw.line((x, y, x + rng.randint(-30, 30), y + rng.randint(-30, 30)), random_color(rng), rng.randint(1, 4))
     grain = Image.frombytes('L', (size[0], size[1]), rng.randbytes(size[0] * size[1])).convert('RGB')
-    return Image.blend(image, grain, rng.uniform(0.1, 0.4))
+    return Image.blend(image, grain, rng.uniform(0, 0.2))
 
 
 def draw_shape(image, shape, box, difficult, rng):
@@ -75,7 +75,7 @@ def draw_shape(image, shape, box, difficult, rng):
         ImageDraw.Draw(mask).rectangle(box, fill)
     else:
         ImageDraw.Draw(mask).polygon([((x_min + x_max) // 2, y_min), (x_max, y_max), (x_min, y_max)], fill)
-    image.paste(random_color(rng, hues[shape], (70, 100), (40, 60)), mask=mask)
+    image.paste(random_color(rng, hues[shape], (60, 100), (60, 80)), mask=mask)
 
 
 def draw_picture(rng):

@@ -111,8 +111,8 @@ def parse_annotation(annotation_path, label_map=label_map, size=None):
                         'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
 
     if min(stated_size) > 0 and size not in (None, stated_size):  # some tools leave 0 for a size they don't know
-        raise UserError(f'{annotation_path} is for a picture of {stated_size[0]:.0f}x{stated_size[1]:.0f} pixels, but the '
-                        f'picture has {size[0]}x{size[1]}: annotate it anew, or take it out of the split')
+        raise UserError(f'{annotation_path} is for a picture of {stated_size[0]:.0f}x{stated_size[1]:.0f} pixels, '
+                        f'but the picture has {size[0]}x{size[1]}: annotate it anew, or take it out of the split')
     width, height = size or (stated_size if min(stated_size) > 0 else (math.inf, math.inf))
     annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': []}
     for label, difficult, box in objects:

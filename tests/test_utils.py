@@ -107,7 +107,8 @@ def test_annotation(tmp_path):
 
 @pytest.mark.parametrize('name, box, reason', [
     ('dog', (5, 5, 5, 9), 'no area'), ('dog', (9, 5, 5, 9), 'no area'), ('dog', ('nan', 5, 5, 9), 'not finite'),
-    ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'), ('dog', (5, 5, 'inf', 9), 'not finite'), ('dog', (0, 5, .5, 9), 'no area'),
+    ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'),
+    ('dog', (5, 5, 'inf', 9), 'not finite'), ('dog', (0, 5, .5, 9), 'no area'),
     ('dragon', (5, 5, 10, 9), 'dragon'), ('background', (5, 5, 10, 9), 'background')])
 def test_wrong_objects_are_dropped_with_a_reason(tmp_path, name, box, reason):
     parsed = parse(tmp_path, annotation((name, box, ''), ('cat', (5, 5, 10, 9), '')))
