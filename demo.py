@@ -25,12 +25,12 @@ from utils import create_data_lists, load_checkpoint, open_image, run
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
 hues = {'circle': (-30, 50), 'square': (180, 260), 'triangle': (70, 150)}  # of each, in degrees on the color wheel
-n_train = 320  # pictures to train on
+n_train = 240  # pictures to train on
 n_test = 80  # other pictures, to measure on
-epochs = 5  # times to go through the training pictures
-decay_lr_at = (4,)  # epochs from which the learning rate is a tenth
-batch_size = 8  # pictures in a batch
-lr = 2e-4  # learning rate of AdamW, which needs far fewer iterations here than train.py's gradient descent
+epochs = 7  # times to go through the training pictures
+decay_lr_at = (6,)  # epochs from which the learning rate is a tenth
+batch_size = 4  # pictures in a batch
+lr = 1.5e-4  # learning rate of AdamW, which needs far fewer iterations here than train.py's gradient descent
 
 
 def random_color(rng, hue=(0, 360), saturation=(0, 50), lightness=(5, 40)):
