@@ -12,7 +12,7 @@ import time
 import xml.etree.ElementTree as ET
 
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFilter
+from PIL import Image, ImageColor, ImageDraw
 from torch.utils.data import DataLoader
 
 from datasets import PascalVOCDataset, collate_fn

@@ -68,12 +68,11 @@ def make_label_map(labels):
 def make_color_map(label_map):
     """
     :param label_map: dict of label -> index
-    :return: dict of label -> color '#rrggbb': hues a golden section apart, so that neighbors in the list differ most
+    :return: dict of label -> color '#rrggbb': hues a golden section apart, so that neighbors in the list differ much
     """
-    def color(index):
-        return '#' + ''.join(f'{int(255 * value):02x}' for value in hsv_to_rgb(index * 0.618 % 1, 1, 1))
-
-    return {label: color(index) if index else '#ffffff' for label, index in label_map.items()}
+    colors = {label: hsv_to_rgb(index * 0.618 % 1, 1, 1) for label, index in label_map.items()}
+    colors['background'] = (1, 1, 1)
+    return {label: '#' + ''.join(f'{int(255 * value):02x}' for value in color) for label, color in colors.items()}
 
 
 label_map = make_label_map(voc_labels)
