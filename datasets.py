@@ -70,21 +70,24 @@ class EpochSampler(Sampler):
 
     :param n: number of pictures
     :param seed: the seed of the training
+    :param process: number of this process; of n_processes, each gets its share of each batch that one would get
+    :param n_processes: all get the same number of pictures, so up to n_processes - 1 sit out an epoch
     """
 
-    def __init__(self, n, seed):
-        self.n, self.seed, self.epoch = n, seed, 0
+    def __init__(self, n, seed, process=0, n_processes=1):
+        self.n, self.seed, self.epoch, self.process, self.n_processes = n, seed, 0, process, n_processes
 
     def set_epoch(self, epoch):
         """:param epoch: the epoch that comes next"""
         self.epoch = epoch
 
     def __len__(self):
-        return self.n
+        return self.n // self.n_processes
 
     def __iter__(self):
         rng = random.Random(f'{self.seed} {self.epoch}')
-        return iter([(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)])
+        pictures = [(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)]
+        return iter(pictures[self.process::self.n_processes][:len(self)])
 
 
 def collate_fn(batch):

@@ -25,10 +25,10 @@ from utils import create_data_lists, load_checkpoint, open_image, run
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
 hues = {'circle': (-30, 50), 'square': (180, 260), 'triangle': (70, 150)}  # of each, in degrees on the color wheel
-n_train = 240  # pictures to train on
+n_train = 180  # pictures to train on
 n_test = 80  # other pictures, to measure on
-epochs = 7  # times to go through the training pictures
-decay_lr_at = (6,)  # epochs from which the learning rate is a tenth
+epochs = 4  # times to go through the training pictures
+decay_lr_at = (3,)  # epochs from which the learning rate is a tenth
 batch_size = 4  # pictures in a batch
 lr = 1.5e-4  # learning rate of AdamW, which needs far fewer iterations here than train.py's gradient descent
 
@@ -80,14 +80,14 @@ def draw_shape(image, shape, box, difficult, rng):
 
 def draw_picture(rng):
     """
-    :return: a PIL image with one to five shapes, and a list of (shape, box, difficult) for each; boxes are boundary
+    :return: a PIL image with one to six shapes, and a list of (shape, box, difficult) for each; boxes are boundary
         coordinates in pixels from 0, the last pixels included
     """
     image = draw_background((rng.randint(280, 360), rng.randint(260, 340)), rng)
     objects = []
-    n_objects = rng.randint(1, 5)
+    n_objects = rng.randint(1, 6)
     for _ in range(30):  # tries
-        side = rng.randint(60, 170)
+        side = rng.randint(30, 70)
         width, height = side, round(side * rng.uniform(0.8, 1.25))
         x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
         box = (x, y, x + width - 1, y + height - 1)

@@ -3,7 +3,8 @@ Measure a trained SSD300 on the test pictures, the way Pascal VOC 2007 does:
 
     python eval.py
 
-prints the average precision (AP) of each class, and their mean (mAP). Edit the parameters below first.
+prints the average precision (AP) of each class, and their mean (mAP). Edit the parameters below first. With several
+GPUs (see processes.py): torchrun --nproc_per_node=8 eval.py
 """
 import time
 
@@ -13,16 +14,18 @@ from tqdm import tqdm
 
 from datasets import PascalVOCDataset, collate_fn
 from model import SSD300
+from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
 from utils import UserError, calculate_mAP, load_checkpoint, run
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py
 batch_size = 32  # pictures in a batch; fewer if memory runs out
 workers = 4  # processes that load pictures
+bfloat16 = None  # compute in 16 bits: True, False, or None for only on a GPU
 
 
 @torch.no_grad()
-def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200):
+def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=None):
     """
     Detect objects in all test pictures, compare them with the true ones, and print a table.
 
@@ -32,44 +35,51 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200):
     :param min_score: how certain a detection must be; low, because average precision looks at all levels of certainty
     :param max_overlap: see `SSD300.detect_objects`
     :param top_k: see `SSD300.detect_objects`
+    :param bfloat16: compute in 16 bits; None for only on a GPU
     :return: dict of label -> AP, and mAP, see `utils.calculate_mAP`
     """
     model.eval()
     device = model.priors_cxcy.device
-    detections, truths = ([], [], []), ([], [], [])  # boxes, labels, scores; boxes, labels, difficulties
+    bfloat16 = device.type == 'cuda' if bfloat16 is None else bfloat16
+    lists = [[] for _ in range(6)]  # boxes, labels and scores of the detections; boxes, labels and difficulties
     start = time.time()
-    for images, *objects in tqdm(test_loader, desc='Evaluating', unit='batch'):
-        predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
+    for images, *objects in tqdm(test_loader, desc='Evaluating', unit='batch', disable=process_number() > 0):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
         found = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
-        for all_values, values in zip((*detections, *truths), (*found, *objects)):
-            all_values.extend(value.cpu() for value in values)
+        for values, of_batch in zip(lists, (*found, *objects)):
+            values.extend(of_batch)
+    lists = gather_pictures([[value.cpu() for value in values] for values in lists])
     seconds = time.time() - start
 
     label_map = test_loader.dataset.label_map
-    average_precisions, mean_average_precision = calculate_mAP(*detections, *truths, label_map)
-    labels, difficulties = torch.cat(truths[1]), torch.cat(truths[2])
+    average_precisions, mean_average_precision = calculate_mAP(*lists, label_map)
+    if process_number() > 0:
+        return average_precisions, mean_average_precision
+    labels, difficulties = torch.cat(lists[4]), torch.cat(lists[5])
     print(f'{"class":20}{"objects":>10}{"AP":>10}')
     for label, index in list(label_map.items())[1:]:
         n_objects = ((labels == index) & (difficulties == 0)).sum().item()
         shown = f'{average_precisions[label]:.3f}' if label in average_precisions else '-'
         print(f'{label:20}{n_objects:10}{shown:>10}')
     print(f'{"mAP":20}{(difficulties == 0).sum().item():10}{mean_average_precision:10.3f}')
-    print(f'{len(truths[0])} pictures, {len(truths[0]) / seconds:.1f} pictures/s on {device}')
+    print(f'{len(lists[0])} pictures, {len(lists[0]) / seconds:.1f} pictures/s on {device}')
     return average_precisions, mean_average_precision
 
 
 def main():
     """Evaluate with the parameters at the top of this file."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = join_processes()
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
     saved = load_checkpoint(checkpoint)
     if saved['label_map'] != test_set.label_map:
         raise UserError(f'{checkpoint} detects {list(saved["label_map"])[1:]}, but the lists in {data_folder} have '
                         f'{list(test_set.label_map)[1:]}: write lists with the labels of the checkpoint')
     model = SSD300.from_checkpoint(saved).to(device)
-    test_loader = DataLoader(test_set, batch_size, collate_fn=collate_fn, num_workers=workers,
-                             pin_memory=device.type == 'cuda')
-    evaluate(test_loader, model)
+    test_loader = DataLoader(test_set, batch_size, sampler=range(process_number(), len(test_set), n_processes()),
+                             collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda')
+    evaluate(test_loader, model, bfloat16=bfloat16)
+    leave_processes()
 
 
 if __name__ == '__main__':

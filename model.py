@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import VGG16_Weights
 
+from processes import mean_over_processes
 from utils import (UserError, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
                    find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
 
@@ -316,18 +317,14 @@ class SSD300(nn.Module):
 
         # `kept` is sorted by score; sorting it by picture, stably, gives each picture's detections by score.
         kept = kept[pictures[kept].sort(stable=True).indices]
-        all_boxes, all_labels, all_scores = [], [], []
-        for of_picture in kept.split(n_kept.tolist()):
-            of_picture = of_picture[:top_k]  # (n)
-            if len(of_picture) > 0:
-                all_boxes.append(candidates[of_picture])  # (n, 4)
-                all_labels.append(labels[of_picture])  # (n)
-                all_scores.append(candidate_scores[of_picture])  # (n)
-            else:
-                all_boxes.append(boxes.new_tensor([[0., 0., 1., 1.]]))  # (1, 4)
-                all_labels.append(labels.new_zeros(1))  # (1)
-                all_scores.append(boxes.new_zeros(1))  # (1)
-        return all_boxes, all_labels, all_scores
+        kept = torch.cat([of_picture[:top_k] for of_picture in kept.split(n_kept.tolist())])
+        counts = n_kept.clamp(max=top_k).tolist()
+        detections = (candidates[kept].split(counts),  # N times (n, 4)
+                      labels[kept].split(counts),  # N times (n)
+                      candidate_scores[kept].split(counts))  # N times (n)
+        placeholder = boxes.new_tensor([[0., 0., 1., 1.]]), labels.new_zeros(1), scores.new_zeros(1)
+        return tuple([of_picture if len(of_picture) > 0 else nothing for of_picture in of_pictures]
+                     for of_pictures, nothing in zip(detections, placeholder))
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
@@ -382,7 +379,9 @@ class MultiBoxLoss(nn.Module):
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        n_all = n_positive.sum().clamp(min=1)  # without any object the sums below are 0, and so is the loss
+        # All positives of the batch. Of several processes, it is their mean number, so that the mean of their losses is
+        # the loss of all pictures. Without any object the sums below are 0, and so is the loss.
+        n_all = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
@@ -412,8 +411,9 @@ class MultiBoxLoss(nn.Module):
         n_priors = len(priors_xy)
 
         # To treat all pictures at once, their objects are padded with zeros to the largest number, which is at least 1.
-        boxes = pad_sequence([*boxes, priors_xy.new_zeros(1, 4)], batch_first=True)[:-1]  # (N, n_objects, 4)
+        boxes = pad_sequence([*boxes, boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]  # (N, n_objects, 4)
         labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1]  # (N, n_objects)
+        boxes, labels = (padded.to(priors_xy.device, non_blocking=True) for padded in (boxes, labels))
         real = labels > 0  # (N, n_objects)
         overlap = find_jaccard_overlap(boxes, priors_xy).where(real.unsqueeze(2), -1)  # (N, n_objects, 8732)
 

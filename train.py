@@ -4,7 +4,9 @@ Train SSD300 on the pictures that create_data_lists.py has listed:
     python train.py
 
 Edit the parameters below first. After each epoch the weights go to `checkpoint_path`, and the log to a .csv file beside
-it. To go on after an interruption, set `checkpoint` to that file.
+it. To go on after an interruption, set `checkpoint` to that file. With several GPUs (see processes.py):
+
+    torchrun --nproc_per_node=8 train.py
 """
 import csv
 import math
@@ -13,10 +15,12 @@ import time
 from datetime import timedelta
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from model import SSD300, MultiBoxLoss
+from processes import join_processes, leave_processes, mean_over_processes, n_processes, process_number
 from utils import (AverageMeter, UserError, adjust_learning_rate, clip_gradient, load_checkpoint, run, save_checkpoint,
                    write_whole)
 
@@ -31,7 +35,7 @@ checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
 pretrained = 'imagenet'  # how the base starts: 'imagenet' for torchvision's VGG-16 weights, or None for random ones
 
 # Learning: the paper's recipe, 120,000 iterations of 32 pictures of VOC 07+12, in epochs and with a smaller batch
-batch_size = 8  # pictures in a batch
+batch_size = 8  # pictures in a batch, of each process if there are several
 epochs = 232  # times to go through the training pictures
 lr = 1e-3  # learning rate; biases learn at twice this rate
 decay_lr_at = (154, 193)  # epochs from which the learning rate is lower ...
@@ -66,17 +70,22 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     :param options: see `train`; the others are the parameters at the top of this file
     """
     criterion = MultiBoxLoss(model.priors_cxcy)
-    sampler = EpochSampler(len(train_set), seed)
+    sampler = EpochSampler(len(train_set), seed, process_number(), n_processes())
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
                               pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0)
-    log_path = os.path.splitext(checkpoint_path)[0] + '.csv'
-    start_log(log_path, start_epoch)
+    first = process_number() == 0  # the only process that writes
+    log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if first else None
+    if first:
+        start_log(log_path, start_epoch)
+    # Of several processes, each has a copy of the model, and they average their gradients.
+    network = DistributedDataParallel(model, broadcast_buffers=False) if n_processes() > 1 else model
     for epoch in range(start_epoch, epochs):
         if epoch in decay_lr_at:
             adjust_learning_rate(optimizer, decay_lr_to)
         sampler.set_epoch(epoch)
-        train(train_loader, model, criterion, optimizer, epoch, epochs=epochs, log_path=log_path, **options)
-        save_checkpoint(checkpoint_path, epoch, model, optimizer, train_set.label_map, seed)
+        train(train_loader, network, criterion, optimizer, epoch, epochs=epochs, log_path=log_path, **options)
+        if first:
+            save_checkpoint(checkpoint_path, epoch, model, optimizer, train_set.label_map, seed)
 
 
 def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_freq=200, grad_clip=None, bfloat16=None,
@@ -94,7 +103,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     :raises UserError: the loss is no longer a finite number
     """
     model.train()
-    device = model.priors_cxcy.device
+    device = criterion.priors_cxcy.device
     bfloat16 = device.type == 'cuda' if bfloat16 is None else bfloat16
     n_batches = len(train_loader)
     batches_left = ((epochs or epoch + 1) - epoch) * n_batches
@@ -105,8 +114,6 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     for i, (images, boxes, labels, _) in enumerate(train_loader):
         data_time.update(time.time() - end)
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
-        boxes = [b.to(device, non_blocking=True) for b in boxes]  # N tensors (n_objects, 4)
-        labels = [l.to(device, non_blocking=True) for l in labels]  # N tensors (n_objects)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
@@ -118,22 +125,23 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         optimizer.step()
 
         losses.append(torch.stack([loc_loss, conf_loss]).detach())
-        n_images += len(images)
+        n_images += len(images) * n_processes()
         batch_time.update(time.time() - end)
         end = time.time()
         if (i + 1) % print_freq and i + 1 < n_batches:
             continue
 
-        loc, conf = torch.stack(losses).mean(dim=0).tolist()
+        loc, conf = mean_over_processes(torch.stack(losses).mean(dim=0)).tolist()
         if not math.isfinite(loc + conf):
             raise UserError(f'the loss became {loc + conf} in epoch {epoch}, at or before batch {i + 1}; the last '
                             'checkpoint is as it was. Lower lr, or set grad_clip, and check the boxes of your data')
         row = {'epoch': epoch, 'batch': i + 1, 'loss': conf + criterion.alpha * loc, 'loc_loss': loc, 'conf_loss': conf,
                'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / (time.time() - last_line),
                'data_s': data_time.avg, 'left_s': round((batches_left - i - 1) * batch_time.avg)}
-        print('epoch {epoch}  batch {batch}/{n}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  '
-              'lr {lr:.2g}  {images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}'.format(
-                  n=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
+        if process_number() == 0:
+            print('epoch {epoch}  batch {batch}/{n}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  '
+                  'lr {lr:.2g}  {images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}'.format(
+                      n=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
         if log_path is not None:
             with open(log_path, 'a', newline='') as file:
                 csv.writer(file).writerow(row.values())
@@ -159,7 +167,7 @@ def start_log(log_path, start_epoch):
 
 def main():
     """Train with the parameters at the top of this file."""
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    device = join_processes()
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
     torch.backends.cudnn.benchmark = True  # all batches have one shape: let cuDNN find the fastest way for it
     if checkpoint is None:
@@ -179,9 +187,11 @@ def main():
         optimizer = make_optimizer(model, lr, momentum, weight_decay)
         optimizer.load_state_dict(saved['optimizer'])
         start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
-    print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
+    if process_number() == 0:
+        print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
     fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers, decay_lr_at,
         decay_lr_to, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
+    leave_processes()
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter, namedtuple
 from colorsys import hsv_to_rgb
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,6 +42,10 @@ def run(main):
         # A data loader's worker wraps our line in a traceback of its own; the last line is still ours.
         line = str(error).strip().splitlines()[-1]
         sys.exit('Error: ' + line.split('UserError: ')[-1])
+    except RuntimeError as error:
+        if not ('onnection' in str(error) and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise
+        sys.exit('Error: another process ended or was killed; start all again, from the last checkpoint')
     except KeyboardInterrupt:
         sys.exit('Stopped.')
 
@@ -445,7 +450,8 @@ def to_input(image):
     :param image: a PIL image in RGB, 300x300
     :return: the network's input: a tensor (3, 300, 300), RGB from 0 to 1, then normalized
     """
-    return FT.normalize(FT.to_tensor(image), mean, std)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 300, 300), from 0 to 255
+    return FT.normalize(pixels.float().contiguous(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
 
 
 def photometric_distort(image, rng=random):
@@ -467,7 +473,7 @@ def photometric_distort(image, rng=random):
 
 # Zooming out and in moves no pixels at first. `expand` and `random_crop` only choose a window: a rectangle
 # (x_min, y_min, x_max, y_max) in the picture's pixels that may reach beyond the picture. `resize` then draws what the
-# window shows, in one pass over those pixels that are really seen.
+# window shows, in one pass over those pixels that are really seen, and only these are distorted.
 
 def expand(window, rng=random):
     """
@@ -527,7 +533,7 @@ def centers_inside(boxes, window):
     return ((centers > window[..., :2]) & (centers < window[..., 2:])).all(dim=-1)  # (n_objects)
 
 
-def resize(image, boxes, window, dims=(300, 300)):
+def resize(image, boxes, window, dims=(300, 300), distort=None):
     """
     Draw what a window shows of a picture; beyond the picture it shows the ImageNet mean.
 
@@ -535,6 +541,7 @@ def resize(image, boxes, window, dims=(300, 300)):
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
     :param window: boundary coordinates in pixels, it must show some of the picture
     :param dims: width and height to draw
+    :param distort: a function from PIL image to PIL image for what is drawn of the picture, the mean beyond excepted
     :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)
     """
     x_min, y_min, x_max, y_max = window
@@ -546,6 +553,8 @@ def resize(image, boxes, window, dims=(300, 300)):
     right, bottom = (max(round((part[2] - x_min) * scale_x), left + 1),
                      max(round((part[3] - y_min) * scale_y), top + 1))
     drawn = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=part)
+    if distort is not None:
+        drawn = distort(drawn)
     canvas = Image.new('RGB', dims, mean_color)
     canvas.paste(drawn, (left, top))
 
@@ -581,15 +590,15 @@ def transform(image, boxes, labels, difficulties, split, rng=random):
     :return: the input (3, 300, 300), boxes in fractional boundary coordinates (n, 4), labels (n), difficulties (n);
         in training, objects are left out whose center a crop cut off
     """
-    window = (0., 0., float(image.width), float(image.height))
+    window, distort = (0., 0., float(image.width), float(image.height)), None
     if split == 'TRAIN':
-        image = photometric_distort(image, rng)
+        distort = partial(photometric_distort, rng=rng)
         if rng.random() < 0.5:
             window = expand(window, rng)
         window = random_crop(window, boxes, rng)
         kept = centers_inside(boxes, window)
         boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
-    image, boxes = resize(image, boxes, window)
+    image, boxes = resize(image, boxes, window, distort=distort)
     if split == 'TRAIN' and rng.random() < 0.5:
         image, boxes = flip(image, boxes)  # after resize, because there are fewer pixels to mirror
     return to_input(image), boxes, labels, difficulties
@@ -613,13 +622,18 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     :return: dict of label -> average precision, and their mean. A class without objects has no average precision
         and is in neither; without any objects the mean is NaN.
     """
-    labels, hits = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties)
+    lists = det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties
+    parts = [match_detections(*(tensors[i:i + 500] for tensors in lists))  # few pictures at once need little memory
+             for i in range(0, len(det_boxes), 500)]
+    labels, scores, hits = (torch.cat(values) for values in zip(*parts))
     counted = torch.cat(true_labels)[torch.cat(true_difficulties) == 0].cpu()
     average_precisions = {}
     for label, index in label_map.items():
         n_objects = (counted == index).sum().item()
         if index > 0 and n_objects > 0:
-            average_precisions[label] = average_precision(hits[labels == index], n_objects)
+            of_class = (labels == index).nonzero().squeeze(1)
+            order = of_class[scores[of_class].sort(descending=True, stable=True).indices]
+            average_precisions[label] = average_precision(hits[order], n_objects)
     if not average_precisions:
         return {}, math.nan
     return average_precisions, sum(average_precisions.values()) / len(average_precisions)
@@ -627,20 +641,17 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
 
 def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
     """
-    Decide for each detection whether it hits an object, over all pictures and classes at once.
+    Decide for each detection whether it hits an object, for some pictures and all classes at once.
 
     A detection belongs to the object of its picture and class that it overlaps most, if by more than 0.5. Of an
     object's detections, the one with the highest score is the hit, the others are false positives. Detections of
     difficult objects do not count at all.
 
-    :return: (labels, hits), by decreasing score: (n) and bool (n), without the detections that do not count.
+    :return: labels (n), scores (n) and hits (n) bool, by decreasing score, without the detections that do not count.
         The arguments are those of `calculate_mAP`.
     """
     true_boxes, true_labels, difficult, true_pictures = concatenate(true_boxes, true_labels, true_difficulties)
     det_boxes, det_labels, scores, det_pictures = concatenate(det_boxes, det_labels, det_scores)
-    order = scores.sort(descending=True, stable=True).indices
-    order = order[det_labels[order] > 0]
-    det_boxes, det_labels, det_pictures = det_boxes[order], det_labels[order], det_pictures[order]
     n, n_objects = len(det_labels), len(true_labels)
 
     # A key for each picture and class. With the objects sorted by key, those that a detection may belong to stand
@@ -657,20 +668,20 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     pair_objects = torch.arange(len(pair_dets)) + (first - counts.cumsum(0) + counts)[pair_dets]
     overlaps = find_jaccard_overlap(det_boxes[pair_dets, None], true_boxes[pair_objects, None]).flatten()
 
-    # The best pair of each detection; of equal overlaps, the first object
+    # The best pair of each detection, if its overlap is above 0.5; of equal overlaps, the first object
     best_overlaps = torch.zeros(n).scatter_reduce(0, pair_dets, overlaps, 'amax')
-    best = overlaps == best_overlaps[pair_dets]
+    best = (overlaps == best_overlaps[pair_dets]) & (overlaps > 0.5)
     objects = torch.full((n,), n_objects).scatter_reduce(0, pair_dets[best], pair_objects[best], 'amin')
-    found = best_overlaps > 0.5
-    not_counted = torch.zeros(n, dtype=torch.bool)
-    not_counted[found] = difficult[objects[found]]
 
-    # The first detection of each object, by score, is the hit
-    found = (found & ~not_counted).nonzero().squeeze(1)
-    first_dets = torch.full((n_objects,), n).scatter_reduce(0, objects[found], found, 'amin')
-    hits = torch.zeros(n, dtype=torch.bool)
-    hits[first_dets[first_dets < n]] = True
-    return det_labels[~not_counted], hits[~not_counted]
+    # By score, without the detections that do not count. The first of each object is the hit; `n_objects` is no object.
+    counted = (det_labels > 0) & ~torch.cat([difficult, difficult.new_zeros(1)])[objects]
+    order = scores.sort(descending=True, stable=True).indices
+    order = order[counted[order]]
+    firsts = torch.full((n_objects + 1,), n).scatter_reduce(0, objects[order], torch.arange(len(order)), 'amin')
+    firsts = firsts[:n_objects]
+    hits = torch.zeros(len(order), dtype=torch.bool)
+    hits[firsts[firsts < n]] = True
+    return det_labels[order], scores[order], hits
 
 
 def concatenate(*lists):

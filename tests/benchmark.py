@@ -1,0 +1,346 @@
+"""
+How fast it is here, side by side with torchvision:
+
+    python tests/benchmark.py
+
+prints a table of medians. Each row is measured in this one run; compare the two columns, more than the numbers
+themselves, which depend on the machine. Rows that need a GPU say so where there is none.
+"""
+import io
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.transforms import v2
+
+try:
+    from resource import RUSAGE_SELF, getrusage
+except ImportError:  # on Windows
+    getrusage = None
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import utils  # noqa: E402
+from datasets import EpochSampler, PascalVOCDataset, collate_fn  # noqa: E402
+from demo import draw_background  # noqa: E402
+from model import SSD300, MultiBoxLoss  # noqa: E402
+from train import make_optimizer, train  # noqa: E402
+
+n_classes = 21
+flop_per_image = 188e9  # of a training step, forward and backward
+peaks = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # bfloat16 operations per second, from the makers' data sheets
+recipe_images = 232 * 16551  # 232 epochs of VOC 07+12
+gpu = torch.device('cuda') if torch.cuda.is_available() else None
+
+
+def median_seconds(function, n=5, warm_up=1):
+    """The median time that a function takes; on a GPU, until it has finished its work."""
+    seconds = []
+    for i in range(warm_up + n):
+        start = time.perf_counter()
+        function()
+        if gpu is not None:
+            torch.cuda.synchronize()
+        if i >= warm_up:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def peak_memory():
+    """The most memory that this process had until now, in GiB, where the system tells."""
+    unit = 2**30 if sys.platform == 'darwin' else 2**20
+    return getrusage(RUSAGE_SELF).ru_maxrss / unit if getrusage is not None else float('nan')
+
+
+def row(what, ours, other='', ratio=''):
+    """Print a row of the table."""
+    print(f'{what:62}{ours:>22}{other:>22}{ratio:>8}', flush=True)
+
+
+def section(title):
+    """Print the title of a part of the table."""
+    print(f'\n{title}')
+
+
+# --------------------------------------------------------------------------------------------------------- Detection
+
+def predictions(n_pictures, trained, device):
+    """
+    Predictions like those of a network that has begun to learn (about 90,000 scores above 0.01 a picture), or of a
+    trained one (a few hundred: twelve objects, each seen by a dozen priors of its neighborhood).
+    """
+    rng = torch.Generator().manual_seed(0)
+    locs = torch.randn(n_pictures, 8732, 4, generator=rng)
+    scores = 0.6 * torch.randn(n_pictures, 8732, n_classes, generator=rng)
+    scores[:, :, 0] += 3.66 if not trained else 9
+    if trained:
+        priors_xy = utils.cxcy_to_xy(utils.create_prior_boxes())
+        for picture in range(n_pictures):
+            for prior in torch.randint(8732, (12,), generator=rng):
+                near = utils.find_jaccard_overlap(priors_xy[prior, None], priors_xy)[0].topk(12).indices
+                scores[picture, near, torch.randint(1, n_classes, (1,), generator=rng)] += 9
+    return locs.to(device), scores.to(device)
+
+
+def benchmark_detection(device):
+    """Ours and torchvision's, from predictions to detections, at batch 8."""
+    section(f'Detection on {device}: 8 pictures, {n_classes} classes' + ' ' * 25 + 'ours           torchvision   ratio')
+    model = SSD300(n_classes).to(device)
+    other = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(device).eval()
+    other.score_thresh, other.nms_thresh, other.detections_per_img = 0.01, 0.45, 200
+    priors = [utils.cxcy_to_xy(model.priors_cxcy) * 300] * 8
+    for trained in (False, True):
+        locs, scores = predictions(8, trained, device)
+        n = (scores.softmax(dim=2)[:, :, 1:] > 0.01).sum().item() // 8
+        ours = median_seconds(lambda: model.detect_objects(locs, scores, 0.01, 0.45, 200)) / 8
+        theirs = median_seconds(lambda: other.postprocess_detections(
+            {'bbox_regression': locs, 'cls_logits': scores}, priors, [(300, 300)] * 8)) / 8
+        row(f'  a picture with {n:,} candidates', f'{1000 * ours:.2f} ms', f'{1000 * theirs:.2f} ms',
+            f'{theirs / ours:.1f}x')
+
+
+@torch.no_grad()
+def benchmark_forward_and_detection():
+    """Pictures per second at batch 64 on the GPU, of the forward pass alone and with detection."""
+    section('Forward pass on the GPU: batch 64, bfloat16' + ' ' * 29 + 'alone      with detection   ratio')
+    model, images = SSD300(n_classes).to(gpu).eval(), torch.randn(64, 3, 300, 300, device=gpu)
+    locs, scores = predictions(64, True, gpu)
+
+    def forward():
+        with torch.autocast('cuda', torch.bfloat16):
+            model(images)
+
+    def both():
+        forward()
+        model.detect_objects(locs, scores, 0.01, 0.45, 200)
+
+    torch.cuda.reset_peak_memory_stats()
+    alone, together = median_seconds(forward, 20, 5), median_seconds(both, 20, 5)
+    row('  pictures per second', f'{64 / alone:.0f}', f'{64 / together:.0f}', f'{100 * alone / together:.0f}%')
+    row('  peak memory', f'{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
+
+
+# --------------------------------------------------------------------------------------------------------------- mAP
+
+def random_detections(n_pictures):
+    """The arguments of `calculate_mAP`: 200 detections a picture, 20 classes, as many objects a picture as VOC's."""
+    rng = torch.Generator().manual_seed(0)
+
+    def boxes(n):
+        corners = torch.rand(n, 2, 2, generator=rng)
+        return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
+
+    n_objects = 12032 * n_pictures // 4952
+    counts = torch.randint(n_pictures, (n_objects,), generator=rng).bincount(minlength=n_pictures).tolist()
+    n = 200 * n_pictures
+    return (boxes(n).split(200), torch.randint(1, 21, (n,), generator=rng).split(200),
+            torch.rand(n, generator=rng).split(200), boxes(n_objects).split(counts),
+            torch.randint(1, 21, (n_objects,), generator=rng).split(counts),
+            (torch.rand(n_objects, generator=rng) < 0.1).byte().split(counts))
+
+
+def benchmark_mAP():
+    """On one core; and how time grows with the number of pictures."""
+    section('Mean average precision on one core: 200 detections a picture')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = {}
+    for n_pictures in (4952, 49520):
+        arguments = random_detections(n_pictures)
+        before = peak_memory()
+        seconds[n_pictures] = median_seconds(lambda: utils.calculate_mAP(*arguments), 3)
+        memory = peak_memory() - before
+        row(f'  {n_pictures:,} pictures, {sum(map(len, arguments[4])):,} objects', f'{seconds[n_pictures]:.2f} s',
+            f'+{memory:.2f} GiB peak', f'{seconds[n_pictures] / seconds[4952]:.1f}x')
+    torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------------------------------------- Data
+
+def photograph():
+    """A picture of 500x375, and as JPEG; as hard to compress as a photograph."""
+    image = draw_background((500, 375), random.Random(3))
+    file = io.BytesIO()
+    image.save(file, 'JPEG', quality=90)
+    return image, file.getvalue()
+
+
+def benchmark_transforms():
+    """Training's random variations, ours and torchvision's, of a picture with two objects on one thread."""
+    section('Training transform on one thread: 500x375 pixels' + ' ' * 24 + 'ours        torchvision v2   ratio')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    image, jpeg = photograph()
+    boxes = torch.tensor([[100., 50., 300., 300.], [320., 100., 420., 200.]])
+    labels, difficulties = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.uint8)
+    chain = v2.Compose([
+        v2.ToImage(), v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill={tv_tensors.Image: utils.mean_color}),
+        v2.RandomIoUCrop(), v2.RandomHorizontalFlip(), v2.Resize((300, 300)), v2.SanitizeBoundingBoxes(),
+        v2.ToDtype(torch.float32, scale=True), v2.Normalize(utils.mean, utils.std)])
+    targets = {'boxes': tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=(375, 500)), 'labels': labels}
+    rng = random.Random(0)
+    torch.manual_seed(0)
+
+    def ours(picture):
+        return lambda: [utils.transform(picture(), boxes, labels, difficulties, 'TRAIN', rng) for _ in range(50)]
+
+    def theirs(picture):
+        return lambda: [chain(picture(), targets) for _ in range(50)]
+
+    def decoded():
+        return Image.open(io.BytesIO(jpeg)).convert('RGB')
+
+    tensor = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+    for what, our_input, their_input in (('without decoding', lambda: image, lambda: tensor),
+                                         (f'with decoding a JPEG of {len(jpeg) // 1000} kB', decoded, decoded)):
+        a, b = median_seconds(ours(our_input)) / 50, median_seconds(theirs(their_input)) / 50
+        row(f'  images per second, {what}', f'{1 / a:.0f}', f'{1 / b:.0f}', f'{b / a:.1f}x')
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------------- Training
+
+def objects(n_pictures, device):
+    """Boxes and labels, three objects a picture."""
+    rng = torch.Generator().manual_seed(0)
+    corners = torch.rand(n_pictures, 3, 2, generator=rng) * 0.6
+    boxes = torch.cat([corners, corners + 0.1 + 0.3 * torch.rand(n_pictures, 3, 2, generator=rng)], dim=2)
+    return list(boxes.to(device)), list(torch.randint(1, n_classes, (n_pictures, 3), generator=rng).to(device))
+
+
+def our_step(batch_size, device, bfloat16, channels_last=True):
+    """A function that makes a training step of ours, and one that computes its loss only."""
+    model = SSD300(n_classes).to(device)
+    if not channels_last:
+        model = model.to(memory_format=torch.contiguous_format)
+    criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 1e-5, 0.9, 5e-4)
+    images, (boxes, labels) = torch.randn(batch_size, 3, 300, 300, device=device), objects(batch_size, 'cpu')
+    boxes, labels = [b.clone() for b in boxes], [l.clone() for l in labels]
+    locs = torch.randn(batch_size, 8732, 4, device=device, requires_grad=True)
+    scores = torch.randn(batch_size, 8732, n_classes, device=device, requires_grad=True)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            predicted = model(images)
+        loss = criterion(*predicted, boxes, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def loss():
+        criterion(locs, scores, boxes, labels).backward()
+    return step, loss
+
+
+def their_step(batch_size, device, bfloat16):
+    """A function that makes a training step of torchvision's model."""
+    model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5, momentum=0.9, weight_decay=5e-4)
+    images = list(torch.rand(batch_size, 3, 300, 300, device=device))
+    targets = [{'boxes': boxes * 300, 'labels': labels} for boxes, labels in zip(*objects(batch_size, device))]
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            losses = model(images, targets)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    return step
+
+
+def measure_step(step, n):
+    """Seconds that a step takes, and GiB that it needs on the GPU."""
+    if gpu is not None:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = median_seconds(step, n, 1 + n // 5)
+    return seconds, torch.cuda.max_memory_allocated() / 2**30 if gpu is not None else 0
+
+
+def benchmark_training(device, batch_size, n):
+    """A training step of ours and of torchvision's, in both precisions."""
+    section(f'Training step on {device}: batch {batch_size}' + ' ' * 35 + 'ours           torchvision   ratio')
+    torch.backends.cudnn.benchmark = True
+    for bfloat16 in (False, True):
+        step, loss = our_step(batch_size, device, bfloat16)
+        ours, our_memory = measure_step(step, n)
+        loss_seconds = median_seconds(loss, n)
+        del step, loss
+        theirs, their_memory = measure_step(their_step(batch_size, device, bfloat16), n)
+        row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
+            f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
+        row('    of it the loss and its gradient', f'{100 * loss_seconds / ours:.2f}%')
+        if device.type == 'cuda':
+            row('    peak memory', f'{our_memory:.2f} GiB', f'{their_memory:.2f} GiB',
+                f'{their_memory / our_memory:.2f}x')
+            peak = next((peak for name, peak in peaks.items() if name in torch.cuda.get_device_name()), None)
+            if bfloat16 and peak is not None:
+                row('    share of the peak of matrix multiplication',
+                    f'{100 * batch_size / ours * flop_per_image / peak:.0f}%')
+    step, _ = our_step(batch_size, device, False, channels_last=False)
+    plain = median_seconds(step, n, 1 + n // 5)
+    row('  float32 without channels_last', f'{batch_size / plain:.2f} images/s')
+
+
+def benchmark_loader():
+    """The training loop of train.py on the GPU, fed by the loader with JPEG files."""
+    section('Training from JPEG files of 500x375 on the GPU')
+    workers = os.cpu_count()
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(64):
+            with open(os.path.join(folder, f'{i}.jpg'), 'wb') as file:
+                file.write(photograph()[1])
+        boxes, labels = objects(64, 'cpu')
+        of_picture = [{'boxes': (boxes[i] * torch.tensor([500, 375] * 2)).tolist(), 'labels': labels[i].tolist(),
+                       'difficulties': [0] * 3} for i in range(64)]
+        contents = {'label_map': utils.label_map, 'TRAIN_objects': of_picture * 100,
+                    'TRAIN_images': [os.path.join(folder, f'{i}.jpg') for i in range(64)] * 100}
+        for name, content in contents.items():
+            with open(os.path.join(folder, f'{name}.json'), 'w') as file:
+                json.dump(content, file)
+        for batch_size in (8, 32):
+            model = SSD300(n_classes).to(gpu)
+            criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 1e-5, 0.9, 5e-4)
+            loader = DataLoader(PascalVOCDataset(folder, 'TRAIN'), batch_size, sampler=EpochSampler(6400, 0),
+                                collate_fn=collate_fn, num_workers=workers, pin_memory=True, persistent_workers=True)
+            for epoch in range(2):  # the first is for warming up
+                start = time.perf_counter()
+                train(loader, model, criterion, optimizer, epoch, print_freq=100)
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+            row(f'  batch {batch_size}, {workers} workers', f'{6400 / seconds:.0f} images/s',
+                f'recipe: {recipe_images / (6400 / seconds) / 3600:.1f} hours')
+
+
+def main():
+    """Measure everything."""
+    name = torch.cuda.get_device_name() if gpu is not None else 'no GPU'
+    print(f'torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, '
+          f'{name}')
+    benchmark_mAP()
+    benchmark_transforms()
+    benchmark_detection(torch.device('cpu'))
+    benchmark_training(torch.device('cpu'), 4, 3)
+    if gpu is None:
+        print('\nNo GPU here: training, its memory, the loader, and forward pass with detection on a GPU not measured.')
+        return
+    benchmark_detection(gpu)
+    benchmark_forward_and_detection()
+    for batch_size in (8, 32):
+        benchmark_training(gpu, batch_size, 20)
+    benchmark_loader()
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,67 @@
+"""
+What tests/test_processes.py starts, alone or in several processes under torchrun:
+
+    python tests/together.py train FOLDER BATCH_SIZE EPOCHS
+    python tests/together.py evaluate FOLDER
+"""
+import json
+import os
+import sys
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from datasets import PascalVOCDataset, collate_fn  # noqa: E402
+from eval import evaluate  # noqa: E402
+from model import SSD300  # noqa: E402
+from processes import join_processes, leave_processes, n_processes, process_number  # noqa: E402
+from train import fit, make_optimizer  # noqa: E402
+from utils import run  # noqa: E402
+
+
+class RandomDetector(nn.Module):
+    """Detects at random, but always the same in the same picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('priors_cxcy', torch.zeros(1, 4))
+
+    def forward(self, images):
+        return images, images
+
+    def detect_objects(self, images, _, min_score, max_overlap, top_k):
+        detections = []
+        for image in images:
+            rng = torch.Generator().manual_seed(int(image.double().sum().abs() * 1000))
+            corners, sides = torch.rand(2000, 2, generator=rng), 0.1 + 0.15 * torch.rand(2000, 2, generator=rng)
+            boxes = torch.cat([corners, corners + sides], dim=1)
+            detections.append((boxes, torch.randint(1, 4, (2000,), generator=rng), torch.rand(2000, generator=rng)))
+        return tuple(map(list, zip(*detections)))
+
+
+def main():
+    what, folder = sys.argv[1:3]
+    device = join_processes()
+    if what == 'train':
+        batch_size, epochs = map(int, sys.argv[3:])
+        torch.manual_seed(0)
+        model = SSD300(n_classes=4).to(device)
+        print(f'process {process_number()} is {os.getpid()}', flush=True)
+        fit(model, make_optimizer(model, 1e-4, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
+            os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1)
+    else:
+        test_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+        test_set.split = 'TEST'
+        loader = DataLoader(test_set, 4, sampler=range(process_number(), len(test_set), n_processes()),
+                            collate_fn=collate_fn)
+        results = evaluate(loader, RandomDetector())
+        with open(os.path.join(folder, f'results {process_number()} of {n_processes()}.json'), 'w') as file:
+            json.dump(results, file)
+    leave_processes()
+
+
+if __name__ == '__main__':
+    run(main)
