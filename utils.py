@@ -289,8 +289,8 @@ def find_jaccard_overlap(set_1, set_2):
 # ------------------------------------------------------------------------------------------ Priors and their encoding
 
 # The six feature maps that predict, and the priors on each: the paper's section 2.2, and its authors' code, which gives
-# conv4_3 a scale of its own (0.1) and spaces the other five evenly from 0.2 to 0.9. Every tile also has an extra
-# prior (see create_prior_boxes), so its number of priors is one more than its number of aspect ratios.
+# conv4_3 a scale of its own (0.1) and spaces the other five evenly from 0.2 to 0.9. Every tile also has an extra prior
+# of ratio 1, so its number of priors is one more than its number of aspect ratios.
 FeatureMap = namedtuple('FeatureMap', 'channels size scale ratios')
 feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
                 'conv7': FeatureMap(1024, 19, 0.2, (1, 2, 3, 1 / 2, 1 / 3)),
@@ -305,23 +305,32 @@ def create_prior_boxes():
     The 8732 priors of SSD300: map by map, row by row, tile by tile, and within a tile ratio 1, the extra prior, then
     the other ratios. The predictions come in the same order.
 
-    The clamp keeps each of the four numbers in [0, 1]. It changes 20 priors, whose width or height would exceed the
-    picture's. It does not cut priors at the picture's edge, as the paper's wording suggests: published weights were
-    trained with these priors.
+    The extra prior's scale is between this map's and the next map's (their geometric mean); on the last map it is 1.
 
     :return: priors in fractional center-size coordinates, a tensor (8732, 4)
     """
-    priors = []
-    scales = [feature_map.scale for feature_map in feature_maps.values()] + [1.]
-    for (_, size, scale, ratios), next_scale in zip(feature_maps.values(), scales[1:]):
-        extra_scale = math.sqrt(scale * next_scale)  # between this map's scale and the next
-        shapes = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
-        shapes.insert(1, (extra_scale, extra_scale))
-        for row in range(size):
-            for column in range(size):
-                for width, height in shapes:
-                    priors.append([(column + 0.5) / size, (row + 0.5) / size, width, height])
-    return torch.tensor(priors).clamp(0, 1)  # (8732, 4)
+    maps = list(feature_maps.values())
+    extra_scales = [math.sqrt(this.scale * following.scale) for this, following in zip(maps, maps[1:])] + [1.]
+    return torch.cat([priors_of_map(size, 1 / size, scale, extra_scale, ratios)
+                      for (_, size, scale, ratios), extra_scale in zip(maps, extra_scales)])  # (8732, 4)
+
+
+def priors_of_map(size, step, scale, extra_scale, ratios):
+    """
+    The clamp keeps widths and heights in [0, 1]. It changes 20 of the 8732 priors. It does not cut priors at the
+    picture's edge, as the paper's wording suggests: published weights were trained with these priors.
+
+    :param size: tiles in a row, and rows, of the map
+    :param step: distance between the centers of two tiles, as a fraction of the picture
+    :param scale: square root of the area of the priors, as a fraction of the picture's
+    :param extra_scale: the same for the extra prior
+    :param ratios: aspect ratios, width to height, the first is 1
+    :return: priors in fractional center-size coordinates, a tensor (size * size * (number of ratios + 1), 4)
+    """
+    shapes = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
+    shapes.insert(1, (extra_scale, extra_scale))
+    return torch.tensor([[(column + 0.5) * step, (row + 0.5) * step, min(width, 1.), min(height, 1.)]
+                         for row in range(size) for column in range(size) for width, height in shapes])
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
