@@ -14,10 +14,11 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from model import SSD300
+from pretrained import coco_detector
 from utils import UserError, load_checkpoint, make_color_map, open_image, run, to_input, to_rgb
 
 img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
-checkpoint = 'checkpoint_ssd300.pth'  # the weights, from train.py
+checkpoint = None  # the weights, from train.py; None for torchvision's, trained on the 80 classes of COCO
 output_folder = 'detections'  # where the annotated copies go
 min_score = 0.4  # how certain a detection must be to be drawn
 max_overlap = 0.45  # of two boxes of a class that overlap by more, only the better is kept
@@ -28,12 +29,15 @@ show = False  # also open a window with each annotated picture
 @cache
 def load_detector(checkpoint):
     """
-    :param checkpoint: path of a checkpoint
+    :param checkpoint: path of a checkpoint, or None for torchvision's weights, downloaded at the first time
     :return: SSD300 on the GPU, if there is one, and its dict of label -> index
     """
-    saved = load_checkpoint(checkpoint)
-    model = SSD300.from_checkpoint(saved).to('cuda' if torch.cuda.is_available() else 'cpu')
-    return model.eval(), saved['label_map']
+    if checkpoint is None:
+        model, label_map = coco_detector()
+    else:
+        saved = load_checkpoint(checkpoint)
+        model, label_map = SSD300.from_checkpoint(saved), saved['label_map']
+    return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), label_map
 
 
 @torch.no_grad()

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from datasets import PascalVOCDataset, collate_fn
 from model import SSD300
+from pretrained import coco_detector
 from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
 from utils import UserError, calculate_mAP, load_checkpoint, run
 
 data_folder = './'  # where create_data_lists.py wrote the lists
-checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py
+checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py; None for torchvision's, trained on COCO
 batch_size = 32  # pictures in a batch; fewer if memory runs out
 workers = 4  # processes that load pictures
 bfloat16 = None  # compute in 16 bits: True, False, or None for only on a GPU
@@ -71,11 +72,16 @@ def main():
     """Evaluate with the parameters at the top of this file."""
     device = join_processes()
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
-    saved = load_checkpoint(checkpoint)
-    if saved['label_map'] != test_set.label_map:
-        raise UserError(f'{checkpoint} detects {list(saved["label_map"])[1:]}, but the lists in {data_folder} have '
+    if checkpoint is None:
+        model, label_map = coco_detector(list(test_set.label_map)[1:])
+    else:
+        saved = load_checkpoint(checkpoint)
+        model, label_map = SSD300.from_checkpoint(saved), saved['label_map']
+    if label_map != test_set.label_map:
+        raise UserError(f'{checkpoint} detects {list(label_map)[1:]}, but the lists in {data_folder} have '
                         f'{list(test_set.label_map)[1:]}: write lists with the labels of the checkpoint')
-    model = SSD300.from_checkpoint(saved).to(device)
+    model = model.to(device)
+    torch.backends.cudnn.benchmark = True  # all batches but the last have one shape: find the fastest way for it
     test_loader = DataLoader(test_set, batch_size, sampler=range(process_number(), len(test_set), n_processes()),
                              collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda')
     evaluate(test_loader, model, bfloat16=bfloat16)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from model import SSD300, MultiBoxLoss
+from pretrained import start_from_coco
 from processes import join_processes, leave_processes, mean_over_processes, n_processes, process_number
 from utils import (AverageMeter, UserError, adjust_learning_rate, clip_gradient, load_checkpoint, run, save_checkpoint,
                    write_whole)
@@ -32,7 +33,7 @@ workers = 4  # processes that load pictures
 # Model
 checkpoint = None  # a checkpoint to go on from, or None to start anew
 checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
-pretrained = 'imagenet'  # how the base starts: 'imagenet' for torchvision's VGG-16 weights, or None for random ones
+pretrained = 'imagenet'  # start: 'imagenet' for VGG-16's base, 'coco' for a whole detector, None for random weights
 
 # Learning: the paper's recipe, 120,000 iterations of 32 pictures of VOC 07+12, in epochs and with a smaller batch
 batch_size = 8  # pictures in a batch, of each process if there are several
@@ -175,7 +176,12 @@ def main():
             raise UserError(f'{checkpoint_path} exists, and training anew would overwrite it: to go on with it, set '
                             f"checkpoint = '{checkpoint_path}' in train.py; else move it away")
         torch.manual_seed(seed)
-        model = SSD300(len(train_set.label_map), pretrained == 'imagenet').to(device)
+        if pretrained == 'coco':
+            model, new_labels = start_from_coco(train_set.label_map)
+            print(f'Starting from weights trained on COCO, which lack {new_labels or "none of the labels"}.')
+        else:
+            model = SSD300(len(train_set.label_map), pretrained == 'imagenet')
+        model = model.to(device)
         optimizer = make_optimizer(model, lr, momentum, weight_decay)
         start_epoch, first_seed = 0, seed
     else:
@@ -185,8 +191,10 @@ def main():
                             f'{list(train_set.label_map)[1:]}: use the lists it was trained with')
         model = SSD300.from_checkpoint(saved).to(device)
         optimizer = make_optimizer(model, lr, momentum, weight_decay)
-        optimizer.load_state_dict(saved['optimizer'])
-        start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
+        start_epoch, first_seed = 0, seed
+        if 'optimizer' in saved:  # else it is from the earlier implementation: start anew from its weights
+            optimizer.load_state_dict(saved['optimizer'])
+            start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
     fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers, decay_lr_at,

@@ -777,7 +777,8 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed):
 
 def load_checkpoint(path, device='cpu'):
     """
-    Read a checkpoint. Nothing in the file is run: one that holds code is refused.
+    Read a checkpoint, ours or one of the earlier implementation (see pretrained.py). Nothing in the file is run: one
+    that holds other code is refused.
 
     :param path: a file that `save_checkpoint` wrote
     :param device: where its tensors go
@@ -788,10 +789,9 @@ def load_checkpoint(path, device='cpu'):
         raise UserError(f'no checkpoint at {path}: train one with "python train.py", or set the right path')
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # nearly anything, on a file that is no checkpoint
-        reason = 'it holds more than tensors and plain values, which could be harmful' \
-            if 'Unsupported' in str(error) or 'GLOBAL' in str(error) else 'it is damaged, or from another program'
-        raise UserError(f'{path} was not loaded: {reason}. Take a checkpoint that train.py wrote') from None
+    except Exception:  # nearly anything, on a file that holds more than tensors and plain values
+        from pretrained import read_earlier_checkpoint  # here, because pretrained.py builds on this file
+        return read_earlier_checkpoint(path, device)
     missing = {'epoch', 'label_map', 'model', 'priors_cxcy'} - set(content if isinstance(content, dict) else ())
     if missing:
         raise UserError(f'{path} is no checkpoint of train.py: it lacks {sorted(missing)}')
