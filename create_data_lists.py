@@ -11,10 +11,11 @@ from torchvision.datasets import VOCDetection
 
 from utils import UserError, create_data_lists, run, voc_labels
 
-voc07_path = 'VOCdevkit/VOC2007'  # folder with ImageSets, Annotations and JPEGImages; splits trainval and test
+voc07_path = 'VOCdevkit/VOC2007'  # folder with JPEGImages, Annotations and ImageSets; its splits trainval and test
 voc12_path = 'VOCdevkit/VOC2012'  # another such folder, whose trainval is added; or None
 output_folder = './'  # where the lists go
-labels = voc_labels  # the classes to detect, without the background
+labels = voc_labels  # the classes to detect, without the background; or None for all that occur
+test_fraction = 0.2  # share of the pictures that are for the test, in a folder without ImageSets
 download = False  # fetch Pascal VOC first: 2.8 GB, into VOCdevkit in the current folder
 
 
@@ -38,7 +39,7 @@ def main():
     """Download if asked, then write the lists."""
     if download:
         download_voc('.')
-    create_data_lists(voc07_path, voc12_path, output_folder, labels)
+    create_data_lists(voc07_path, voc12_path, output_folder, labels, test_fraction)
 
 
 if __name__ == '__main__':

@@ -3,19 +3,19 @@ Detect objects in pictures, and draw them:
 
     python detect.py photo.jpg another.png folder_of_pictures
 
-prints each detection's label, score and box in pixels, and saves an annotated copy of each picture. Edit the parameters
-below first.
+prints each detection's label, score and box in pixels, and saves an annotated copy of each picture, animated
+ones included. Edit the parameters below first.
 """
 import os
 import sys
 from functools import cache
 
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageSequence
 
 from model import SSD300
 from pretrained import coco_detector
-from utils import UserError, load_checkpoint, make_color_map, open_image, run, to_input, to_rgb
+from utils import UserError, load_checkpoint, make_color_map, opened_image, run, to_input, to_rgb
 
 img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
 checkpoint = None  # the weights, from train.py; None for torchvision's, trained on the 80 classes of COCO
@@ -23,6 +23,7 @@ output_folder = 'detections'  # where the annotated copies go
 min_score = 0.4  # how certain a detection must be to be drawn
 max_overlap = 0.45  # of two boxes of a class that overlap by more, only the better is kept
 top_k = 200  # draw at most this many detections in a picture
+batch_size = 16  # frames of an animated picture that go through the network together
 show = False  # also open a window with each annotated picture
 
 
@@ -41,20 +42,23 @@ def load_detector(checkpoint):
 
 
 @torch.no_grad()
-def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress=None):
+def find_objects(images, min_score, max_overlap, top_k, model, label_map, suppress=None):
     """
-    :param image: a PIL image in RGB
+    :param images: list of PIL images in RGB
     :param suppress: labels that are not wanted; the other parameters are those of `detect`
-    :return: list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole pixels
+    :return: for each image a list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole
+        pixels
     """
-    labels = {index: label for label, index in label_map.items()}
-    inputs = to_input(image.resize((300, 300), Image.Resampling.BILINEAR)).unsqueeze(0)  # (1, 3, 300, 300)
-    predictions = model(inputs.to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
-    found = model.detect_objects(*predictions, min_score, max_overlap, top_k)
-    boxes, indices, scores = (of_pictures[0].cpu() for of_pictures in found)  # (n, 4), (n), (n)
-    boxes = (boxes.clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().int()  # (n, 4)
-    detections = zip((labels[index] for index in indices.tolist()), scores.tolist(), boxes.tolist())
-    return [detection for detection in detections if detection[0] not in ('background', *(suppress or ()))]
+    names = {index: label for label, index in label_map.items()}
+    unwanted = {'background', *(suppress or ())}
+    inputs = torch.stack([to_input(image.resize((300, 300), Image.Resampling.BILINEAR)) for image in images])
+    predictions = model(inputs.to(model.priors_cxcy.device))  # (N, 8732, 4), (N, 8732, n_classes)
+    results = []
+    for image, boxes, labels, scores in zip(images, *model.detect_objects(*predictions, min_score, max_overlap, top_k)):
+        boxes = (boxes.cpu().clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().int()  # (n, 4)
+        detections = zip((names[label] for label in labels.tolist()), scores.tolist(), boxes.tolist())
+        results.append([detection for detection in detections if detection[0] not in unwanted])
+    return results
 
 
 def draw_objects(image, detections, label_map):
@@ -102,7 +106,7 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
     """
     model, label_map = detector or load_detector(checkpoint)
     image = to_rgb(original_image)
-    detections = find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress)
+    [detections] = find_objects([image], min_score, max_overlap, top_k, model, label_map, suppress)
     return draw_objects(image, detections, label_map)
 
 
@@ -125,34 +129,57 @@ def list_pictures(paths):
     return files
 
 
+def read_frames(path):
+    """
+    :param path: a picture file; errors as in `utils.opened_image`
+    :return: its frames as a list of PIL images in RGB, one unless it is an animated GIF, PNG or WebP; and what
+        `Image.save` has to know to write them again
+    """
+    with opened_image(path) as image:
+        if image.format not in ('GIF', 'PNG', 'WEBP') or image.n_frames == 1:
+            return [to_rgb(image)], {}
+        frames, durations = [], []
+        for frame in ImageSequence.Iterator(image):
+            frames.append(to_rgb(frame))
+            durations.append(frame.info.get('duration', 100))
+        loop = {'loop': image.info['loop']} if 'loop' in image.info else {}
+    return frames, {'save_all': True, 'duration': durations, **loop}
+
+
 def main():
     """Detect in the pictures on the command line, with the parameters at the top of this file."""
+    paths = list_pictures(sys.argv[1:] or [img_path])
     model, label_map = load_detector(checkpoint)
     os.makedirs(output_folder, exist_ok=True)
     saved, failed = set(), 0
-    for path in list_pictures(sys.argv[1:] or [img_path]):
+    for path in paths:
         try:
-            image = open_image(path)
+            frames, options = read_frames(path)
         except UserError as error:
             print(f'Error: {error}', file=sys.stderr)
             failed += 1
             continue
-        detections = find_objects(image, min_score, max_overlap, top_k, model, label_map)
-        annotated = draw_objects(image, detections, label_map)
+        detections = []
+        for i in range(0, len(frames), batch_size):
+            detections += find_objects(frames[i:i + batch_size], min_score, max_overlap, top_k, model, label_map)
+        frames = [draw_objects(frame, found, label_map) for frame, found in zip(frames, detections)]
 
         stem, extension = os.path.splitext(os.path.basename(path))
-        extension = extension if extension.lower() in ('.jpg', '.jpeg', '.png') else extension + '.png'
+        kept = ('.gif', '.png', '.webp') if len(frames) > 1 else ('.jpg', '.jpeg', '.png')
+        extension = extension if extension.lower() in kept else extension + '.png'
         output_path, number = os.path.join(output_folder, stem + extension), 2
         # Neither another folder's picture of the same name nor the original is overwritten.
         while output_path in saved or os.path.realpath(output_path) == os.path.realpath(path):
             output_path, number = os.path.join(output_folder, f'{stem}-{number}{extension}'), number + 1
         saved.add(output_path)
-        annotated.save(output_path, quality=95)
-        print(f'{path}: {len(detections)} objects, drawn in {output_path}')
-        for label, score, box in detections:
-            print(f'  {label:20}{score:.2f}  x {box[0]}-{box[2]}, y {box[1]}-{box[3]}')
+        frames[0].save(output_path, quality=95, append_images=frames[1:], **options)
+        for i, found in enumerate(detections):
+            frame = f', frame {i + 1} of {len(frames)}' if len(frames) > 1 else ''
+            print(f'{path}{frame}: {len(found)} objects, drawn in {output_path}')
+            for label, score, box in found:
+                print(f'  {label:20}{score:.2f}  x {box[0]}-{box[2]}, y {box[1]}-{box[3]}')
         if show:
-            annotated.show()
+            frames[0].show()
     if failed:
         raise UserError(f'{failed} of {failed + len(saved)} files could not be read')
 

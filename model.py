@@ -228,8 +228,8 @@ class PredictionConvolutions(nn.Module):
             # order of the dimensions, so the channels must come last, or predictions would land on others' priors.
             loc = loc.permute(0, 2, 3, 1)  # (N, size, size, n_priors * 4)
             cl = cl.permute(0, 2, 3, 1)  # (N, size, size, n_priors * n_classes)
-            locs.append(loc.reshape(len(loc), -1, 4))  # (N, size * size * n_priors, 4)
-            classes_scores.append(cl.reshape(len(cl), -1, self.n_classes))  # (N, size * size * n_priors, n_classes)
+            locs.append(loc.reshape(loc.size(0), -1, 4))  # (N, size * size * n_priors, 4)
+            classes_scores.append(cl.reshape(cl.size(0), -1, self.n_classes))  # (N, size * size * n_priors, n_classes)
         return torch.cat(locs, dim=1), torch.cat(classes_scores, dim=1)  # (N, 8732, 4), (N, 8732, n_classes)
 
 

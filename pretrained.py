@@ -178,7 +178,7 @@ class SafeUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module == 'model' or module.startswith(('torch.nn.modules.', 'torch.optim.')):
             return type(name, (StandIn,), {'__module__': module})
-        raise pickle.UnpicklingError(f'it calls {module}.{name}')
+        raise pickle.UnpicklingError(f'it calls {module}.{name}, which could be harmful')
 
 
 class SafePickle:
@@ -210,7 +210,7 @@ def read_earlier_checkpoint(path, device='cpu'):
         if len(state_dict['pred_convs.cl_conv11_2.bias']) != 4 * len(label_map):
             raise ValueError('it does not detect the 20 classes of VOC')
     except Exception as error:  # nearly anything, on a file that is no such checkpoint
-        raise UserError(f'{path} was not loaded: it is damaged, or not a checkpoint ({" ".join(str(error).split())}). '
+        raise UserError(f'{path} was not loaded: it is damaged or no checkpoint: {" ".join(str(error).split())}. '
                         'Take one that train.py wrote') from None
     return {'epoch': content.get('epoch', 0), 'label_map': label_map, 'model': state_dict, 'priors_cxcy': priors}
 

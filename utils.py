@@ -87,9 +87,32 @@ label_color_map = make_color_map(label_map)
 
 # ---------------------------------------------------------------------------------------- Annotations and data lists
 
+def read_objects(annotation_path):
+    """
+    Read an XML file in Pascal VOC's format.
+
+    :param annotation_path: the file
+    :return: the picture's (width, height) as the file states it, 0 if not; and a list of (label, difficult, box),
+        one for each object; box is the four edges as they stand there, in pixels from 1
+    :raises UserError: the file is missing, is no annotation, or has an object without a name or numeric box
+    """
+    try:
+        root = ET.parse(annotation_path).getroot()
+        size = tuple(float(root.findtext(f'size/{side}', '0')) for side in ('width', 'height'))
+        objects = [(node.find('name').text.strip(), int(node.findtext('difficult') or 0),
+                    [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')])
+                   for node in root.findall('object')]  # only direct children: VOC 2012 nests 'part' boxes deeper
+    except FileNotFoundError:
+        raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
+    except (ET.ParseError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f'{annotation_path} is not an annotation in VOC format ({error}): '
+                        'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
+    return size, objects
+
+
 def parse_annotation(annotation_path, label_map=label_map, size=None):
     """
-    Read the objects from an XML file in Pascal VOC's format.
+    Read the objects from an XML file in Pascal VOC's format, and drop those that can't be right.
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may lie a pixel outside the picture, because some tools count
     from 0 or round up: it is clipped. A box that lies further outside, or has no area, is wrong, and is dropped.
@@ -99,21 +122,9 @@ def parse_annotation(annotation_path, label_map=label_map, size=None):
     :param size: the picture's width and height, if known
     :return: dict of boxes (boundary coordinates in pixels), labels (indices), difficulties (0 or 1), one of each per
         object; and dropped (a reason for each dropped object)
-    :raises UserError: the file is missing, is no annotation, is for a picture of another size, or has an object
-        without a name or numeric box
+    :raises UserError: see `read_objects`; or the file is for a picture of another size
     """
-    try:
-        root = ET.parse(annotation_path).getroot()
-        stated_size = tuple(float(root.findtext(f'size/{side}', '0')) for side in ('width', 'height'))
-        objects = [(node.find('name').text.strip(), int(node.findtext('difficult') or 0),
-                    [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')])
-                   for node in root.findall('object')]  # only direct children: VOC 2012 nests 'part' boxes deeper
-    except FileNotFoundError:
-        raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
-    except (ET.ParseError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f'{annotation_path} is not an annotation in VOC format ({error}): '
-                        'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
-
+    stated_size, objects = read_objects(annotation_path)
     if min(stated_size) > 0 and size not in (None, stated_size):  # some tools leave 0 for a size they don't know
         raise UserError(f'{annotation_path} is for a picture of {stated_size[0]:.0f}x{stated_size[1]:.0f} pixels, '
                         f'but the picture has {size[0]}x{size[1]}: annotate it anew, or take it out of the split')
@@ -137,22 +148,39 @@ def parse_annotation(annotation_path, label_map=label_map, size=None):
     return annotation
 
 
-def read_split(folder, split, label_map):
+def picture_ids(folder, split, test_fraction):
     """
-    Read one split of a folder in Pascal VOC's layout: ImageSets/Main/SPLIT.txt, Annotations, JPEGImages.
-
-    :param folder: the folder, for example VOCdevkit/VOC2007
+    :param folder: a folder in Pascal VOC's layout
     :param split: 'trainval' or 'test'
-    :param label_map: dict of label -> index
-    :return: list of (path of the picture, its annotation), see `parse_annotation`
-    :raises UserError: something is missing or unreadable, see `parse_annotation` and `image_size`
+    :param test_fraction: share of the annotated pictures that are for the test, if the folder has no ImageSets; which
+        they are is random, but always the same
+    :return: the names of the split's pictures, without extension
+    :raises UserError: the list of the split is missing
     """
     list_path = os.path.join(folder, 'ImageSets', 'Main', split + '.txt')
+    if os.path.isdir(os.path.join(folder, 'Annotations')) and not os.path.isdir(os.path.join(folder, 'ImageSets')):
+        ids = sorted(os.path.splitext(name)[0] for name in os.listdir(os.path.join(folder, 'Annotations'))
+                     if name.lower().endswith('.xml'))
+        random.Random(0).shuffle(ids)
+        n_test = round(test_fraction * len(ids))
+        return sorted(ids[:n_test] if split == 'test' else ids[n_test:])
     if not os.path.isfile(list_path):
         raise UserError(f'{list_path} is missing: set the paths in create_data_lists.py to folders in VOC layout, '
                         'or download = True to fetch Pascal VOC')
     with open(list_path, encoding='utf-8') as file:
-        ids = [line.split()[0] for line in file if line.strip()]
+        return [line.split()[0] for line in file if line.strip()]
+
+
+def read_split(folder, ids, label_map):
+    """
+    Read some pictures' annotations, from a folder in Pascal VOC's layout: Annotations, JPEGImages.
+
+    :param folder: the folder, for example VOCdevkit/VOC2007
+    :param ids: the names of the pictures, see `picture_ids`
+    :param label_map: dict of label -> index
+    :return: list of (path of the picture, its annotation), see `parse_annotation`
+    :raises UserError: something is missing or unreadable, see `parse_annotation` and `image_size`
+    """
     image_folder = os.path.join(os.path.abspath(folder), 'JPEGImages')
     names = os.listdir(image_folder) if os.path.isdir(image_folder) else []
     image_names = {os.path.splitext(name)[0]: name for name in names}
@@ -160,14 +188,14 @@ def read_split(folder, split, label_map):
     pictures = []
     for id in ids:
         if id not in image_names:
-            raise UserError(f'{os.path.join(image_folder, id)}.* is missing: {list_path} names this picture')
+            raise UserError(f'{os.path.join(image_folder, id)}.* is missing: the splits of {folder} name this picture')
         image_path = os.path.join(image_folder, image_names[id])
         annotation_path = os.path.join(folder, 'Annotations', id + '.xml')
         pictures.append((image_path, parse_annotation(annotation_path, label_map, image_size(image_path))))
     return pictures
 
 
-def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
+def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, test_fraction=0.2):
     """
     Index the pictures and objects of Pascal VOC, or of any folder in its layout, and write what training and evaluation
     read: TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json, label_map.json.
@@ -178,13 +206,19 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels):
     :param voc07_path: folder with the splits trainval and test
     :param voc12_path: folder with another split trainval, or None
     :param output_folder: where the lists go; they are written all together, or not at all
-    :param labels: the classes to detect; objects of other classes are dropped
-    :raises UserError: see `read_split`; or no object of these labels was found for training
+    :param labels: the classes to detect, objects of other classes are dropped; None for all that occur, sorted
+    :param test_fraction: see `picture_ids`
+    :raises UserError: see `picture_ids` and `read_split`; or no object of these labels was found for training
     """
-    label_map = make_label_map(labels)
-    splits = {'TRAIN': [], 'TEST': read_split(voc07_path, 'test', label_map)}
+    parts = [('TEST', voc07_path, picture_ids(voc07_path, 'test', test_fraction))]
     for folder in filter(None, (voc07_path, voc12_path)):
-        splits['TRAIN'] += read_split(folder, 'trainval', label_map)
+        parts.append(('TRAIN', folder, picture_ids(folder, 'trainval', test_fraction)))
+    if labels is None:
+        labels = sorted({label for _, folder, ids in parts for id in ids
+                         for label, _, _ in read_objects(os.path.join(folder, 'Annotations', id + '.xml'))[1]})
+    label_map, splits = make_label_map(labels), {'TRAIN': [], 'TEST': []}
+    for split, folder, ids in parts:
+        splits[split] += read_split(folder, ids, label_map)
 
     dropped = [f'{image_path}: {reason}' for pictures in splits.values()
                for image_path, annotation in pictures for reason in annotation['dropped']]

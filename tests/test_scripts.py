@@ -221,6 +221,27 @@ def test_detect_goes_on_after_a_file_that_is_no_picture(checkpoint, tmp_path, mo
         run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path / 'empty')
 
 
+@pytest.mark.parametrize('suffix, options', [('gif', {'loop': 0}), ('webp', {}), ('png', {'loop': 3})])
+def test_moving_pictures_come_back_moving(checkpoint, tmp_path, monkeypatch, suffix, options):
+    frames, durations = [], [40, 100, 250, 70, 90]
+    for i in range(5):
+        frames.append(Image.new('RGB', (200, 100), 'white'))
+        frames[-1].paste('blue', (60 + 20 * i, 40, 80 + 20 * i, 60))
+    path = tmp_path / f'moving.{suffix}'
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, **options)
+    monkeypatch.setattr(detect, 'batch_size', 2)
+    run_detect(monkeypatch, checkpoint, tmp_path / 'out', path)
+    with Image.open(path) as before, Image.open(tmp_path / 'out' / path.name) as after:
+        assert after.n_frames == 5 and after.size == (200, 100) and before.info.get('loop') == after.info.get('loop')
+        for i in range(5):
+            after.seek(i)
+            pixels = after.convert('RGB')
+            assert after.info['duration'] == durations[i]
+            red, green, blue = pixels.getpixel((70 + 20 * i, 50))
+            assert blue > 150 and red < 100 and green < 100  # the picture of this frame ...
+            assert min(pixels.getpixel((10, 70))) < 200  # ... with the box's left edge
+
+
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F'])
 def test_detect_takes_any_mode_and_leaves_the_picture_alone(checkpoint, monkeypatch, mode):
     monkeypatch.setattr(detect, 'checkpoint', checkpoint)

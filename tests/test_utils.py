@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import tarfile
 import threading
 import xml.etree.ElementTree as ET
@@ -167,6 +168,20 @@ def test_lists_of_two_folders_and_unknown_labels(tmp_path, capsys):
     assert "label 'circle' is not one of the labels" in capsys.readouterr().out
     with pytest.raises(UserError, match='dragon'):
         create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=('dragon',))
+
+
+def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
+    draw_dataset(str(tmp_path), 8, 2)
+    shutil.rmtree(tmp_path / 'ImageSets')
+    (tmp_path / 'Annotations' / 'notes.txt').write_text('no annotation')
+    lists = []
+    for _ in range(2):
+        create_data_lists(str(tmp_path), None, str(tmp_path), labels=None, test_fraction=0.3)
+        lists.append([json.loads((tmp_path / f'{split}_images.json').read_text()) for split in ('TRAIN', 'TEST')])
+    train, test = lists[0]
+    assert lists[0] == lists[1] and len(train) == 7 and len(test) == 3 and not set(train) & set(test)
+    assert json.loads((tmp_path / 'label_map.json').read_text()) == \
+        {'background': 0, 'circle': 1, 'square': 2, 'triangle': 3}
 
 
 @pytest.mark.parametrize('breakage', ['picture', 'annotation', 'no picture', 'size', 'disk'])
@@ -387,7 +402,7 @@ class Malicious:
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, zipped):
     content = {'epoch': 0, 'label_map': {}, 'model': Malicious(str(tmp_path / 'harm')), 'priors_cxcy': torch.zeros(1)}
     torch.save(content, tmp_path / 'c.pth', _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match='harmful') as error:
+    with pytest.raises(UserError, match='mkdir, which could be harmful') as error:
         load_checkpoint(str(tmp_path / 'c.pth'))
     assert not (tmp_path / 'harm').exists() and '\n' not in str(error.value)
 
