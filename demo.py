@@ -87,7 +87,7 @@ def draw_picture(rng):
     objects = []
     n_objects = rng.randint(1, 6)
     for _ in range(30):  # tries
-        side = rng.randint(30, 70)
+        side = rng.randint(28, 60)
         width, height = side, round(side * rng.uniform(0.8, 1.25))
         x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
         box = (x, y, x + width - 1, y + height - 1)
@@ -161,7 +161,7 @@ def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
     rows = -(-len(image_paths) // columns)
     sheet = Image.new('RGB', (columns * tile[0], rows * tile[1]), 'white')
     for i, image_path in enumerate(image_paths):
-        annotated = detect(open_image(image_path), min_score=0.4, max_overlap=0.45, top_k=200, detector=detector)
+        annotated = detect(open_image(image_path), min_score=0.35, max_overlap=0.45, top_k=200, detector=detector)
         annotated.thumbnail((tile[0] - 10, tile[1] - 10))
         sheet.paste(annotated, (i % columns * tile[0] + (tile[0] - annotated.width) // 2,
                                 i // columns * tile[1] + (tile[1] - annotated.height) // 2))
@@ -184,7 +184,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))  # forgets the first, rough steps
     checkpoint_path = os.path.join(folder, 'checkpoint_ssd300.pth')
     fit(model, optimizer, PascalVOCDataset(folder, 'TRAIN', keep_difficult=True), checkpoint_path, epochs, batch_size,
-        decay_lr_at=decay_lr_at, print_freq=10, bfloat16=device.type == 'cuda' or faster_in_bfloat16())
+        decay_lr_at=decay_lr_at, print_freq=10, bfloat16=None if device.type == 'cuda' else faster_in_bfloat16())
 
     print(f'\n4. Evaluating on {n_test} other pictures, as eval.py does')
     saved = load_checkpoint(checkpoint_path, device)

@@ -15,7 +15,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageSequence
 
 from model import SSD300
 from pretrained import coco_detector
-from utils import UserError, load_checkpoint, make_color_map, opened_image, run, to_input, to_rgb
+from utils import UserError, is_picture, load_checkpoint, make_color_map, opened_image, run, to_input, to_rgb
 
 img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
 checkpoint = None  # the weights, from train.py; None for torchvision's, trained on the 80 classes of COCO
@@ -122,7 +122,7 @@ def list_pictures(paths):
             files.append(path)
             continue
         inside = [os.path.join(path, name) for name in sorted(os.listdir(path))
-                  if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
+                  if is_picture(name)]
         if not inside:
             raise UserError(f'{path} has no pictures in it: give a picture, or a folder with pictures')
         files += inside
@@ -149,16 +149,17 @@ def read_frames(path):
 def main():
     """Detect in the pictures on the command line, with the parameters at the top of this file."""
     paths = list_pictures(sys.argv[1:] or [img_path])
-    model, label_map = load_detector(checkpoint)
-    os.makedirs(output_folder, exist_ok=True)
     saved, failed = set(), 0
     for path in paths:
         try:
             frames, options = read_frames(path)
         except UserError as error:
+            if len(paths) == 1:
+                raise
             print(f'Error: {error}', file=sys.stderr)
             failed += 1
             continue
+        model, label_map = load_detector(checkpoint)
         detections = []
         for i in range(0, len(frames), batch_size):
             detections += find_objects(frames[i:i + batch_size], min_score, max_overlap, top_k, model, label_map)
@@ -172,6 +173,7 @@ def main():
         while output_path in saved or os.path.realpath(output_path) == os.path.realpath(path):
             output_path, number = os.path.join(output_folder, f'{stem}-{number}{extension}'), number + 1
         saved.add(output_path)
+        os.makedirs(output_folder, exist_ok=True)
         frames[0].save(output_path, quality=95, append_images=frames[1:], **options)
         for i, found in enumerate(detections):
             frame = f', frame {i + 1} of {len(frames)}' if len(frames) > 1 else ''

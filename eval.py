@@ -16,13 +16,13 @@ from datasets import PascalVOCDataset, collate_fn
 from model import SSD300
 from pretrained import coco_detector
 from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
-from utils import UserError, calculate_mAP, load_checkpoint, run
+from utils import UserError, calculate_mAP, fast_in_bfloat16, load_checkpoint, run
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py; None for torchvision's, trained on COCO
 batch_size = 32  # pictures in a batch; fewer if memory runs out
 workers = 4  # processes that load pictures
-bfloat16 = None  # compute in 16 bits: True, False, or None for only on a GPU
+bfloat16 = None  # compute in 16 bits: True, False, or None for only on GPUs that are made for it
 
 
 @torch.no_grad()
@@ -36,12 +36,12 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     :param min_score: how certain a detection must be; low, because average precision looks at all levels of certainty
     :param max_overlap: see `SSD300.detect_objects`
     :param top_k: see `SSD300.detect_objects`
-    :param bfloat16: compute in 16 bits; None for only on a GPU
+    :param bfloat16: compute in 16 bits; None for only on GPUs that are made for it
     :return: dict of label -> AP, and mAP, see `utils.calculate_mAP`
     """
     model.eval()
     device = model.priors_cxcy.device
-    bfloat16 = device.type == 'cuda' if bfloat16 is None else bfloat16
+    bfloat16 = fast_in_bfloat16(device) if bfloat16 is None else bfloat16
     lists = [[] for _ in range(6)]  # boxes, labels and scores of the detections; boxes, labels and difficulties
     start = time.time()
     for images, *objects in tqdm(test_loader, desc='Evaluating', unit='batch', disable=process_number() > 0):
@@ -49,7 +49,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
             predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
         found = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
         for values, of_batch in zip(lists, (*found, *objects)):
-            values.extend(of_batch)
+            values.extend(value.clone() for value in of_batch)  # not what a worker holds open for the batch
     lists = gather_pictures([[value.cpu() for value in values] for values in lists])
     seconds = time.time() - start
 

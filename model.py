@@ -9,6 +9,7 @@ how wrong they are; `SSD300.detect_objects` turns them into detections.
 In the comments on shapes, N is the number of pictures in the batch. Boxes and priors: see utils.py.
 """
 import os
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -110,9 +111,9 @@ class VGGBase(nn.Module):
         weights = VGG16_Weights.IMAGENET1K_V1
         try:
             vgg = weights.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
             folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-            raise UserError(f'the download of {weights.url} failed ({error}): put that file into {folder}, '
+            raise UserError(f'the download or reading of {weights.url} failed ({error}): put that file into {folder}, '
                             'or set pretrained = None to start from random weights') from None
 
         # torchvision numbers its layers, ReLUs and pools included; its convolutions come in the same order as ours.
@@ -257,7 +258,8 @@ class SSD300(nn.Module):
         self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)  # (8732, 4)
 
         # Convolutions are faster when the values of a pixel lie next to each other in memory; the shapes stay the same.
-        self.to(memory_format=torch.channels_last)
+        for part in (self.base, self.aux_convs, self.pred_convs):
+            part.to(memory_format=torch.channels_last)
 
     def create_prior_boxes(self):
         """

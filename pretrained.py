@@ -42,6 +42,7 @@ def from_torchvision(state_dict, classes=None):
     :raises UserError: the weights are not those of such a model
     """
     try:
+        state_dict = {key: values.cpu() for key, values in state_dict.items()}
         n_all = len(state_dict['head.classification_head.module_list.5.bias']) // 4
         classes = list(range(n_all)) if classes is None else list(classes)
         model = SSD300(n_classes=len(classes))
@@ -98,10 +99,10 @@ def download_coco():
     """
     try:
         return coco_weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-        raise UserError(f'the download of {coco_weights.url} failed ({error}): put that file into {folder}, '
-                        'or set checkpoint to weights of your own') from None
+        raise UserError(f'the download or reading of {coco_weights.url} failed ({error}): put that file into '
+                        f'{folder}, or set checkpoint or pretrained to other weights') from None
 
 
 def coco_detector(labels=None):
@@ -203,6 +204,11 @@ def read_earlier_checkpoint(path, device='cpu'):
     """
     try:
         with warnings.catch_warnings():
+            with open(path, 'rb') as file:
+                zipped = file.read(4) == b'PK\x03\x04'
+            if zipped and 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records():
+                # torch.load would run it, and never ask the unpickler
+                raise pickle.UnpicklingError('it is a TorchScript program, which could be harmful')
             warnings.simplefilter('ignore')  # that the source code of the pickled classes differs from ours
             content = torch.load(path, map_location=device, weights_only=False, pickle_module=SafePickle)
         state_dict = dict(named_tensors(content['model']))

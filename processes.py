@@ -30,13 +30,13 @@ def join_processes():
                         f'"torchrun --nproc_per_node={torch.cuda.device_count()}"')
     if gpu:
         torch.cuda.set_device(index)
-    dist.init_process_group('nccl' if gpu else 'gloo')
+    dist.init_process_group('nccl' if gpu and dist.is_nccl_available() else 'gloo')
     return torch.device('cuda', index) if gpu else torch.device('cpu')
 
 
 def leave_processes():
     """Say goodbye to the other processes: whoever just ends looks to them as if it had crashed."""
-    if n_processes() > 1:
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

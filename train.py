@@ -22,8 +22,8 @@ from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from model import SSD300, MultiBoxLoss
 from pretrained import start_from_coco
 from processes import join_processes, leave_processes, mean_over_processes, n_processes, process_number
-from utils import (AverageMeter, UserError, adjust_learning_rate, clip_gradient, load_checkpoint, run, save_checkpoint,
-                   write_whole)
+from utils import (AverageMeter, UserError, adjust_learning_rate, clip_gradient, fast_in_bfloat16, load_checkpoint, run,
+                   save_checkpoint, write_whole)
 
 # Data
 data_folder = './'  # where create_data_lists.py wrote the lists
@@ -44,8 +44,8 @@ decay_lr_to = 0.1  # ... by this factor, each time
 momentum = 0.9  # of stochastic gradient descent
 weight_decay = 5e-4  # how hard large weights are pulled back
 grad_clip = None  # largest length of the gradient; set it, say to 10, if the loss explodes
-bfloat16 = None  # compute in 16 bits: True, False, or None for only on a GPU
-seed = 0  # the same seed gives the same weights, on the same machine
+bfloat16 = None  # compute in 16 bits: True, False, or None for only on GPUs that are made for it
+seed = 0  # the same seed gives the same weights, on the same processor
 print_freq = 200  # batches between two lines of the log
 
 
@@ -79,7 +79,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     if first:
         start_log(log_path, start_epoch)
     # Of several processes, each has a copy of the model, and they average their gradients.
-    network = DistributedDataParallel(model, broadcast_buffers=False) if n_processes() > 1 else model
+    network = DistributedDataParallel(model) if n_processes() > 1 else model
     for epoch in range(start_epoch, epochs):
         if epoch in decay_lr_at:
             adjust_learning_rate(optimizer, decay_lr_to)
@@ -105,10 +105,10 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     """
     model.train()
     device = criterion.priors_cxcy.device
-    bfloat16 = device.type == 'cuda' if bfloat16 is None else bfloat16
+    bfloat16 = fast_in_bfloat16(device) if bfloat16 is None else bfloat16
     n_batches = len(train_loader)
     batches_left = ((epochs or epoch + 1) - epoch) * n_batches
-    batch_time, data_time = AverageMeter(), AverageMeter()
+    data_time = AverageMeter()
     losses = []  # of the batches since the last line: left on the GPU, because fetching each would make it wait
     n_images, last_line, end = 0, time.time(), time.time()
 
@@ -127,7 +127,6 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
         losses.append(torch.stack([loc_loss, conf_loss]).detach())
         n_images += len(images) * n_processes()
-        batch_time.update(time.time() - end)
         end = time.time()
         if (i + 1) % print_freq and i + 1 < n_batches:
             continue
@@ -138,7 +137,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
                             'checkpoint is as it was. Lower lr, or set grad_clip, and check the boxes of your data')
         row = {'epoch': epoch, 'batch': i + 1, 'loss': conf + criterion.alpha * loc, 'loc_loss': loc, 'conf_loss': conf,
                'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / (time.time() - last_line),
-               'data_s': data_time.avg, 'left_s': round((batches_left - i - 1) * batch_time.avg)}
+               'data_s': data_time.avg,
+               'left_s': round((batches_left - i - 1) * (time.time() - last_line) / len(losses))}
         if process_number() == 0:
             print('epoch {epoch}  batch {batch}/{n}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  '
                   'lr {lr:.2g}  {images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}'.format(
@@ -146,8 +146,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         if log_path is not None:
             with open(log_path, 'a', newline='') as file:
                 csv.writer(file).writerow(row.values())
-        losses, n_images, last_line = [], 0, time.time()
-        data_time = AverageMeter()
+        losses, n_images, data_time = [], 0, AverageMeter()
+        last_line = end = time.time()
 
 
 def start_log(log_path, start_epoch):
@@ -170,31 +170,35 @@ def main():
     """Train with the parameters at the top of this file."""
     device = join_processes()
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
-    torch.backends.cudnn.benchmark = True  # all batches have one shape: let cuDNN find the fastest way for it
-    if checkpoint is None:
-        if os.path.exists(checkpoint_path):
-            raise UserError(f'{checkpoint_path} exists, and training anew would overwrite it: to go on with it, set '
-                            f"checkpoint = '{checkpoint_path}' in train.py; else move it away")
-        torch.manual_seed(seed)
-        if pretrained == 'coco':
-            model, new_labels = start_from_coco(train_set.label_map)
-            print(f'Starting from weights trained on COCO, which lack {new_labels or "none of the labels"}.')
-        else:
-            model = SSD300(len(train_set.label_map), pretrained == 'imagenet')
-        model = model.to(device)
-        optimizer = make_optimizer(model, lr, momentum, weight_decay)
-        start_epoch, first_seed = 0, seed
-    else:
-        saved = load_checkpoint(checkpoint, device)
+    torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: let cuDNN find the fastest way
+    saved = None if checkpoint is None else load_checkpoint(checkpoint, device)
+    resumes = saved is not None and 'optimizer' in saved  # else it is from the earlier implementation: only its weights
+    if not resumes and os.path.exists(checkpoint_path):
+        raise UserError(f'{checkpoint_path} exists, and training anew would overwrite it: to go on with it, set '
+                        f"checkpoint = '{checkpoint_path}' in train.py; else move it away")
+    if pretrained not in ('imagenet', 'coco', None):
+        raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', or None")
+
+    torch.manual_seed(seed)
+    if saved is not None:
         if saved['label_map'] != train_set.label_map:
             raise UserError(f'{checkpoint} detects {list(saved["label_map"])[1:]}, but the lists in {data_folder} have '
                             f'{list(train_set.label_map)[1:]}: use the lists it was trained with')
-        model = SSD300.from_checkpoint(saved).to(device)
-        optimizer = make_optimizer(model, lr, momentum, weight_decay)
-        start_epoch, first_seed = 0, seed
-        if 'optimizer' in saved:  # else it is from the earlier implementation: start anew from its weights
-            optimizer.load_state_dict(saved['optimizer'])
-            start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
+        model = SSD300.from_checkpoint(saved)
+    elif pretrained == 'coco':
+        model, new_labels = start_from_coco(train_set.label_map)
+        if process_number() == 0:
+            print(f'Starting from weights trained on COCO, which lack {new_labels or "none of the labels"}.')
+    else:
+        model = SSD300(len(train_set.label_map), pretrained == 'imagenet')
+    model = model.to(device)
+    optimizer = make_optimizer(model, lr, momentum, weight_decay)
+
+    start_epoch, first_seed = (saved['epoch'] + 1, saved['seed']) if resumes else (0, seed)
+    if resumes:  # the optimizer's momentum is the checkpoint's; its learning rate follows from the parameters above
+        optimizer.load_state_dict(saved['optimizer'] | {'param_groups': optimizer.state_dict()['param_groups']})
+        for _ in [epoch for epoch in decay_lr_at if epoch < start_epoch]:
+            adjust_learning_rate(optimizer, decay_lr_to)
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
     fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers, decay_lr_at,

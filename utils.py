@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as FT
 from PIL import Image, ImageOps
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 
 class UserError(Exception):
@@ -42,6 +42,8 @@ def run(main):
         # A data loader's worker wraps our line in a traceback of its own; the last line is still ours.
         line = str(error).strip().splitlines()[-1]
         sys.exit('Error: ' + line.split('UserError: ')[-1])
+    except torch.cuda.OutOfMemoryError:
+        sys.exit('Error: the GPU ran out of memory: lower batch_size')
     except RuntimeError as error:
         if not ('onnection' in str(error) and torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise
@@ -183,12 +185,13 @@ def read_split(folder, ids, label_map):
     """
     image_folder = os.path.join(os.path.abspath(folder), 'JPEGImages')
     names = os.listdir(image_folder) if os.path.isdir(image_folder) else []
-    image_names = {os.path.splitext(name)[0]: name for name in names}
+    image_names = {os.path.splitext(name)[0]: name for name in names if is_picture(name)}
 
     pictures = []
     for id in ids:
         if id not in image_names:
-            raise UserError(f'{os.path.join(image_folder, id)}.* is missing: the splits of {folder} name this picture')
+            raise UserError(f'{os.path.join(image_folder, id)}.* is missing: the splits or annotations of {folder} '
+                            'name this picture')
         image_path = os.path.join(image_folder, image_names[id])
         annotation_path = os.path.join(folder, 'Annotations', id + '.xml')
         pictures.append((image_path, parse_annotation(annotation_path, label_map, image_size(image_path))))
@@ -212,7 +215,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     """
     parts = [('TEST', voc07_path, picture_ids(voc07_path, 'test', test_fraction))]
     for folder in filter(None, (voc07_path, voc12_path)):
-        parts.append(('TRAIN', folder, picture_ids(folder, 'trainval', test_fraction)))
+        parts.append(('TRAIN', folder, picture_ids(folder, 'trainval', test_fraction if folder == voc07_path else 0)))
     if labels is None:
         labels = sorted({label for _, folder, ids in parts for id in ids
                          for label, _, _ in read_objects(os.path.join(folder, 'Annotations', id + '.xml'))[1]})
@@ -227,6 +230,10 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     if not splits['TRAIN']:
         raise UserError(f'no object with one of the labels {list(labels)} in the training pictures of {voc07_path}: '
                         'set the labels that its annotations use')
+
+    if not splits['TEST']:
+        raise UserError(f'no picture for the test in {voc07_path}: list some in ImageSets/Main/test.txt, or, without '
+                        'ImageSets, raise test_fraction')
 
     contents = {'label_map.json': label_map}
     for split, pictures in splits.items():
@@ -422,16 +429,27 @@ def non_maximum_suppression(boxes_xy, scores, groups, max_overlap):
     """
     if boxes_xy.numel() == 0:
         return groups.new_empty(0)
-    # To treat all groups at once, batched_nms moves each to a place of its own, (largest coordinate + 1) further on.
-    # Boxes left of 0 could then reach into another group, and in 32 bits the move would round overlaps.
-    boxes_xy = boxes_xy.double()
-    return batched_nms(boxes_xy - boxes_xy.min(), scores.double(), groups, max_overlap)
+    # To treat all groups at once, each is moved to a place of its own, (largest coordinate + 1) further on. Boxes left
+    # of 0 could then reach into another group, and in 32 bits the move would round overlaps.
+    boxes_xy, scores = boxes_xy.double() - boxes_xy.min(), scores.double()
+    if boxes_xy.is_cuda:  # where batched_nms would go through many boxes group by group, waiting for each
+        return nms(boxes_xy + (groups * (boxes_xy.max() + 1)).unsqueeze(1), scores, max_overlap)
+    return batched_nms(boxes_xy, scores, groups, max_overlap)
 
 
 # ------------------------------------------------------------------------------------------------------- Transforms
 
 mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB pixels: what VGG-16 was trained with
 mean_color = tuple(round(255 * value) for value in mean)
+
+
+def is_picture(name):
+    """
+    :param name: of a file
+    :return: whether its extension is that of a picture that Pillow reads by itself
+    """
+    format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return format in Image.OPEN and format not in ('EPS', 'MPEG')
 
 
 @contextmanager
@@ -446,7 +464,7 @@ def opened_image(path):
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise UserError(f'{path} is missing') from None
+        raise UserError(f'{path} is missing: check the path') from None
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
         raise UserError(f'{path} is not a picture that can be read: {error}') from None
 
@@ -706,7 +724,8 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     first = torch.searchsorted(true_keys, det_keys)
     counts = torch.searchsorted(true_keys, det_keys, right=True) - first  # objects that each detection may belong to
 
-    # Every pair of a detection and an object that it may belong to
+    # Every pair of a detection and an object that it may belong to: numbered on, less the number at which the
+    # detection's pairs begin, pairs count 0, 1, 2 ... through the detection's objects.
     pair_dets = torch.arange(n).repeat_interleave(counts)
     pair_objects = torch.arange(len(pair_dets)) + (first - counts.cumsum(0) + counts)[pair_dets]
     overlaps = find_jaccard_overlap(det_boxes[pair_dets, None], true_boxes[pair_objects, None]).flatten()
@@ -716,7 +735,8 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     best = (overlaps == best_overlaps[pair_dets]) & (overlaps > 0.5)
     objects = torch.full((n,), n_objects).scatter_reduce(0, pair_dets[best], pair_objects[best], 'amin')
 
-    # By score, without the detections that do not count. The first of each object is the hit; `n_objects` is no object.
+    # By score, without the detections that do not count. The first of each object in this order is the hit; `n_objects`
+    # is no object.
     counted = (det_labels > 0) & ~torch.cat([difficult, difficult.new_zeros(1)])[objects]
     order = scores.sort(descending=True, stable=True).indices
     order = order[counted[order]]
@@ -770,6 +790,14 @@ class AverageMeter:
         self.sum += val * n
         self.count += n
         self.avg = self.sum / self.count
+
+
+def fast_in_bfloat16(device):
+    """
+    :param device: a torch.device
+    :return: whether it is a GPU that multiplies 16-bit numbers of bfloat16's kind (NVIDIA's Ampere, and later ones)
+    """
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def adjust_learning_rate(optimizer, scale):

@@ -19,7 +19,7 @@ import train
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from demo import shapes
 from model import SSD300
-from utils import UserError, load_checkpoint, make_label_map, save_checkpoint
+from utils import UserError, load_checkpoint, make_color_map, make_label_map, save_checkpoint
 
 label_map = make_label_map(shapes)
 
@@ -285,7 +285,8 @@ def test_text_is_readable_on_every_label_color():
     """The text is black or white, whichever differs more from the label's color."""
     many = make_label_map([f'class{i}' for i in range(80)])
     for label in list(many)[1:]:
-        image = detect.draw_objects(Image.new('RGB', (400, 300)), [(label, 0.5, (0, 100, 300, 280))], many)
+        background = Image.new('RGB', (400, 300), make_color_map(many)[label])
+        image = detect.draw_objects(background, [(label, 0.5, (0, 100, 300, 280))], many)
         band = image.crop((4, 80, 60, 98)).convert('L')
         assert band.getextrema()[1] - band.getextrema()[0] > 90
 
@@ -294,7 +295,7 @@ def test_text_is_readable_on_every_label_color():
 
 @pytest.mark.parametrize('command, remedy', [
     (['create_data_lists.py'], 'download = True'), (['train.py'], 'python create_data_lists.py'),
-    (['eval.py'], 'python create_data_lists.py'), (['detect.py', 'x.jpg'], 'python train.py')])
+    (['eval.py'], 'python create_data_lists.py'), (['detect.py', 'x.jpg'], 'check the path')])
 def test_without_data_scripts_end_in_one_line(tmp_path, command, remedy):
     result = subprocess.run([sys.executable, os.path.join(root, command[0]), *command[1:]], cwd=tmp_path,
                             capture_output=True, text=True)
@@ -317,7 +318,7 @@ def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
 
 
 @pytest.mark.parametrize('script', ['utils', 'model', 'datasets', 'create_data_lists', 'train', 'eval', 'detect',
-                                    'demo'])
+                                    'demo', 'processes', 'pretrained'])
 def test_importing_touches_nothing(tmp_path, script):
     program = ('import socket, torch\n'
                'torch.load = torch.cuda.is_available = torch.cuda.init = socket.socket = None\n'

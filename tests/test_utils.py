@@ -11,6 +11,7 @@ import shutil
 import tarfile
 import threading
 import xml.etree.ElementTree as ET
+from typing import Tuple
 
 import pytest
 import torch
@@ -405,6 +406,27 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, zipped):
     with pytest.raises(UserError, match='mkdir, which could be harmful') as error:
         load_checkpoint(str(tmp_path / 'c.pth'))
     assert not (tmp_path / 'harm').exists() and '\n' not in str(error.value)
+
+
+class Program(torch.nn.Module):
+    """A TorchScript module: torch.load runs what it does when it is loaded."""
+
+    @torch.jit.export
+    def __getstate__(self):
+        return 0, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: Tuple[int, bool]):
+        print('harm')
+        self.training = state[1]
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_program_is_refused(tmp_path, capfd):
+    torch.jit.script(Program()).save(str(tmp_path / 'c.pth'))
+    with pytest.raises(UserError, match='program, which could be harmful'):
+        load_checkpoint(str(tmp_path / 'c.pth'))
+    assert 'harm' not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize('content', [b'', b'text', b'PK\x03\x04 no zip', pickle.dumps({'epoch': 1}), None])

@@ -49,12 +49,16 @@ def main():
         batch_size, epochs = map(int, sys.argv[3:])
         torch.manual_seed(0)
         model = SSD300(n_classes=4).to(device)
+        for name, layer in model.base.named_children():
+            if name.startswith(('conv1', 'conv2')):
+                layer.requires_grad_(False)  # half of the time goes there; the other layers are test enough
         print(f'process {process_number()} is {os.getpid()}', flush=True)
-        fit(model, make_optimizer(model, 1e-4, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
+        fit(model, make_optimizer(model, 1e-5, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
             os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1)
     else:
         test_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
         test_set.split = 'TEST'
+        del test_set.images[39:], test_set.objects[39:]  # a number that two can't share evenly
         loader = DataLoader(test_set, 4, sampler=range(process_number(), len(test_set), n_processes()),
                             collate_fn=collate_fn)
         results = evaluate(loader, RandomDetector())
