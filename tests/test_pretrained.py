@@ -1,6 +1,9 @@
 """Weights from elsewhere: torchvision's SSD300, and checkpoints of the earlier implementation."""
+import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.models.detection.image_list import ImageList
 
 import detect
+import eval as eval_script
 import pretrained
 import train
 from demo import draw_picture
@@ -147,6 +151,24 @@ def test_train_says_which_labels_start_anew(theirs, voc_folder, tmp_path, monkey
     torch.testing.assert_close(load_checkpoint(tmp_path / 'a.pth')['priors_cxcy'], pretrained.coco_default_boxes())
 
 
+def lists_with_labels(voc_folder, folder, labels):
+    """Copy lists, with other names for the labels."""
+    shutil.copytree(voc_folder, folder, dirs_exist_ok=True)
+    (folder / 'label_map.json').write_text(json.dumps(make_label_map(labels)))
+
+
+def test_eval_measures_coco_weights_on_other_labels(theirs, voc_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, 'download_coco', theirs.state_dict)
+    lists_with_labels(voc_folder, tmp_path, ['sofa', 'dog', 'tvmonitor'])
+    for name, value in (('data_folder', str(tmp_path)), ('checkpoint', None), ('workers', 0)):
+        monkeypatch.setattr(eval_script, name, value)
+    eval_script.main()
+    assert re.search(r'^sofa +\d.*^dog +\d.*^tvmonitor +\d.*^mAP ', capsys.readouterr().out, re.M | re.S)
+    lists_with_labels(voc_folder, tmp_path, ['sofa', 'triceratops', 'dog'])
+    with pytest.raises(UserError, match='triceratops'):
+        eval_script.main()
+
+
 def test_with_the_file_in_place_no_network_is_touched(theirs, tmp_path, monkeypatch):
     def no_network(*_, **__):
         raise OSError('no network')
@@ -227,3 +249,26 @@ def test_checkpoints_of_the_earlier_implementation(earlier_folder, zipped):
     with torch.no_grad():
         for mine, other in zip(model(image), reference(image)):
             assert torch.equal(mine, other)
+
+
+def test_scripts_take_earlier_checkpoints(earlier_folder, voc_folder, tmp_path, monkeypatch, capsys):
+    lists_with_labels(voc_folder, tmp_path, voc_labels)
+    earlier = str(earlier_folder / 'earlier_True.pth.tar')
+    for script in (train, eval_script):
+        for name, value in (('data_folder', str(tmp_path)), ('checkpoint', earlier), ('workers', 0)):
+            monkeypatch.setattr(script, name, value)
+    eval_script.main()
+    assert 'tvmonitor' in capsys.readouterr().out
+    detect.load_detector.cache_clear()
+    monkeypatch.setattr(detect, 'checkpoint', earlier)
+    assert detect.detect(draw_random_picture(), 0.1, 0.45, 5).size == (300, 300)
+
+    for name, value in (('checkpoint_path', str(tmp_path / 'a.pth')), ('epochs', 1), ('lr', 1e-9)):
+        monkeypatch.setattr(train, name, value)
+    train.main()
+    saved = load_checkpoint(tmp_path / 'a.pth')
+    assert saved['epoch'] == 0  # training starts anew, from these weights
+    before = torch.load(earlier_folder / 'weights.pth', weights_only=True)
+    torch.testing.assert_close(saved['model'], before, atol=1e-4, rtol=1e-3)
+    with pytest.raises(UserError, match='a.pth exists'):
+        train.main()

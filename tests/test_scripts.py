@@ -143,9 +143,12 @@ def test_main_trains_evaluates_and_refuses_other_labels(voc_folder, tmp_path, mo
     with pytest.raises(UserError, match='exists'):
         train.main()  # would overwrite it
     monkeypatch.setattr(train, 'checkpoint', settings['checkpoint_path'])
-    monkeypatch.setattr(train, 'epochs', 2)
+    for name, value in (('epochs', 2), ('lr', 1e-5), ('decay_lr_at', (0, 1))):  # changed between the epochs
+        monkeypatch.setattr(train, name, value)
     train.main()
-    assert load_checkpoint(settings['checkpoint_path'])['epoch'] == 1
+    saved = load_checkpoint(settings['checkpoint_path'])
+    assert saved['epoch'] == 1
+    assert [group['lr'] for group in saved['optimizer']['param_groups']] == pytest.approx([2e-7, 1e-7])
 
     for name, value in {'data_folder': voc_folder, 'checkpoint': settings['checkpoint_path'], 'workers': 0}.items():
         monkeypatch.setattr(eval_script, name, value)
@@ -162,6 +165,11 @@ def test_main_trains_evaluates_and_refuses_other_labels(voc_folder, tmp_path, mo
         monkeypatch.setattr(script, 'data_folder', str(other))
         with pytest.raises(UserError, match='dog'):
             script.main()
+    monkeypatch.setattr(train, 'checkpoint', None)
+    monkeypatch.setattr(train, 'checkpoint_path', str(tmp_path / 'new.pth'))
+    monkeypatch.setattr(train, 'pretrained', 'vgg')
+    with pytest.raises(UserError, match="pretrained = 'vgg'"):
+        train.main()
 
 
 # ------------------------------------------------------------------------------------------------------- Detection

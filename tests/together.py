@@ -50,8 +50,8 @@ def main():
         torch.manual_seed(0)
         model = SSD300(n_classes=4).to(device)
         for name, layer in model.base.named_children():
-            if name.startswith(('conv1', 'conv2')):
-                layer.requires_grad_(False)  # half of the time goes there; the other layers are test enough
+            if name.startswith(('conv1', 'conv2', 'conv3', 'conv4')):
+                layer.requires_grad_(False)  # most of the time goes there; the other layers are test enough
         print(f'process {process_number()} is {os.getpid()}', flush=True)
         fit(model, make_optimizer(model, 1e-5, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
             os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1)
