@@ -50,7 +50,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(folder):
     for key in start:  # what training changed is the same, to the rounding of 32-bit sums
         changed, different = (weights[1][key] - start[key]).norm(), (weights[1][key] - weights[2][key]).norm()
         assert different <= 0.05 * changed + 1e-6 * start[key].norm(), key
-        assert changed > 0 or 'pred_convs' not in key, key
+        assert changed > 0 or key not in ('base.conv7.weight', 'pred_convs.cl_conv4_3.weight'), key
 
 
 def test_two_processes_evaluate_like_one(folder):

@@ -48,16 +48,16 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
     assert [shlex.split(command)[1] for command in commands[2:]] == ['create_data_lists.py', 'train.py', 'eval.py',
                                                                      'detect.py']
     for command in commands:
-        _, *arguments = shlex.split(command.replace('300, 0)', '10, 0)'))
+        _, *arguments = shlex.split(command.replace('300, 0)', '6, 0)'))
         result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         if arguments[0] == 'create_data_lists.py':
-            assert re.search(r'pictures +8 +2\n', result.stdout)
+            assert re.search(r'pictures +5 +1\n', result.stdout)
         if arguments[0] == 'train.py':
             assert "lack ['circle', 'square', 'triangle']" in result.stdout
         if arguments[0] == 'eval.py':
             assert re.search(r'^mAP +\d+ +\d', result.stdout, re.M)
-    assert len(os.listdir(tmp_path / 'detections')) == 10
+    assert len(os.listdir(tmp_path / 'detections')) == 6
 
 
 def test_other_peoples_weights():
