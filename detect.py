@@ -3,8 +3,8 @@ Detect objects in pictures, and draw them:
 
     python detect.py photo.jpg another.png folder_of_pictures
 
-prints each detection's label, score and box in pixels, and saves an annotated copy of each picture, animated
-ones included. Edit the parameters below first.
+prints each detection's label, score and box in pixels, and saves an annotated copy of each picture, animated ones
+included. Edit the parameters below first.
 """
 import os
 import sys
@@ -13,9 +13,8 @@ from functools import cache
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageSequence
 
-from model import SSD300
-from pretrained import coco_detector
-from utils import UserError, is_picture, load_checkpoint, make_color_map, opened_image, run, to_input, to_rgb
+import pretrained
+from utils import UserError, is_picture, make_color_map, opened_image, run, to_input, to_rgb
 
 img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
 checkpoint = None  # the weights, from train.py; None for torchvision's, trained on the 80 classes of COCO
@@ -33,11 +32,7 @@ def load_detector(checkpoint):
     :param checkpoint: path of a checkpoint, or None for torchvision's weights, downloaded at the first time
     :return: SSD300 on the GPU, if there is one, and its dict of label -> index
     """
-    if checkpoint is None:
-        model, label_map = coco_detector()
-    else:
-        saved = load_checkpoint(checkpoint)
-        model, label_map = SSD300.from_checkpoint(saved), saved['label_map']
+    model, label_map = pretrained.load_detector(checkpoint)
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), label_map
 
 
@@ -121,8 +116,7 @@ def list_pictures(paths):
         if not os.path.isdir(path):
             files.append(path)
             continue
-        inside = [os.path.join(path, name) for name in sorted(os.listdir(path))
-                  if is_picture(name)]
+        inside = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_picture(name)]
         if not inside:
             raise UserError(f'{path} has no pictures in it: give a picture, or a folder with pictures')
         files += inside

@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset, collate_fn
-from model import SSD300
-from pretrained import coco_detector
+from pretrained import load_detector
 from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
-from utils import UserError, calculate_mAP, fast_in_bfloat16, load_checkpoint, run
+from utils import UserError, calculate_mAP, fast_in_bfloat16, run
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py; None for torchvision's, trained on COCO
@@ -72,11 +71,7 @@ def main():
     """Evaluate with the parameters at the top of this file."""
     device = join_processes()
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
-    if checkpoint is None:
-        model, label_map = coco_detector(list(test_set.label_map)[1:])
-    else:
-        saved = load_checkpoint(checkpoint)
-        model, label_map = SSD300.from_checkpoint(saved), saved['label_map']
+    model, label_map = load_detector(checkpoint, list(test_set.label_map)[1:])
     if label_map != test_set.label_map:
         raise UserError(f'{checkpoint} detects {list(label_map)[1:]}, but the lists in {data_folder} have '
                         f'{list(test_set.label_map)[1:]}: write lists with the labels of the checkpoint')

@@ -8,9 +8,6 @@ how wrong they are; `SSD300.detect_objects` turns them into detections.
 
 In the comments on shapes, N is the number of pictures in the batch. Boxes and priors: see utils.py.
 """
-import os
-from pickle import UnpicklingError
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import VGG16_Weights
 
 from processes import mean_over_processes
-from utils import (UserError, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
+from utils import (UserError, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, download_weights,
+                   feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
 
 
 class VGGBase(nn.Module):
@@ -74,7 +71,7 @@ class VGGBase(nn.Module):
         :param image: pictures, a tensor (N, 3, 300, 300), see `utils.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
         """
-        # A ReLU follows each convolution; relu_ changes the values in place, which saves memory and time.
+        # A ReLU follows each convolution; relu_ changes the values in place, which saves memory.
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out).relu_()  # (N, 64, 300, 300)
         out = self.pool1(out)  # (N, 64, 150, 150)
@@ -109,13 +106,7 @@ class VGGBase(nn.Module):
 
         :raises UserError: the weights can't be downloaded
         """
-        weights = VGG16_Weights.IMAGENET1K_V1
-        try:
-            vgg = weights.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-            folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-            raise UserError(f'the download or reading of {weights.url} failed ({error}): put that file into {folder}, '
-                            'or set pretrained = None to start from random weights') from None
+        vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, 'set pretrained = None to start from random weights')
 
         # torchvision numbers its layers, ReLUs and pools included; its convolutions come in the same order as ours.
         names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)][:13]

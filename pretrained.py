@@ -2,7 +2,6 @@
 Weights from elsewhere, brought into our SSD300: torchvision's SSD300, trained on COCO, and checkpoints of the widely
 used earlier implementation of this tutorial. Skip this file on a first reading.
 """
-import os
 import pickle
 import warnings
 from collections import OrderedDict, defaultdict
@@ -11,7 +10,8 @@ import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
 from model import SSD300
-from utils import UserError, create_prior_boxes, feature_maps, label_map, make_label_map, mean, priors_of_map, std
+from utils import (UserError, create_prior_boxes, download_weights, feature_maps, label_map, load_checkpoint,
+                   make_label_map, mean, priors_of_map, std)
 
 coco_weights = SSD300_VGG16_Weights.COCO_V1
 coco_categories = coco_weights.meta['categories']  # 91, of which some are 'N/A'
@@ -97,12 +97,7 @@ def download_coco():
     :return: the state_dict of torchvision's SSD300 trained on COCO (box mAP 25.1 there, published by torchvision)
     :raises UserError: it is not on this machine and can't be downloaded
     """
-    try:
-        return coco_weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-        raise UserError(f'the download or reading of {coco_weights.url} failed ({error}): put that file into '
-                        f'{folder}, or set checkpoint or pretrained to other weights') from None
+    return download_weights(coco_weights, 'set checkpoint or pretrained to other weights')
 
 
 def coco_detector(labels=None):
@@ -117,6 +112,18 @@ def coco_detector(labels=None):
     if unknown:
         raise UserError(f'the weights trained on COCO do not know {unknown}: set checkpoint to weights of your own')
     return from_torchvision(download_coco(), [0, *map(coco_index, labels)]), make_label_map(labels)
+
+
+def load_detector(checkpoint, labels=None):
+    """
+    :param checkpoint: path of a checkpoint, or None for torchvision's weights trained on COCO
+    :param labels: of torchvision's, see `coco_detector`
+    :return: SSD300 on the CPU, and its dict of label -> index
+    """
+    if checkpoint is None:
+        return coco_detector(labels)
+    saved = load_checkpoint(checkpoint)
+    return SSD300.from_checkpoint(saved), saved['label_map']
 
 
 def coco_index(label):
@@ -185,7 +192,7 @@ class SafeUnpickler(pickle.Unpickler):
 class SafePickle:
     """What `torch.load` needs of a pickle module."""
 
-    Unpickler, UnpicklingError = SafeUnpickler, pickle.UnpicklingError
+    Unpickler = SafeUnpickler
 
     @staticmethod
     def load(file, **options):

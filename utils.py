@@ -18,6 +18,7 @@ from collections import Counter, namedtuple
 from colorsys import hsv_to_rgb
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -358,8 +359,10 @@ def create_prior_boxes():
 
 def priors_of_map(size, step, scale, extra_scale, ratios):
     """
-    The clamp keeps widths and heights in [0, 1]. It changes 20 of the 8732 priors. It does not cut priors at the
-    picture's edge, as the paper's wording suggests: published weights were trained with these priors.
+    The priors of one feature map, row by row, tile by tile: see `create_prior_boxes`.
+
+    Widths and heights are clamped to at most 1, which changes 20 of the 8732 priors. The paper's wording suggests to cut
+    priors at the picture's edge; they are not, because published weights were trained with these.
 
     :param size: tiles in a row, and rows, of the map
     :param step: distance between the centers of two tiles, as a fraction of the picture
@@ -429,10 +432,11 @@ def non_maximum_suppression(boxes_xy, scores, groups, max_overlap):
     """
     if boxes_xy.numel() == 0:
         return groups.new_empty(0)
-    # To treat all groups at once, each is moved to a place of its own, (largest coordinate + 1) further on. Boxes left
-    # of 0 could then reach into another group, and in 32 bits the move would round overlaps.
+    # Groups are kept apart by moving each to a place of its own, (largest coordinate + 1) further on. Boxes left of 0
+    # could then reach into another group, and in 32 bits the move would round overlaps.
     boxes_xy, scores = boxes_xy.double() - boxes_xy.min(), scores.double()
-    if boxes_xy.is_cuda:  # where batched_nms would go through many boxes group by group, waiting for each
+    # batched_nms moves few boxes like this, but goes through many group by group. A GPU would wait for each group.
+    if boxes_xy.is_cuda:
         return nms(boxes_xy + (groups * (boxes_xy.max() + 1)).unsqueeze(1), scores, max_overlap)
     return batched_nms(boxes_xy, scores, groups, max_overlap)
 
@@ -819,6 +823,21 @@ def clip_gradient(optimizer, max_norm):
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
 
 
+def download_weights(weights, remedy):
+    """
+    :param weights: published weights of torchvision, which are downloaded if they are not on this machine
+    :param remedy: what to do if they can't be had, other than to put the file in its place
+    :return: their state_dict
+    :raises UserError: they can't be downloaded or read
+    """
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+        raise UserError(f'the download or reading of {weights.url} failed ({error}): put that file into {folder}, or '
+                        f'{remedy}') from None
+
+
 def save_checkpoint(path, epoch, model, optimizer, label_map, seed):
     """
     Write all that training needs to go on exactly where it was, and all that detection needs. The random numbers of an
@@ -842,9 +861,10 @@ def load_checkpoint(path, device='cpu'):
     Read a checkpoint, ours or one of the earlier implementation (see pretrained.py). Nothing in the file is run: one
     that holds other code is refused.
 
-    :param path: a file that `save_checkpoint` wrote
+    :param path: the file
     :param device: where its tensors go
-    :return: dict of version, epoch, label_map, seed, model, priors_cxcy, optimizer, see `save_checkpoint`
+    :return: dict of version, epoch, label_map, seed, model, priors_cxcy, optimizer, see `save_checkpoint`; of the
+        earlier implementation's only epoch, label_map, model, priors_cxcy
     :raises UserError: the file is missing, or is no such checkpoint
     """
     if not os.path.isfile(path):

@@ -21,10 +21,14 @@ def seeded():
 @pytest.fixture(scope='session')
 def voc_folder(tmp_path_factory):
     """A folder in VOC layout with 3 training and 2 test pictures, and the lists in it."""
-    folder = str(tmp_path_factory.mktemp('voc'))
-    draw_dataset(folder, 3, 2)
-    create_data_lists(folder, None, folder, labels=shapes)
-    return folder
+    return draw_and_list(tmp_path_factory.mktemp('voc'), 3, 2)
+
+
+def draw_and_list(folder, n_train, n_test):
+    """Draw the demo's pictures into a folder, and write their lists there; the folder's path."""
+    draw_dataset(str(folder), n_train, n_test)
+    create_data_lists(str(folder), None, str(folder), labels=shapes)
+    return str(folder)
 
 
 def random_boxes(*shape):

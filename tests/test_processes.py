@@ -9,12 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import root
+from conftest import draw_and_list, root
 
 from datasets import EpochSampler
-from demo import draw_dataset, shapes
 from model import SSD300
-from utils import create_data_lists
 
 no_gpu = os.environ | {'CUDA_VISIBLE_DEVICES': ''}
 script = os.path.join(root, 'tests', 'together.py')
@@ -29,10 +27,7 @@ def command(n, *arguments):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """Lists of 40 training pictures."""
-    folder = str(tmp_path_factory.mktemp('together'))
-    draw_dataset(folder, 40, 1)
-    create_data_lists(folder, None, folder, labels=shapes)
-    return folder
+    return draw_and_list(tmp_path_factory.mktemp('together'), 40, 1)
 
 
 def test_two_processes_train_like_one_with_twice_the_batch(folder):
@@ -79,9 +74,8 @@ def test_processes_share_the_batches_of_one(n):
 def test_when_one_process_is_killed_the_other_ends(folder):
     process = subprocess.Popen(command(2, 'train', folder, 1, 1000), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, env=no_gpu)
-    lines, pids = [], {}
+    pids = {}
     for line in process.stdout:
-        lines.append(line)
         pids.update((int(number), int(pid)) for number, pid in re.findall(r'process (\d) is (\d+)', line))
         if 'epoch 0  batch 2' in line:
             os.kill(pids[1], signal.SIGKILL)
