@@ -95,7 +95,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     Train for one epoch.
 
     :param train_loader: DataLoader of PascalVOCDataset
-    :param model: SSD300
+    :param model: SSD300, or its copy in this process (see `fit`)
     :param criterion: MultiBoxLoss
     :param optimizer: optimizer of the model's parameters
     :param epoch: the epoch's number, from 0

@@ -361,8 +361,8 @@ def priors_of_map(size, step, scale, extra_scale, ratios):
     """
     The priors of one feature map, row by row, tile by tile: see `create_prior_boxes`.
 
-    Widths and heights are clamped to at most 1, which changes 20 of the 8732 priors. The paper's wording suggests to cut
-    priors at the picture's edge; they are not, because published weights were trained with these.
+    Widths and heights are clamped to at most 1, which changes 20 of the 8732 priors. The paper's wording suggests to
+    cut priors at the picture's edge; they are not, because published weights were trained with these.
 
     :param size: tiles in a row, and rows, of the map
     :param step: distance between the centers of two tiles, as a fraction of the picture
