@@ -263,28 +263,38 @@ def their_step(batch_size, device, bfloat16):
     return step
 
 
-def measure_step(step, n):
-    """Seconds that a step takes, and GiB that it needs on the GPU."""
-    if gpu is not None:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    seconds = median_seconds(step, n, 1 + n // 5)
-    return seconds, torch.cuda.max_memory_allocated() / 2**30 if gpu is not None else 0
+def alternate(functions, n, warm_up):
+    """The median time of each function. They take turns, so that a machine that slows down slows all of them."""
+    seconds = [[median_seconds(function, 1, 0) for function in functions] for _ in range(warm_up + n)]
+    return [statistics.median(column) for column in zip(*seconds[warm_up:])]
+
+
+def step_memory(step):
+    """The most memory on the GPU during a step, in GiB, above what was taken before."""
+    if gpu is None:
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def benchmark_training(device, batch_size, n):
     """A training step of ours and of torchvision's, in both precisions."""
     section(f'Training step on {device}: batch {batch_size}' + ' ' * 35 + 'ours           torchvision   ratio')
     torch.backends.cudnn.benchmark = True
+    plain_step, _ = our_step(batch_size, device, False, channels_last=False)
     for bfloat16 in (False, True):
+        their_memory = step_memory(their_step(batch_size, device, bfloat16))
         step, loss = our_step(batch_size, device, bfloat16)
-        ours, our_memory = measure_step(step, n)
-        loss_seconds = median_seconds(loss, n)
-        del step, loss
-        theirs, their_memory = measure_step(their_step(batch_size, device, bfloat16), n)
+        our_memory = step_memory(step)
+        ours, theirs, plain, loss = alternate((step, their_step(batch_size, device, bfloat16), plain_step, loss),
+                                              n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
             f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
-        row('    of it the loss and its gradient', f'{100 * loss_seconds / ours:.2f}%')
+        row('    of it the loss and its gradient', f'{100 * loss / ours:.2f}%')
+        row('    against float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
+            f'{plain / ours:.2f}x')
         if device.type == 'cuda':
             row('    peak memory', f'{our_memory:.2f} GiB', f'{their_memory:.2f} GiB',
                 f'{their_memory / our_memory:.2f}x')
@@ -292,9 +302,6 @@ def benchmark_training(device, batch_size, n):
             if bfloat16 and peak is not None:
                 row('    share of the peak of matrix multiplication',
                     f'{100 * batch_size / ours * flop_per_image / peak:.0f}%')
-    step, _ = our_step(batch_size, device, False, channels_last=False)
-    plain = median_seconds(step, n, 1 + n // 5)
-    row('  float32 without channels_last', f'{batch_size / plain:.2f} images/s')
 
 
 def benchmark_loader():

@@ -1,0 +1,47 @@
+"""The worked examples of the tutorial: the README shows their numbers, pictures show them, and a test computes them."""
+import torch
+
+from model import SSD300
+from utils import feature_maps
+
+# A fully connected layer as a convolution: a map of one channel, one output, and a larger map to slide over
+small_map = torch.tensor([[1., 2.], [3., 4.]])
+weights = torch.tensor([[1., 0.], [2., -1.]])
+large_map = torch.tensor([[1., 2., 0.], [3., 4., 1.], [0., 1., 2.]])
+
+# Jaccard index: two boxes in boundary coordinates
+jaccard_boxes = torch.tensor([[0., 0., 4., 3.], [2., 1., 6., 4.]])
+
+# Offsets: an object and a prior in fractional center-size coordinates
+offset_object = torch.tensor([0.52, 0.47, 0.30, 0.20])
+offset_prior = torch.tensor([0.50, 0.50, 0.20, 0.20])
+
+# Average precision: a class's detections by decreasing score, hit or not, and the number of objects
+hits = torch.tensor([True, True, False, True, False, False, True, False])
+n_objects = 5
+
+
+def receptive_fields():
+    """
+    :return: dict of feature map -> how many pixels wide the part of the picture is that one of its tiles has seen, and
+        that its prediction convolution sees
+    """
+    model, field, step, fields = SSD300(n_classes=2), 1, 1, {}
+    for name, layer in [*model.base.named_children(), *model.aux_convs.named_children()]:
+        kernel, stride, dilation = ((value if isinstance(value, int) else value[0])
+                                    for value in (layer.kernel_size, layer.stride, layer.dilation))
+        field, step = field + (kernel - 1) * dilation * step, step * stride
+        if name in feature_maps:
+            fields[name] = field, field + 2 * step
+    return fields
+
+# Matching: six priors (fractional center-size), and three objects (fractional boundary) of the classes 1, 2, 3
+matching_priors = torch.tensor([[x, y, 0.4, 0.4] for y in (0.3, 0.7) for x in (0.2, 0.5, 0.8)])
+matching_names = ('cat', 'dog', 'ball')
+matching_boxes = torch.tensor([[0.30, 0.12, 0.72, 0.56], [0.38, 0.10, 0.78, 0.48], [0.06, 0.72, 0.22, 0.88]])
+
+# Non-maximum suppression: detections in scikit-image's photograph of an astronaut, in fractional boundary coordinates
+nms_labels = ('person', 'person', 'person', 'rocket', 'rocket', 'helmet')
+nms_scores = torch.tensor([0.95, 0.80, 0.60, 0.85, 0.70, 0.75])
+nms_boxes = torch.tensor([[0.04, 0.02, 0.71, 1.00], [0.08, 0.00, 0.62, 0.90], [0.27, 0.02, 0.61, 0.58],
+                          [0.70, 0.00, 0.89, 0.56], [0.66, 0.04, 0.92, 0.62], [0.54, 0.66, 0.99, 1.00]])

@@ -1,0 +1,32 @@
+"""What all of the tutorial's pictures have in common: colors, fonts, line widths, and a list of who draws which."""
+import matplotlib
+
+matplotlib.use('Agg')  # draws into files, without a screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+paper, ink, faint = 'white', '#1f2328', '#8a8f98'  # background, text and outlines, what does not matter
+object_color, prior_color, prediction_color, wrong_color = '#1a9850', '#2f6fdf', '#e8710a', '#d62839'
+series = ('#2f6fdf', '#e8710a', '#1a9850', '#b5179e', '#d4a017', '#0e9aa7')  # one for each of the six feature maps
+width = 6.4  # inches, drawn as wide as the text: with letters of 12 points still legible on a phone
+
+plt.rcParams.update({
+    'figure.facecolor': paper, 'savefig.facecolor': paper, 'axes.facecolor': paper, 'figure.dpi': 150,
+    'savefig.dpi': 150, 'font.family': 'DejaVu Sans', 'font.size': 12, 'axes.titlesize': 13, 'text.color': ink,
+    'axes.labelcolor': ink, 'axes.edgecolor': ink, 'xtick.color': ink, 'ytick.color': ink, 'lines.linewidth': 2,
+    'axes.linewidth': 1, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
+    'svg.fonttype': 'path', 'svg.hashsalt': 'ssd300'})  # the same drawing gives the same file
+
+figures = {}  # file name -> function that draws it
+
+
+def figure(name):
+    """
+    Enter a function into the list of those that draw. It returns a matplotlib figure, a PIL image, or, for a .gif, a list
+    of (PIL image, milliseconds).
+
+    :param name: the picture's file name
+    """
+    def enter(draw):
+        figures[name] = draw
+        return draw
+    return enter
