@@ -269,14 +269,14 @@ def alternate(functions, n, warm_up):
     return [statistics.median(column) for column in zip(*seconds[warm_up:])]
 
 
-def step_memory(step):
-    """The most memory on the GPU during a step, in GiB, above what was taken before."""
+def training_memory(make_step):
+    """The most memory on the GPU during a training step, in GiB, beyond what was taken before the model was made."""
     if gpu is None:
         return 0
-    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() / 2**30
+    make_step()()
+    return (torch.cuda.max_memory_allocated() - taken) / 2**30
 
 
 def benchmark_training(device, batch_size, n):
@@ -285,9 +285,9 @@ def benchmark_training(device, batch_size, n):
     torch.backends.cudnn.benchmark = True
     plain_step, _ = our_step(batch_size, device, False, channels_last=False)
     for bfloat16 in (False, True):
-        their_memory = step_memory(their_step(batch_size, device, bfloat16))
+        their_memory = training_memory(lambda: their_step(batch_size, device, bfloat16))
+        our_memory = training_memory(lambda: our_step(batch_size, device, bfloat16)[0])
         step, loss = our_step(batch_size, device, bfloat16)
-        our_memory = step_memory(step)
         ours, theirs, plain, loss = alternate((step, their_step(batch_size, device, bfloat16), plain_step, loss),
                                               n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
