@@ -92,6 +92,16 @@ def test_links_lead_to_sections_and_files():
             assert os.path.exists(os.path.join(root, target.split('#')[0])), target
 
 
+def test_sections_that_the_code_names_exist():
+    headings = re.findall(r'^#+ (.*)$', prose, re.M)
+    for name, least in (('model.py', 8), ('utils.py', 4), ('datasets.py', 0)):
+        with open(os.path.join(root, name), encoding='utf-8') as file:
+            text = ' '.join(file.read().split())
+        named = [title for titles in re.findall(r'See ("[^.]*")\.', text) for title in re.findall(r'"([^"]+)"', titles)]
+        assert len(named) >= least, name
+        assert set(named) <= set(headings), name
+
+
 def test_pictures_drawn_and_kept_and_shown_are_the_same():
     shown = re.findall(r'!\[[^\]]+\]\(img/([^)]+)\)', readme)
     kept = [name for name in os.listdir(os.path.join(root, 'img')) if name.endswith(('.png', '.svg', '.gif', '.jpg'))]
