@@ -145,6 +145,7 @@ def test_interactive_examples_give_what_is_shown():
         assert len(test.examples) > 0
         runner.run(test, clear_globs=False)
         names.update(test.globs)
+    torch.set_printoptions(profile='default')
     assert runner.failures == 0
     shared = [name for name in vars(examples) if isinstance(names.get(name), torch.Tensor)]
     assert len(shared) >= 8, shared
@@ -253,7 +254,7 @@ def test_table_of_parameters_of_training():
 def test_all_python_blocks_are_run_by_a_test_below():
     tested = ('Training', 'Inference', 'Your own pictures', "Other people's weights", 'Deployment')
     assert readme.count('```python\n') == sum(len(section(title)[1]) for title in tested)
-    assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon'}
+    assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon', 'math'}
 
 
 def set_parameters(folder, block):
