@@ -18,11 +18,11 @@ from skimage import data
 import examples
 from detect import detect
 from model import MultiBoxLoss
-from style import (faint, figure, figures, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
+from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
 from trained import detector, evaluated, min_score_path, read_table, snapshots, test_set
 from utils import (average_precision, centers_inside, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, expand,
-                   feature_maps, find_jaccard_overlap, flip, gcxgcy_to_cxcy, make_color_map, match_detections, mean,
+                   feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, match_detections, mean,
                    non_maximum_suppression, open_image, photometric_distort, random_crop, resize, std, transform,
                    xy_to_cxcy)
 
@@ -31,7 +31,8 @@ objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 2
            'coffee': {'cup': (172, 18, 409, 308), 'saucer': (77, 68, 480, 388), 'spoon': (326, 66, 425, 327)},
            'motorcycle': {'motorcycle': (93, 45, 684, 452), 'bench': (41, 106, 283, 310)},
            'chelsea': {}}
-letters = 11  # points, of the text in boxes and of notes
+letters = 11  # points, of the text in pictures
+dashes = (0, (4, 3))  # of lines: four line widths on, three off
 
 
 # ------------------------------------------------------------------------------------------------------------ Tools
@@ -54,12 +55,14 @@ def fractional(boxes, image):
     return torch.as_tensor(boxes) / torch.tensor(image.size * 2)
 
 
-def panels(rows, columns, height):
+def panels(rows, columns, height, row_heights=None):
     """
     :param height: of the figure, in inches
+    :param row_heights: of the rows, in proportion to each other
     :return: a figure, and its axes as a flat list
     """
-    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout='constrained', squeeze=False,
+                             height_ratios=row_heights)
     return fig, list(axes.flat)
 
 
@@ -78,7 +81,7 @@ def show(ax, image, title='', margin=0.):
 
 def outline(ax, box, color, text='', at='top left', **options):
     """
-    Draw a box, white below the color so that it is seen on dark pictures as well.
+    Draw a box.
 
     :param box: fractional boundary coordinates
     :param text: written on a plate of the box's color in one of its corners
@@ -92,6 +95,12 @@ def outline(ax, box, color, text='', at='top left', **options):
         vertical, horizontal = at.split()
         write(ax, x_min if horizontal == 'left' else x_max, y_min if vertical == 'top' else y_max, text, color,
               ha=horizontal, va=vertical)
+
+
+def outline_all(ax, boxes, color, **options):
+    """Draw many boxes, see `outline`."""
+    for box in boxes:
+        outline(ax, box, color, **options)
 
 
 def write(ax, x, y, text, color, **options):
@@ -129,7 +138,7 @@ def to_image(normalized):
 
 # ------------------------------------------------------------------------------------------------------- Detections
 
-sheet = (0, 1, 2, 3, 4, 5)  # the test pictures that are shown
+sheet = (0, 3, 4, 6, 7, 10)  # the test pictures that are shown
 
 
 @figure('detections.png')
@@ -230,24 +239,20 @@ def draw_priors():
         show(ax, image, f'{name}: scale {feature_maps[name].scale:g}')
         ax.set(xlim=(-0.03, 1.36), ylim=(1.03, -0.03))
         ax.add_patch(Rectangle((column / size, row / size), 1 / size, 1 / size, color=paper, alpha=0.6))
-        for prior in cxcy_to_xy(priors[row, column]):
-            outline(ax, prior, color, linewidth=1.2 if size > 10 else 2)
+        outline_all(ax, cxcy_to_xy(priors[row, column]), color, linewidth=1.2 if size > 10 else 2)
     return rendered(fig)
 
 
-def unclamped_priors():
+def unclamped_by_map():
     """
-    :return: the priors as they would be if their widths and heights were not clamped to 1, (8732, 4)
+    :return: what `priors_by_map` would return if widths and heights were not clamped to 1
     """
+    unclamped = priors_by_map()
     scales = [feature_map.scale for feature_map in feature_maps.values()]
-    unclamped = create_prior_boxes()
-    start = 0
-    for (_, size, scale, ratios), next_scale in zip(feature_maps.values(), [*scales[1:], 1 / scales[-1]]):
+    extra_scales = [math.sqrt(this * following) for this, following in zip(scales, scales[1:])] + [1.]
+    for (name, (_, _, scale, ratios)), extra_scale in zip(feature_maps.items(), extra_scales):
         sizes = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
-        sizes.insert(1, (math.sqrt(scale * next_scale),) * 2)
-        end = start + size ** 2 * len(sizes)
-        unclamped[start:end, 2:] = torch.tensor(sizes).repeat(size ** 2, 1)
-        start = end
+        unclamped[name][..., 2:] = torch.tensor([sizes[0], (extra_scale, extra_scale), *sizes[1:]])
     return unclamped
 
 
@@ -255,22 +260,20 @@ def unclamped_priors():
 def draw_clamped():
     """Two of the 20 priors that the clamp changes, and one that reaches over the edge and is not changed."""
     image, _ = photograph('astronaut')
-    priors, unclamped = create_prior_boxes(), unclamped_priors()
-    changed = (priors - unclamped).abs().max(dim=1).values > 1e-6  # (8732)
-    indices = torch.arange(len(priors)).split([part[..., 0].numel() for part in priors_by_map().values()])
+    priors, unclamped = priors_by_map(), unclamped_by_map()
     fig, axes = panels(1, 3, 2.3)
-    for ax, name, place in zip(axes, ('conv11_2', 'conv10_2', 'conv9_2'), (2, 4 * 4 + 2, 0)):
-        of_map = indices[list(feature_maps).index(name)]
-        index = of_map[place]
-        show(ax, image, f'{name}: {changed[of_map].sum()} changed')
+    for ax, name, (row, column, number) in zip(axes, ('conv11_2', 'conv10_2', 'conv9_2'),
+                                               ((0, 0, 2), (1, 1, 2), (0, 0, 0))):
+        changed = ((priors[name] - unclamped[name]).abs() > 1e-6).any(dim=3)  # (size, size, priors per tile)
+        prior, before = priors[name][row, column, number], unclamped[name][row, column, number]
+        show(ax, image, f'{name}: {changed.sum()} changed')
         ax.set(xlim=(-0.2, 1.2), ylim=(1.02, -0.2))
-        outline(ax, cxcy_to_xy(priors[index]), prior_color, linewidth=2.5)
-        if changed[index]:
-            outline(ax, cxcy_to_xy(unclamped[index]), wrong_color, linestyle=(0, (4, 3)))
-            write(ax, 0.5, 0.97, f'w: {unclamped[index, 2]:.3f} → {priors[index, 2]:g}', prior_color, ha='center',
-                  va='bottom')
-        else:
-            write(ax, 0.5, 0.97, 'not cut', prior_color, ha='center', va='bottom')
+        outline(ax, cxcy_to_xy(prior), prior_color, linewidth=2.5)
+        text = 'not cut'
+        if changed[row, column, number]:
+            outline(ax, cxcy_to_xy(before), wrong_color, linestyle=dashes)
+            text = f'w: {before[2]:.3f} → {prior[2]:g}'
+        write(ax, 0.5, 0.97, text, prior_color, ha='center', va='bottom')
     return rendered(fig)
 
 
@@ -279,6 +282,7 @@ def draw_offsets():
     """An object and a prior, and the object's four offsets from it. The grid has a tenth of the prior's size."""
     prior, thing = examples.offset_prior, examples.offset_object
     (p_x, p_y, p_w, p_h), (x, y, w, h) = prior.tolist(), thing.tolist()
+    g_cx, g_cy, g_w, g_h = cxcy_to_gcxgcy(thing, prior).tolist()
     prior_xy, object_xy = cxcy_to_xy(prior).tolist(), cxcy_to_xy(thing).tolist()
     fig, [ax] = panels(1, 1, 3.7)
     ax.set(xlim=(0.34, 1), ylim=(0.71, 0.34), aspect='equal')
@@ -287,18 +291,19 @@ def draw_offsets():
         line_x, line_y = (low + tenth / 10 * size for low, size in zip(prior_xy, (p_w, p_h)))
         ax.plot([line_x, line_x], prior_xy[1::2], color=prior_color, alpha=0.3, linewidth=0.8)
         ax.plot(prior_xy[::2], [line_y, line_y], color=prior_color, alpha=0.3, linewidth=0.8)
-    outline(ax, prior_xy, prior_color, 'prior', 'bottom left', linewidth=2.5)
+    outline(ax, prior_xy, prior_color, 'prior', 'bottom right', linewidth=2.5)
     outline(ax, object_xy, object_color, 'object', 'top left', linewidth=2.5)
     for (start, end) in (((p_x, p_y), (x, p_y)), ((x, p_y), (x, y))):
         ax.annotate('', end, start, zorder=4, arrowprops={
             'arrowstyle': '-|>', 'color': ink, 'linewidth': 2, 'shrinkA': 0, 'shrinkB': 0})
     ax.plot(p_x, p_y, 'o', color=prior_color, markersize=8, zorder=5)
     ax.plot(x, y, 'o', color=object_color, markersize=8, zorder=5)
+    write(ax, (p_x + x) / 2, p_y + 0.012, f'${g_cx:.1f}$', ink, ha='center')
+    write(ax, x + 0.012, (p_y + y) / 2, f'${g_cy:.1f}$', ink, va='center')
     for line, (center, size, color) in enumerate(((p_x, p_w, prior_color), (x, w, object_color))):
         at = 0.64 + 0.045 * line
         ax.plot([center - size / 2, center + size / 2], [at, at], '|-', color=color, markersize=12, markeredgewidth=2)
         write(ax, center, at, f'{size:.2f}', color, ha='center', va='center')
-    g_cx, g_cy, g_w, g_h = cxcy_to_gcxgcy(thing, prior).tolist()
     lines = (rf'$g_{{cx}} = \frac{{{x:.2f} - {p_x:.2f}}}{{{p_w:.2f} \,/\, 10}} = {g_cx:.1f}$',
              rf'$g_{{cy}} = \frac{{{y:.2f} - {p_y:.2f}}}{{{p_h:.2f} \,/\, 10}} = {g_cy:.1f}$',
              rf'$g_w = 5\,\ln\,\frac{{{w:.2f}}}{{{p_w:.2f}}} = {g_w:.2f}$',
@@ -315,16 +320,15 @@ def draw_matching():
     """The priors that are to find each object of two photographs."""
     criterion = MultiBoxLoss(create_prior_boxes())
     priors_xy = cxcy_to_xy(criterion.priors_cxcy)  # (8732, 4)
-    fig, axes = panels(2, 3, 4.6)
+    fig, axes = panels(2, 3, 4.15, row_heights=(1.34, 1))
     for name, row in (('astronaut', axes[:3]), ('coffee', axes[3:])):
         image, boxes = photograph(name)
         boxes = fractional(boxes, image)
         _, matched = criterion.match([boxes], [torch.arange(1, 4)])  # (1, 8732)
         for i, (ax, label, box) in enumerate(zip(row, objects[name], boxes), 1):
             positive = priors_xy[matched[0] == i]
-            show(ax, image, f'{label}: {len(positive)} priors', margin=0.12)
-            for prior in positive:
-                outline(ax, prior, prior_color, linewidth=1)
+            show(ax, image, f'{label}: {len(positive)} priors', margin=0.2)
+            outline_all(ax, positive, prior_color, linewidth=1)
             outline(ax, box, object_color, linewidth=2.5)
     return rendered(fig)
 
@@ -362,7 +366,8 @@ def draw_nms():
     image, _ = photograph('astronaut')
     labels, scores, boxes = examples.nms_labels, examples.nms_scores, examples.nms_boxes
     groups = torch.tensor([sorted(set(labels)).index(label) for label in labels])
-    kept = non_maximum_suppression(boxes, scores, groups, max_overlap=0.45).tolist()
+    max_overlap = 0.45
+    kept = non_maximum_suppression(boxes, scores, groups, max_overlap).tolist()
     names = [f'{label} {score:.2f}' for label, score in zip(labels, scores)]
     corners = ('bottom left', 'bottom left', 'bottom left', 'top right', 'bottom right', 'bottom right')
 
@@ -372,15 +377,18 @@ def draw_nms():
         show(ax, image, title)
     for box, name, corner in zip(boxes, names, corners):
         outline(axes[0], box, prediction_color, name, corner)
-    left = list(range(len(boxes)))
+    left = set(range(len(boxes)))
     for ax, best in zip(axes[1:3], kept):
         overlaps = find_jaccard_overlap(boxes[best:best + 1], boxes)[0]  # (6)
-        for i in left:
-            rival = labels[i] == labels[best] and i != best
-            text = f'overlap {overlaps[i]:.2f}' if rival else names[i] if i == best else ''
-            outline(ax, boxes[i], prediction_color if i in kept else wrong_color if rival else faint, text, corners[i],
-                    linestyle='-' if i in kept or not rival else (0, (4, 3)), linewidth=3 if i == best else 1.5)
-        left = [i for i in left if i in kept or labels[i] != labels[best]]
+        struck = {i for i in left if groups[i] == groups[best] and overlaps[i] > max_overlap} - {best}
+        for i in left - {best}:
+            if groups[i] != groups[best]:
+                outline(ax, boxes[i], faint, linewidth=1.5)
+            else:
+                outline(ax, boxes[i], wrong_color if i in struck else prediction_color, f'overlap {overlaps[i]:.2f}',
+                        corners[i], linestyle=dashes if i in struck else '-')
+        outline(ax, boxes[best], prediction_color, names[best], corners[best], linewidth=4)
+        left -= struck
     for i in kept:
         outline(axes[3], boxes[i], prediction_color, names[i], corners[i])
     return rendered(fig)
@@ -416,12 +424,12 @@ class Extreme:
 def draw_distort():
     """Brightness, contrast, saturation and hue at both extremes, and random distortions."""
     image, _ = photograph('chelsea')
-    fig, axes = panels(3, 4, 4.4)
+    fig, axes = panels(3, 4, 3.9)
     for i, (ax, name) in enumerate(zip(axes, ('brightness', 'contrast', 'saturation', 'hue') * 2)):
         extreme = Extreme(i % 4, i // 4)
         distorted = photometric_distort(image, extreme)
         show(ax, distorted, f'{name} {extreme.strength:.2g}')
-    for ax, seed in zip(axes[8:], (0, 1, 2, 3)):
+    for ax, seed in zip(axes[8:], (3, 6, 11, 19)):
         show(ax, photometric_distort(image, random.Random(seed)), 'random')
     return rendered(fig)
 
@@ -430,13 +438,12 @@ def draw_distort():
 def draw_expand():
     """Three results of `expand`."""
     image, boxes = photograph('coffee')
-    fig, axes = panels(1, 3, 2.5)
-    for ax, seed in zip(axes, (0, 1, 2)):
+    fig, axes = panels(1, 3, 2.4)
+    for ax, seed in zip(axes, (1, 9, 0)):
         window = expand((0., 0., float(image.width), float(image.height)), random.Random(seed))
         drawn, found = resize(image, boxes, window)
         show(ax, drawn, f'{(window[2] - window[0]) / image.width:.1f} times as wide')
-        for box in found:
-            outline(ax, box, object_color, linewidth=1.5)
+        outline_all(ax, found, object_color, linewidth=1.5)
     return rendered(fig)
 
 
@@ -454,7 +461,7 @@ def show_crop(ax, image, boxes, window, title=''):
     outline(ax, fractional(window, image), ink, linewidth=1.5)
     for box, kept in zip(fractional(boxes, image), centers_inside(boxes, window)):
         color = object_color if kept else wrong_color
-        outline(ax, box, color, linestyle='-' if kept else (0, (4, 3)))
+        outline(ax, box, color, linestyle='-' if kept else dashes)
         ax.plot(*xy_to_cxcy(box)[:2], 'o', color=color, markersize=6, zorder=4)
 
 
@@ -464,14 +471,13 @@ def draw_random_crop():
     image, boxes = photograph('astronaut')
     whole = (0., 0., float(image.width), float(image.height))
     fig, axes = panels(2, 4, 3.3)
-    for above, below, seed in zip(axes[:4], axes[4:], (0, 1, 2, 3)):
+    for above, below, seed in zip(axes[:4], axes[4:], (28, 38, 3, 36)):
         window = random_crop(whole, boxes, random.Random(seed))
         kept = boxes[centers_inside(boxes, window)]
         show_crop(above, image, boxes, window)
         drawn, found = resize(image, kept, window)
         show(below, drawn)
-        for box in found:
-            outline(below, box, object_color)
+        outline_all(below, found, object_color)
     return rendered(fig)
 
 
@@ -479,25 +485,32 @@ def draw_random_crop():
 def draw_transforms():
     """A photograph on its way through the transform for training."""
     image, boxes = photograph('motorcycle')
-    seed = 0
-    rng = random.Random(seed)  # draws what `transform` draws below
+    seed = 1524  # expands, crops and flips
+    final, flipped, _, _ = transform(image, boxes, torch.arange(len(boxes)), torch.zeros(len(boxes)), 'TRAIN',
+                                     random.Random(seed))
+    rng = random.Random(seed)  # draws once more what `transform` has drawn
     rng.random()
     expanded = expand((0., 0., float(image.width), float(image.height)), rng)
     window = random_crop(expanded, boxes, rng)
-    kept = boxes[centers_inside(boxes, window)]
     distorted = photometric_distort(image, copy.deepcopy(rng))
-    canvas, on_canvas = resize(distorted, boxes, expanded, dims=(600, 400))
-    resized, cropped = resize(image, kept, window, distort=partial(photometric_distort, rng=rng))
-    final, flipped, _, _ = transform(image, boxes, torch.arange(len(boxes)), torch.zeros(len(boxes)), 'TRAIN',
-                                     random.Random(seed))
-    fig, axes = panels(2, 3, 4)
-    steps = (('photograph', image, fractional(boxes, image)), ('distorted', distorted, fractional(boxes, image)),
-             ('expanded', canvas, on_canvas), ('crop', canvas, on_canvas), ('resized', resized, cropped),
-             ('flipped', to_image(final), flipped))
-    for ax, (title, drawn, found) in zip(axes, steps):
+    resized, cropped = resize(image, boxes[centers_inside(boxes, window)], window,
+                              distort=partial(photometric_distort, rng=rng))
+
+    fig, axes = panels(2, 3, 4.05, row_heights=(1, 1.48))
+    for ax, drawn, title in zip(axes, (image, distorted), ('1  photograph', '2  distort')):
         show(ax, drawn, title)
-        for box in found:
-            outline(ax, box, object_color)
+        outline_all(ax, fractional(boxes, image), object_color)
+    dims = 3 * image.width // 4, 3 * image.height // 4
+    canvas, on_canvas = resize(distorted, boxes, expanded, dims)
+    show(axes[2], canvas, '3  expand')
+    outline_all(axes[2], on_canvas, object_color)
+    scale = dims[0] / (expanded[2] - expanded[0])
+    shown = torch.tensor(window) - torch.tensor(expanded[:2] * 2)  # the crop's window, from the canvas's corner
+    show_crop(axes[3], canvas, on_canvas * torch.tensor(dims * 2), (shown * scale).tolist(), '4  crop')
+    for ax, drawn, found, title in ((axes[4], resized, cropped, '5  resize'),
+                                    (axes[5], to_image(final), flipped, '6  flip')):
+        show(ax, drawn, title)
+        outline_all(ax, found, object_color)
     return rendered(fig)
 
 
@@ -506,12 +519,11 @@ def draw_variations():
     """Random variations of one photograph."""
     image, boxes = photograph('motorcycle')
     fig, axes = panels(3, 4, 4.9)
-    rng = random.Random(1)
+    rng = random.Random(8)
     for ax in axes:
         varied, found, _, _ = transform(image, boxes, torch.arange(len(boxes)), torch.zeros(len(boxes)), 'TRAIN', rng)
         show(ax, to_image(varied))
-        for box in found:
-            outline(ax, box, object_color)
+        outline_all(ax, found, object_color)
     return rendered(fig)
 
 
@@ -554,12 +566,16 @@ def draw_receptive_field_prior():
     seen = examples.receptive_fields()[name][1] / pixels
     c_x, c_y = (column + 0.5) / size, (row + 0.5) / size
     kernel = (c_x - 1.5 / size, c_y - 1.5 / size, c_x + 1.5 / size, c_y + 1.5 / size)
-    fig, [ax] = panels(1, 1, 5.4)
-    show(ax, image, margin=0.62)
+    fig, [ax] = panels(1, 1, 5)
+    show(ax, image)
+    ax.set(xlim=(-0.7, 1.7), ylim=(1.62, -0.62))
     grid(ax, size, linewidth=0.8)
     ax.add_patch(Rectangle(kernel[:2], 3 / size, 3 / size, color=prediction_color, alpha=0.35))
     outline(ax, kernel, prediction_color)
     outline(ax, prior, prior_color, linewidth=3)
-    outline(ax, (c_x - seen / 2, c_y - seen / 2, c_x + seen / 2, c_y + seen / 2), prediction_color,
-            linestyle=(0, (4, 3)))
+    outline(ax, (c_x - seen / 2, c_y - seen / 2, c_x + seen / 2, c_y + seen / 2), ink, linestyle=dashes)
+    write(ax, c_x, c_y - seen / 2, f'has seen {seen * pixels:.0f} pixels', ink, ha='center', va='center')
+    write(ax, 1.04, kernel[1], f'kernel\n{3 / size * pixels:.0f} pixels', prediction_color)
+    write(ax, -0.04, prior[1], f'prior\n{(prior[2] - prior[0]) * pixels:.0f} pixels', prior_color, ha='right')
+    write(ax, 0.5, 1.04, f'picture: {pixels} pixels', faint, ha='center')
     return rendered(fig)

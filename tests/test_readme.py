@@ -112,7 +112,7 @@ def test_pictures_drawn_and_kept_and_shown_are_the_same():
 
 def names_in_the_code():
     """What the scripts define or use: names, and words in quotes; and the files and folders that there are."""
-    names = {'checkpoint_ssd300.csv', 'demo/detections.png',  # written, under names that are put together
+    names = {'checkpoint_ssd300.csv', 'demo/detections.png', 'ImageSets/Main/trainval.txt', 'test.txt',  # put together
              'ssd300_vgg16', 'OMP_NUM_THREADS'}  # torchvision's and torch's
     for folder in ('', 'img', 'tests'):
         names.update(os.path.join(folder, name).replace(os.sep, '/') for name in os.listdir(os.path.join(root, folder)))
@@ -163,7 +163,7 @@ def test_table_of_priors():
     rows = rows_of_table('| map | tiles |')
     assert [row[0] for row in rows[:-1]] == list(feature_maps)
     for (_, tiles, scale, ratios, n_priors, total), of_map in zip(rows, feature_maps.values()):
-        listed = ratios.replace(', and an extra 1', '').split(', ')
+        listed = ratios.replace('extra 1, ', '').split(', ')
         assert [eval(ratio) for ratio in listed] == list(of_map.ratios)
         assert tiles == f'{of_map.size}x{of_map.size}' and float(scale) == of_map.scale
         assert int(n_priors) == len(of_map.ratios) + 1 and int(total) == of_map.size ** 2 * int(n_priors)
@@ -183,7 +183,7 @@ def test_numbers_of_priors_in_the_text():
     assert f'It changes {changed} of the {len(create_prior_boxes())}' in ' '.join(readme.split())
     wide = feature_maps['conv10_2'].scale * math.sqrt(2)
     assert f'would be {wide:.3f} wide' in ' '.join(readme.split())
-    assert f'+{5 * math.log(2):.2f} and -{5 * math.log(2):.2f}' in readme
+    assert f'5 ln 2 = {5 * math.log(2):.2f}' in readme
 
 
 def test_numbers_of_parameters():
