@@ -551,14 +551,14 @@ def draw_matching_steps():
             fills = [tint(color, 0.5) if mark else paper for mark in marked[i].tolist()]
             table(axes, 8, y + 3.3 + 2.8 * i, [row], (9, 2.8), [fills])
 
-    draw_table(36.5, '1. Each prior takes the object that it overlaps most.', shown, best)
-    draw_table(54.5, '2. Each object takes a prior of its own, the largest overlap first.\n'
+    draw_table(36.5, 'Step 2: each prior takes the object that it overlaps most.', shown, best)
+    draw_table(54.5, 'Step 3: each object takes a prior of its own, the largest overlap first.\n'
                f'Prior {own[0] + 1} is taken, so the {names[1]} takes its next best, prior {own[1] + 1}.', shown, taken)
     for i, (wanted, got) in enumerate(zip(overlaps.argmax(dim=1).tolist(), own.tolist())):
         if wanted != got:
             x, y = 8 + 9 * wanted, 57.8 + 2.8 * i  # the cell in the second table
             outline(axes, (x, y, x + 9, y + 2.8), wrong_color, linestyle='--', zorder=3)
-    write(axes, 2, 70, f'3. The others need an overlap of {criterion.threshold}, or are background.', ha='left',
+    write(axes, 2, 70, f'Step 4: the others need an overlap of {criterion.threshold}, or are background.', ha='left',
           va='bottom')
     table(axes, 8, 71.2, [[('back-\nground', *names)[label] for label in classes.tolist()]], (9, 5),
           [[(paper, *(tint(color, 0.5) for color in colors))[label] for label in classes.tolist()]])
@@ -588,7 +588,7 @@ def draw_smooth_l1():
 
 @figure('hard_negatives.svg')
 def draw_hard_negatives():
-    """The confidence losses of a picture's background priors (the trained demo detector's), and how few count."""
+    """The trained demo detector's confidence losses for a test picture's background, and how few of them count."""
     model, _ = trained.detector()
     criterion = MultiBoxLoss(model.priors_cxcy)
     images, boxes, labels, _ = collate_fn([trained.test_set()[0]])
@@ -606,8 +606,10 @@ def draw_hard_negatives():
     axes.axvline(n_hard, color=ink, linewidth=1, linestyle='--')
     axes.annotate(f'{criterion.neg_pos_ratio} × {n_positive} = {n_hard}', (n_hard, 0.97), (6, 0), fontsize=small,
                   xycoords=('data', 'axes fraction'), textcoords='offset points', va='top')
-    axes.text(0.03, 0.05, f'{len(losses)} priors:\n{n_positive} positive\n{n_hard} hard negatives\n'
-              f'{len(negatives) - n_hard} do not count', transform=axes.transAxes, fontsize=small)
+    sums = [part.sum().item() for part in (losses[true_classes[0] > 0], negatives[:n_hard], negatives[n_hard:])]
+    axes.text(0.03, 0.05, f'losses added up:\n{n_positive} positive priors: {sums[0]:.0f}\n'
+              f'{n_hard} hard negatives: {sums[1]:.0f}\n{len(negatives) - n_hard} others: {sums[2]:.0f}, not counted',
+              transform=axes.transAxes, fontsize=small)
     axes.set(xlabel='background priors, the hardest first', ylabel='confidence loss')
     axes.xaxis.set_major_formatter('{x:.0f}')
     return drawing

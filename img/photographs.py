@@ -16,7 +16,7 @@ from PIL import Image
 from skimage import data
 
 import examples
-from detect import detect
+from detect import detect, draw_objects, find_objects
 from model import MultiBoxLoss
 from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
@@ -127,46 +127,55 @@ def rendered(fig):
     return image.quantize(256, dither=Image.Dither.NONE)
 
 
-def to_image(normalized):
+def vary(image, boxes, rng):
     """
-    :param normalized: the network's input, (3, 300, 300)
-    :return: the PIL image that it was
+    :param image: a PIL image
+    :param boxes: boundary coordinates in pixels, (n_objects, 4)
+    :param rng: the source of random numbers
+    :return: what `transform` makes of them for training: a PIL image, 300x300, and fractional boxes, (n, 4)
     """
+    normalized, boxes, _, _ = transform(image, boxes, torch.ones(len(boxes)), torch.zeros(len(boxes)), 'TRAIN', rng)
     pixels = normalized.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)  # (300, 300, 3)
-    return Image.fromarray((pixels * 255).round().clamp(0, 255).byte().numpy())
+    return Image.fromarray((pixels * 255).round().byte().numpy()), boxes
 
 
 # ------------------------------------------------------------------------------------------------------- Detections
 
-sheet = (0, 3, 4, 6, 7, 10)  # the test pictures that are shown
+found_in = (2, 6, 10, 25, 26, 38)  # test pictures with detections
+watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
+min_score = 0.35  # of the detections that are drawn, as in demo.py
 
 
 @figure('detections.png')
 def draw_detections():
-    """What the demo's detector finds in test pictures."""
-    fig, axes = panels(2, 3, 4.3)
-    for ax, i in zip(axes, sheet):
+    """What the demo's detector finds in six of the test pictures, drawn by detect.py."""
+    fig, axes = panels(2, 3, 4.2)
+    for ax, i in zip(axes, found_in):
         image = open_image(test_set().images[i])
         image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
-        show(ax, detect(image, min_score=0.35, max_overlap=0.45, top_k=200, detector=detector()))
+        show(ax, detect(image, min_score, max_overlap=0.45, top_k=200, detector=detector()))
     return rendered(fig)
 
 
 @figure('learning.gif')
 def draw_learning():
-    """The same pictures, and what the detector finds in them after more and more iterations."""
+    """
+    What the detector finds in six test pictures after more and more iterations: of the best 50 boxes in each picture
+    those above `min_score` in their class's color, and what else is among the best 5 in white.
+    """
     colors = list(make_color_map(detector()[1]).values())
     frames = []
-    for iteration, found in snapshots().items():
-        fig, axes = panels(2, 3, 4.9)
+    for iteration, (boxes, labels, scores) in snapshots().items():
+        fig, axes = panels(2, 3, 4.8)
+        fig.set_dpi(110)
         fig.suptitle(f'{iteration} iterations', fontsize=22)
-        for ax, i in zip(axes, sheet):
+        for ax, i in zip(axes, watched):
             show(ax, open_image(test_set().images[i]))
-            for rank, (box, label, score) in enumerate(zip(*(values[i] for values in found))):
-                if score > 0.35:
-                    outline(ax, box.clamp(0, 1), colors[label])
-                elif rank < 8:
-                    outline(ax, box.clamp(0, 1), paper, linewidth=0.7, zorder=2)
+            for rank, (box, label, score) in enumerate(zip(boxes[i].clamp(0, 1), labels[i], scores[i])):
+                if score > min_score and rank < 50:
+                    outline(ax, box, colors[label])
+                elif rank < 5:
+                    outline(ax, box, paper, linewidth=0.8, zorder=2)
         frames.append((rendered(fig), 1200))
     return [*frames[:-1], (frames[-1][0], 4000)]
 
@@ -337,26 +346,26 @@ def draw_matching():
 def draw_decoding():
     """From predictions to detections in a test picture of the demo."""
     model, label_map = detector()
-    image, normalized = open_image(test_set().images[sheet[0]]), test_set()[sheet[0]][0]
-    colors, names = list(make_color_map(label_map).values()), list(label_map)
+    image, normalized = open_image(test_set().images[found_in[-1]]), test_set()[found_in[-1]][0]
+    image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
+    colors = list(make_color_map(label_map).values())
     with torch.no_grad():
-        locs, scores = model(normalized.unsqueeze(0))
+        locs, scores = model(normalized.unsqueeze(0))  # (1, 8732, 4), (1, 8732, n_classes)
     boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, model.priors_cxcy))[0]  # (8732, 4)
-    probabilities = scores.softmax(dim=2)[0, :, 1:]  # (8732, n_classes - 1)
+    scores = scores.softmax(dim=2)[0, :, 1:]  # (8732, n_classes - 1)
+    best, labels = scores.max(dim=1)  # (8732), (8732)
 
     fig, axes = panels(2, 2, 6.2)
-    for ax, min_score, line_width in zip(axes, (0, 0.01, 0.35), (0.2, 0.8, 1.2)):
-        found, labels = (probabilities > min_score).nonzero(as_tuple=True)
-        if min_score == 0:
-            found, labels = torch.arange(len(boxes)), probabilities.argmax(dim=1)
-        show(ax, image, f'{len(found)} scores above {min_score:g}' if min_score else f'All {len(boxes)} boxes',
-             margin=0.04)
+    show(axes[0], image, f'{len(boxes)} boxes')
+    for box, label in zip(boxes, labels + 1):
+        outline(axes[0], box, colors[label], linewidth=0.1)
+    for ax, threshold in zip(axes[1:3], (0.1, min_score)):
+        found, labels = (scores > threshold).nonzero(as_tuple=True)  # (n), (n)
+        show(ax, image, f'{len(found)} scores above {threshold}')
         for box, label in zip(boxes[found], labels + 1):
-            outline(ax, box, colors[label], linewidth=line_width)
-    [boxes], [labels], [scores] = model.detect_objects(locs, scores, min_score=0.35, max_overlap=0.45, top_k=200)
-    show(axes[3], image, f'{len(boxes)} after suppression', margin=0.04)
-    for box, label, score in zip(boxes, labels, scores):
-        outline(axes[3], box, colors[label], f'{names[label]} {score:.2f}')
+            outline(ax, box, colors[label], linewidth=0.8)
+    detections = find_objects([image], min_score, 0.45, 200, model, label_map)[0]
+    show(axes[3], draw_objects(image, detections, label_map), f'{len(detections)} after suppression')
     return rendered(fig)
 
 
@@ -486,8 +495,7 @@ def draw_transforms():
     """A photograph on its way through the transform for training."""
     image, boxes = photograph('motorcycle')
     seed = 1524  # expands, crops and flips
-    final, flipped, _, _ = transform(image, boxes, torch.arange(len(boxes)), torch.zeros(len(boxes)), 'TRAIN',
-                                     random.Random(seed))
+    final, flipped = vary(image, boxes, random.Random(seed))
     rng = random.Random(seed)  # draws once more what `transform` has drawn
     rng.random()
     expanded = expand((0., 0., float(image.width), float(image.height)), rng)
@@ -508,7 +516,7 @@ def draw_transforms():
     shown = torch.tensor(window) - torch.tensor(expanded[:2] * 2)  # the crop's window, from the canvas's corner
     show_crop(axes[3], canvas, on_canvas * torch.tensor(dims * 2), (shown * scale).tolist(), '4  crop')
     for ax, drawn, found, title in ((axes[4], resized, cropped, '5  resize'),
-                                    (axes[5], to_image(final), flipped, '6  flip')):
+                                    (axes[5], final, flipped, '6  flip')):
         show(ax, drawn, title)
         outline_all(ax, found, object_color)
     return rendered(fig)
@@ -521,8 +529,8 @@ def draw_variations():
     fig, axes = panels(3, 4, 4.9)
     rng = random.Random(8)
     for ax in axes:
-        varied, found, _, _ = transform(image, boxes, torch.arange(len(boxes)), torch.zeros(len(boxes)), 'TRAIN', rng)
-        show(ax, to_image(varied))
+        varied, found = vary(image, boxes, rng)
+        show(ax, varied)
         outline_all(ax, found, object_color)
     return rendered(fig)
 
@@ -535,7 +543,9 @@ def draw_min_score():
     rows = read_table(min_score_path)
     fig, [ax] = panels(1, 1, 3.4)
     ax.plot([row['min_score'] for row in rows], [row['mAP'] for row in rows], 'o-', color=prediction_color)
-    ax.set(xlabel='min_score', ylabel='mAP', ylim=(0, 1.03), xlim=(0, 1))
+    for row in rows[4::2]:
+        ax.annotate(f'{row["mAP"]:.2f}', (row['min_score'], row['mAP']), (4, 4), textcoords='offset points')
+    ax.set(xlabel='min_score', ylabel='mAP', ylim=(0, 1.1), xlim=(0, 1))
     return fig
 
 
