@@ -819,8 +819,9 @@ def clip_gradient(optimizer, max_norm):
 
     :param optimizer: its parameters' gradients are changed in place
     :param max_norm: the largest length allowed
+    :return: the length before, a scalar
     """
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
+    return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
 
 
 def download_weights(weights, remedy):
