@@ -53,8 +53,8 @@ print_freq = 200  # batches between two lines of the log
 def make_optimizer(model, lr, momentum, weight_decay):
     """
     :param model: SSD300
-    :return: stochastic gradient descent, with twice the learning rate for biases, as in the paper's code; all weights
-        change in one go ('fused'), which `update` asks for
+    :return: stochastic gradient descent, with twice the learning rate for biases, as in the paper's code; fused, which
+        means that all weights change in one go, because `update` asks for it
     """
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
     others = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
@@ -160,7 +160,7 @@ def update(optimizer, loss, grad_clip, broken):
     :return: the same, with this loss and gradient
     """
     optimizer.zero_grad()
-    # The factor is 1, or NaN if the loss is not finite. Then so is the gradient, and its mean over the processes in all.
+    # The factor is 1, or NaN if the loss is not finite: then so is the gradient, and its mean over all processes.
     loss.backward(1 + 0 * loss.detach())
     length = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
     broken = torch.maximum(broken, (~length.isfinite()).float())
@@ -203,7 +203,7 @@ def start_log(log_path, start_epoch):
     if start_epoch > 0 and os.path.exists(log_path):
         with open(log_path, newline='') as file:
             rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < start_epoch]
-    with write_whole(log_path, 'w') as file:
+    with write_whole(log_path, mode='w') as [file]:
         csv.writer(file, lineterminator='\n').writerows([header, *rows])
 
 
@@ -214,8 +214,8 @@ def main():
     torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: let cuDNN find the fastest way
     saved = None if checkpoint is None else load_checkpoint(checkpoint, device)
     resumes = saved is not None and 'optimizer' in saved  # else it is from the earlier implementation: only its weights
-    if not resumes and os.path.exists(checkpoint_path):
-        raise UserError(f'{checkpoint_path} exists, and training anew would overwrite it: to go on with it, set '
+    if os.path.exists(checkpoint_path) and not (resumes and os.path.samefile(checkpoint, checkpoint_path)):
+        raise UserError(f'{checkpoint_path} exists, and training would overwrite it: to go on with it, set '
                         f"checkpoint = '{checkpoint_path}' in train.py; else move it away")
     if pretrained not in ('imagenet', 'coco', None):
         raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', or None")
@@ -242,8 +242,12 @@ def main():
             adjust_learning_rate(optimizer, decay_lr_to)
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
-    fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers, decay_lr_at,
-        decay_lr_to, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
+    try:
+        fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers,
+            decay_lr_at, decay_lr_to, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
+    except KeyboardInterrupt:
+        last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
+        raise KeyboardInterrupt('There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.')
     leave_processes()
 
 

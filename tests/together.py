@@ -53,7 +53,7 @@ def train_spoiled(folder):
     optimizer, weights = make_optimizer(model, 1e-3, 0.9, 5e-4), [model.head.weight.detach().clone()]
     optimizer.register_step_post_hook(lambda *_: weights.append(model.head.weight.detach().clone()))
     try:
-        fit(model, optimizer, SpoiledPictures(dataset, spoiled, float('nan')), os.path.join(folder, 'spoiled.pth'), 1, 4)
+        fit(model, optimizer, SpoiledPictures(dataset, spoiled, float('nan')), os.path.join(folder, 's.pth'), 1, 4)
     finally:
         with open(os.path.join(folder, f'changes {process_number()}.json'), 'w') as file:
             json.dump([not torch.equal(a, b) for a, b in zip(weights, weights[1:])], file)
