@@ -181,7 +181,8 @@ def test_a_list_of_names_from_windows(tmp_path):
 def test_the_label_background_is_dropped_where_all_labels_are_taken(tmp_path, capsys):
     draw_dataset(str(tmp_path), 3, 1)
     path = tmp_path / 'Annotations/trainval_0001.xml'
-    path.write_text(path.read_text().replace('</annotation>', annotation(('background', (1, 1, 9, 9), ''), size='')[12:]))
+    background = annotation(('background', (1, 1, 9, 9), ''), size='')[len('<annotation>'):]
+    path.write_text(path.read_text().replace('</annotation>', background))
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
     assert re.search(r"trainval_0001.jpg: label 'background' is not", capsys.readouterr().out)
 
