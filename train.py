@@ -18,7 +18,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from datasets import EpochSampler, PascalVOCDataset, collate_fn, quiet_worker
 from model import SSD300, MultiBoxLoss
 from pretrained import start_from_coco
 from processes import (gather_pictures, join_processes, leave_processes, mean_over_processes, n_processes,
@@ -75,7 +75,8 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     criterion = MultiBoxLoss(model.priors_cxcy)
     sampler = EpochSampler(len(train_set), seed, process_number(), n_processes())
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
-                              pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0)
+                              pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0,
+                              worker_init_fn=quiet_worker)
     first = process_number() == 0  # the only process that writes
     log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if first else None
     if first:
@@ -143,7 +144,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
                       n=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
         if log_path is not None:
             with open(log_path, 'a', newline='') as file:
-                csv.writer(file).writerow(row.values())
+                csv.writer(file, lineterminator='\n').writerow(row.values())
         losses, n_images, data_time = [], 0, AverageMeter()
         last_line = end = time.time()
 

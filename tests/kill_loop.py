@@ -72,7 +72,7 @@ def written_at(path):
 
 def kill_at_a_random_moment(process, rng, temporary):
     """
-    Kill a process that trains: every other time as soon as it writes, or a little later, else up to 4 seconds after
+    Kill a process that trains: every other time as soon as it writes, or a little later, else up to 8 seconds after
     training started.
 
     :param process: see `start`
@@ -87,7 +87,7 @@ def kill_at_a_random_moment(process, rng, temporary):
     else:
         sys.exit('Training did not start')
     if rng.random() < 0.5:
-        time.sleep(rng.uniform(0, 4))
+        time.sleep(rng.uniform(0, 8))
     else:
         while written_at(temporary) in (None, before) and process.poll() is None:
             time.sleep(0.001)

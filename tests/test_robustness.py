@@ -1,19 +1,26 @@
 """Nothing a user, a disk or a data set does loses their work."""
 import json
 import os
+import resource
+import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from conftest import draw_and_list
+from conftest import draw_and_list, root
+from kill_loop import runs, workers_of
+from PIL import Image
 from test_processes import command, no_gpu
 from tiny import SpoiledPictures, TinyDetector
 from torch.utils.data import DataLoader
 
 import train
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
-from model import MultiBoxLoss
-from utils import UserError, load_checkpoint, save_checkpoint
+from model import SSD300, MultiBoxLoss
+from utils import UserError, load_checkpoint, run, save_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -148,3 +155,209 @@ def test_batch_sizes(folder, tmp_path, capsys, batch_size, n_batches):
               batch_size, print_freq=1)
     assert capsys.readouterr().out.count('\n') == n_batches
     assert all(values.isfinite().all() for values in load_checkpoint(path)['model'].values())
+
+
+# ------------------------------------------------------------------------------------------- Processes, full disks
+
+def start_training(folder, workers=0, **settings):
+    """Start train.py with a tiny network, in a folder with lists; the process."""
+    settings = {'pretrained': None, 'batch_size': 4, 'workers': workers, 'print_freq': 1, 'lr': 1e-5,
+                'checkpoint_path': 'c.pth', **settings}
+    program = ('import train, utils\nfrom tiny import TinyDetector\ntrain.SSD300 = TinyDetector\n'
+               + ''.join(f'train.{name} = {value!r}\n' for name, value in settings.items())
+               + 'if __name__ == "__main__":\n    utils.run(train.main)')
+    return subprocess.Popen([sys.executable, '-u', '-c', program], cwd=folder, stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            env=no_gpu | {'PYTHONPATH': f'{root}:{root}/tests', 'OMP_NUM_THREADS': '1'})
+
+
+def wait_for(process, text):
+    """Read what a process prints, up to a line with this text."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f'ended without {text!r}: {process.stderr.read()}')
+
+
+def copy_lists(folder, tmp_path):
+    """Copy the lists, not the pictures."""
+    for name in os.listdir(folder):
+        if name.endswith('.json'):
+            shutil.copy(os.path.join(folder, name), tmp_path)
+
+
+def none_runs(pids, seconds):
+    """Whether all of these processes end within so many seconds."""
+    until = time.time() + seconds
+    while any(map(runs, pids)) and time.time() < until:
+        time.sleep(0.1)
+    return len(pids) > 0 and not any(map(runs, pids))
+
+
+@pytest.mark.parametrize('progress, line', [
+    ('epoch 0  batch 1/', 'Stopped. There is no checkpoint yet.\n'),
+    ('epoch 2  batch 1/', 'Stopped. The last checkpoint is c.pth.\n')])
+def test_ctrl_c_names_the_last_checkpoint(folder, tmp_path, progress, line):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, progress)
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, line)
+    assert len(workers) >= 2 and none_runs(workers, 10)
+    assert not (tmp_path / 'c.pth.tmp').exists()
+    if 'no checkpoint' not in line:
+        assert load_checkpoint(tmp_path / 'c.pth')['epoch'] >= 1
+
+
+def test_no_worker_outlives_a_killed_training(folder, tmp_path):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, 'epoch 0  batch 2/')
+    workers = workers_of(process)
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2 and none_runs(workers, 30)
+
+
+def test_a_killed_worker_ends_training_in_one_line(folder, tmp_path):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, 'epoch 0  batch 2/')
+    workers = workers_of(process)
+    os.kill(max(workers), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count('\n') == 1
+    assert errors.startswith('Error: a process that loads pictures was killed') and none_runs(workers, 10)
+
+
+def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tmp_path):
+    copy_lists(folder, tmp_path)
+    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
+    with open(images[0], 'rb') as file:
+        (tmp_path / 'cut.jpg').write_bytes(file.read()[:4000])
+    Image.open(tmp_path / 'cut.jpg')  # the header is whole: only a worker finds out
+    images[7] = str(tmp_path / 'cut.jpg')
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images))
+    process = start_training(tmp_path, workers=2, epochs=1)
+    wait_for(process, 'Training on')
+    workers = set()
+    while process.poll() is None:
+        workers |= set(workers_of(process))
+        time.sleep(0.02)
+    errors = process.stderr.read()
+    assert process.returncode == 1 and errors.count('\n') == 1
+    assert errors.startswith(f'Error: {tmp_path / "cut.jpg"} is not a picture that can be read') and 'truncat' in errors
+    assert none_runs(list(workers), 10)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path):
+    """A limit on the size of files stands in for the disk; training goes on when there is room again."""
+    copy_lists(folder, tmp_path)
+    assert start_training(tmp_path, epochs=1).wait(60) == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ('c.pth', 'c.csv')}
+    limit = len(before['c.pth']) // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    process = start_training(tmp_path, epochs=2, checkpoint='c.pth')
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, hard))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count('\n') == 1
+    assert errors.startswith('Error: c.pth could not be written, and what was there before is as it was: ')
+    assert 'File too large' in errors
+    assert (tmp_path / 'c.pth').read_bytes() == before['c.pth'] and not (tmp_path / 'c.pth.tmp').exists()
+    assert (tmp_path / 'c.csv').read_bytes().startswith(before['c.csv'])
+    assert start_training(tmp_path, epochs=2, checkpoint='c.pth').wait(60) == 0
+    assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
+
+
+def test_an_error_without_a_message_is_still_a_line():
+    def fail():
+        raise OSError
+
+    with pytest.raises(SystemExit) as stop:
+        run(fail)
+    assert stop.value.code == 'Error: OSError'
+
+
+# ----------------------------------------------------------------------------------------------------- Checkpoints
+
+kept_checkpoint = os.path.join(root, 'tests', 'checkpoint_version_1.pth')
+
+
+def write_kept_checkpoint(path):
+    """
+    Write a checkpoint of SSD300 with save_checkpoint, as training does, but small: each weight tensor has but one
+    value, and so has its momentum, which the file holds once. Call it with a new name when checkpoint_version changes.
+
+    :param path: the file
+    """
+    model, label_map = SSD300(n_classes=3), {'background': 0, 'cat': 1, 'dog': 2}
+    optimizer = train.make_optimizer(model, 1e-3, 0.9, 5e-4)
+    values = torch.arange(1000.)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data = values[i:i + 1].expand(parameter.shape)
+        optimizer.state[parameter]['momentum_buffer'] = values[500 + i:501 + i].expand(parameter.shape)
+    model.priors_cxcy = values[:4].expand(8732, 4)
+    save_checkpoint(path, 7, model, optimizer, label_map, seed=11)
+
+
+def test_a_checkpoint_of_version_1_is_read():
+    assert os.path.getsize(kept_checkpoint) < 100_000
+    saved = load_checkpoint(kept_checkpoint)
+    assert (saved['version'], saved['epoch'], saved['seed']) == (1, 7, 11)
+    assert saved['label_map'] == {'background': 0, 'cat': 1, 'dog': 2}
+    model = SSD300.from_checkpoint(saved)
+    assert torch.equal(model.priors_cxcy, torch.arange(4.).expand(8732, 4))
+    optimizer = train.make_optimizer(model, 1e-3, 0.9, 5e-4)
+    optimizer.load_state_dict(saved['optimizer'])
+    assert [group['lr'] for group in optimizer.param_groups] == [2e-3, 1e-3]
+    for i, parameter in enumerate(model.parameters()):
+        assert (parameter == i).all()
+        assert (optimizer.state[parameter]['momentum_buffer'] == 500 + i).all()
+
+
+@pytest.mark.parametrize('change, line', [
+    ({'version': 2}, 'has version 2, and is from a newer version of this project, which writes version 1'),
+    ({'epoch': None}, "lacks ['epoch']"), ({'label_map': ['cat', 'dog']}, "lacks ['label_map']"),
+    ({'model': 3, 'optimizer': []}, "lacks ['model', 'optimizer']"), ({'priors_cxcy': torch.zeros(3, 4)}, 'is damaged'),
+    ({'label_map': {'background': 0, 'cat': 9, 'dog': 2}}, 'is damaged')])
+def test_checkpoints_that_cannot_be_used_are_named(tmp_path, change, line):
+    saved = load_checkpoint(kept_checkpoint)
+    torch.save(saved | change, tmp_path / 'c.pth')
+    with pytest.raises(UserError, match='c.pth') as error:
+        load_checkpoint(tmp_path / 'c.pth')
+    assert line in str(error.value) and '\n' not in str(error.value)
+
+
+def test_training_does_not_overwrite_another_checkpoint(folder, tmp_path, monkeypatch):
+    for name in ('mine.pth', 'another.pth'):
+        shutil.copy(kept_checkpoint, tmp_path / name)
+    for name, value in (('data_folder', folder), ('checkpoint', str(tmp_path / 'mine.pth')),
+                        ('checkpoint_path', str(tmp_path / 'another.pth'))):
+        monkeypatch.setattr(train, name, value)
+    with pytest.raises(UserError, match='another.pth exists'):
+        train.main()
+
+
+def test_training_goes_on_with_other_pictures(folder, tmp_path):
+    """Of 40 pictures, 33 are left."""
+    copy_lists(folder, tmp_path)
+    assert start_training(tmp_path, epochs=1).wait(60) == 0
+    for name in ('TRAIN_images.json', 'TRAIN_objects.json'):
+        (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text())[7:]))
+    process = start_training(tmp_path, epochs=2, checkpoint='c.pth')
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == '' and 'epoch 1  batch 9/9' in output
+    assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
+
+
+def test_lists_that_do_not_belong_together_are_refused(folder, tmp_path):
+    """As if the lists were copied one by one, or replaced while they were read."""
+    copy_lists(folder, tmp_path)
+    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images[1:]))
+    (tmp_path / 'label_map.json').write_text('{"background": 0, "circle": 1}')
+    for split in ('TRAIN', 'TEST'):
+        with pytest.raises(UserError, match=f'lists of {split} in .* do not belong together'):
+            PascalVOCDataset(tmp_path, split)

@@ -11,9 +11,11 @@ class TinyDetector(SSD300):
     Predictions of SSD300's shapes, from nothing but the picture's mean color; detection and checkpoints are SSD300's.
 
     :param n_classes: number of classes, background included
+    :param pretrained: not supported
     """
 
-    def __init__(self, n_classes):
+    def __init__(self, n_classes, pretrained=False):
+        assert not pretrained
         nn.Module.__init__(self)
         self.n_classes = n_classes
         self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)  # (8732, 4)
