@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import sys
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -16,7 +17,7 @@ class PascalVOCDataset(Dataset):
     :param data_folder: the folder with the lists
     :param split: 'TRAIN' for random variations of the training pictures, or 'TEST'
     :param keep_difficult: keep objects that are marked as difficult
-    :raises UserError: a list is missing
+    :raises UserError: a list is missing, or is not from the same run as the others
     """
 
     def __init__(self, data_folder, split, keep_difficult=False):
@@ -25,6 +26,10 @@ class PascalVOCDataset(Dataset):
         self.images = read_list(data_folder, f'{split}_images.json')
         self.objects = read_list(data_folder, f'{split}_objects.json')
         self.label_map = read_list(data_folder, 'label_map.json')
+        largest = max((max(objects['labels'], default=0) for objects in self.objects), default=0)
+        if len(self.images) != len(self.objects) or largest >= len(self.label_map):
+            raise UserError(f'the lists of {split} in {data_folder} do not belong together: '
+                            'run "python create_data_lists.py" again')
 
     def __len__(self):
         return len(self.images)
@@ -99,3 +104,11 @@ def collate_fn(batch):
     """
     images, boxes, labels, difficulties = zip(*batch)
     return torch.stack(images), list(boxes), list(labels), list(difficulties)
+
+
+def quiet_worker(_):
+    """
+    Let a data loader's worker not print that the main process hung up on it, which happens when the user stops
+    training. Errors in pictures are not printed here, but handed over to the main process.
+    """
+    sys.excepthook = lambda *_: None

@@ -181,7 +181,8 @@ def main():
     print(f'\n3. Training from random weights on {device}, as train.py does')
     torch.manual_seed(0)
     model = SSD300(n_classes=len(shapes) + 1).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))  # forgets the first, rough steps
+    # These betas forget the first, rough steps.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     checkpoint_path = os.path.join(folder, 'checkpoint_ssd300.pth')
     fit(model, optimizer, PascalVOCDataset(folder, 'TRAIN', keep_difficult=True), checkpoint_path, epochs, batch_size,
         decay_lr_at=decay_lr_at, print_freq=10, bfloat16=None if device.type == 'cuda' else faster_in_bfloat16())

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import PascalVOCDataset, collate_fn
+from datasets import PascalVOCDataset, collate_fn, quiet_worker
 from pretrained import load_detector
 from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
 from utils import UserError, calculate_mAP, fast_in_bfloat16, run
@@ -78,7 +78,8 @@ def main():
     model = model.to(device)
     torch.backends.cudnn.benchmark = True  # all batches but the last have one shape: find the fastest way for it
     test_loader = DataLoader(test_set, batch_size, sampler=range(process_number(), len(test_set), n_processes()),
-                             collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda')
+                             collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda',
+                             worker_init_fn=quiet_worker)
     evaluate(test_loader, model, bfloat16=bfloat16)
     leave_processes()
 

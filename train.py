@@ -18,10 +18,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from datasets import EpochSampler, PascalVOCDataset, collate_fn, quiet_worker
 from model import SSD300, MultiBoxLoss
 from pretrained import start_from_coco
-from processes import join_processes, leave_processes, mean_over_processes, n_processes, process_number
+from processes import (gather_pictures, join_processes, leave_processes, mean_over_processes, n_processes,
+                       process_number)
 from utils import (AverageMeter, UserError, adjust_learning_rate, clip_gradient, fast_in_bfloat16, load_checkpoint, run,
                    save_checkpoint, write_whole)
 
@@ -52,12 +53,13 @@ print_freq = 200  # batches between two lines of the log
 def make_optimizer(model, lr, momentum, weight_decay):
     """
     :param model: SSD300
-    :return: stochastic gradient descent, with twice the learning rate for biases, as in the paper's code
+    :return: stochastic gradient descent, with twice the learning rate for biases, as in the paper's code; fused, which
+        means that all weights change in one go, because `update` asks for it
     """
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
     others = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
     return torch.optim.SGD([{'params': biases, 'lr': 2 * lr}, {'params': others}],
-                           lr=lr, momentum=momentum, weight_decay=weight_decay)
+                           lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
 def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=0, seed=0, workers=0,
@@ -66,14 +68,15 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch.
 
     :param model: SSD300, on the device to train on
-    :param optimizer: its optimizer
+    :param optimizer: its optimizer, a fused one
     :param train_set: PascalVOCDataset
     :param options: see `train`; the others are the parameters at the top of this file
     """
     criterion = MultiBoxLoss(model.priors_cxcy)
     sampler = EpochSampler(len(train_set), seed, process_number(), n_processes())
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
-                              pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0)
+                              pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0,
+                              worker_init_fn=quiet_worker)
     first = process_number() == 0  # the only process that writes
     log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if first else None
     if first:
@@ -94,14 +97,14 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     """
     Train for one epoch.
 
-    :param train_loader: DataLoader of PascalVOCDataset
+    :param train_loader: DataLoader of PascalVOCDataset, with an EpochSampler
     :param model: SSD300, or its copy in this process (see `fit`)
     :param criterion: MultiBoxLoss
-    :param optimizer: optimizer of the model's parameters
+    :param optimizer: optimizer of the model's parameters, a fused one
     :param epoch: the epoch's number, from 0
     :param epochs: how many there will be, for the time left
     :param log_path: CSV file to which the log's lines are added; the others are the parameters at the top of this file
-    :raises UserError: the loss is no longer a finite number
+    :raises UserError: the loss was not a finite number; the weights are as they were before that batch
     """
     model.train()
     device = criterion.priors_cxcy.device
@@ -110,6 +113,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     batches_left = ((epochs or epoch + 1) - epoch) * n_batches
     data_time = AverageMeter()
     losses = []  # of the batches since the last line: left on the GPU, because fetching each would make it wait
+    broken = torch.zeros((), device=device)  # 1 from the first batch on whose loss or gradient is not finite
     n_images, last_line, end = 0, time.time(), time.time()
 
     for i, (images, boxes, labels, _) in enumerate(train_loader):
@@ -119,22 +123,17 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
         loc_loss, conf_loss = criterion.parts(predicted_locs, predicted_scores, boxes, labels)
-        optimizer.zero_grad()
-        (conf_loss + criterion.alpha * loc_loss).backward()
-        if grad_clip is not None:
-            clip_gradient(optimizer, grad_clip)
-        optimizer.step()
+        broken = update(optimizer, conf_loss + criterion.alpha * loc_loss, grad_clip, broken)
 
-        losses.append(torch.stack([loc_loss, conf_loss]).detach())
+        losses.append(torch.stack([loc_loss, conf_loss, broken]).detach())
         n_images += len(images) * n_processes()
         end = time.time()
         if (i + 1) % print_freq and i + 1 < n_batches:
             continue
 
-        loc, conf = mean_over_processes(torch.stack(losses).mean(dim=0)).tolist()
-        if not math.isfinite(loc + conf):
-            raise UserError(f'the loss became {loc + conf} in epoch {epoch}, at or before batch {i + 1}; the last '
-                            'checkpoint is as it was. Lower lr, or set grad_clip, and check the boxes of your data')
+        loc, conf, any_broken = mean_over_processes(torch.stack(losses).mean(dim=0)).tolist()
+        if any_broken:
+            raise UserError(describe_broken_batch(train_loader, losses, criterion.alpha, epoch, i))
         row = {'epoch': epoch, 'batch': i + 1, 'loss': conf + criterion.alpha * loc, 'loc_loss': loc, 'conf_loss': conf,
                'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / (time.time() - last_line),
                'data_s': data_time.avg,
@@ -145,9 +144,52 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
                       n=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
         if log_path is not None:
             with open(log_path, 'a', newline='') as file:
-                csv.writer(file).writerow(row.values())
+                csv.writer(file, lineterminator='\n').writerow(row.values())
         losses, n_images, data_time = [], 0, AverageMeter()
         last_line = end = time.time()
+
+
+def update(optimizer, loss, grad_clip, broken):
+    """
+    Take a step down the gradient, unless this loss or gradient, or an earlier one, is not finite: then the weights and
+    the optimizer's momentum stay as they are. The GPU finds out and obeys by itself; asking it would make it wait.
+
+    :param optimizer: its weights change; a fused one, because others can't be held back
+    :param loss: the loss, a scalar
+    :param grad_clip: see `train`
+    :param broken: 1 if an earlier loss or gradient was not finite, else 0: a scalar
+    :return: the same, with this loss and gradient
+    """
+    optimizer.zero_grad()
+    # The factor is 1, or NaN if the loss is not finite: then so is the gradient, and its mean over all processes.
+    loss.backward(1 + 0 * loss.detach())
+    length = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
+    broken = torch.maximum(broken, (~length.isfinite()).float())
+    optimizer.found_inf = broken  # a fused optimizer does nothing if this is 1
+    optimizer.step()
+    return broken
+
+
+def describe_broken_batch(train_loader, losses, alpha, epoch, i):
+    """
+    :param train_loader: see `train`
+    :param losses: for each batch since the last line, a tensor of localization loss, confidence loss, broken
+    :param alpha: weight of the localization loss
+    :param epoch: the epoch's number
+    :param i: the last batch's number, from 0
+    :return: a line on the first batch that was broken, in whichever process
+    """
+    losses = torch.stack(losses).tolist()
+    first = [broken for _, _, broken in losses].index(1)
+    batch, loss = i + 1 - len(losses) + first, losses[first][1] + alpha * losses[first][0]
+    names = [os.path.basename(train_loader.dataset.images[index])
+             for index, _ in list(train_loader.batch_sampler)[batch]]
+    [batches] = gather_pictures([[(loss, names)]])  # of all processes
+    culprits = [(loss, names) for loss, names in batches if not math.isfinite(loss)]
+    what = f'loss became {culprits[0][0]}' if culprits else 'gradient became infinite'
+    names = ', '.join(name for _, names in culprits or batches for name in names)
+    return (f'the {what} in epoch {epoch}, batch {batch + 1}, with the pictures {names}. The weights were not changed, '
+            'and the last checkpoint is as it was: check the boxes of these pictures, lower lr, or set grad_clip')
 
 
 def start_log(log_path, start_epoch):
@@ -162,7 +204,7 @@ def start_log(log_path, start_epoch):
     if start_epoch > 0 and os.path.exists(log_path):
         with open(log_path, newline='') as file:
             rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < start_epoch]
-    with write_whole(log_path, 'w') as file:
+    with write_whole(log_path, mode='w') as [file]:
         csv.writer(file, lineterminator='\n').writerows([header, *rows])
 
 
@@ -173,8 +215,8 @@ def main():
     torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: let cuDNN find the fastest way
     saved = None if checkpoint is None else load_checkpoint(checkpoint, device)
     resumes = saved is not None and 'optimizer' in saved  # else it is from the earlier implementation: only its weights
-    if not resumes and os.path.exists(checkpoint_path):
-        raise UserError(f'{checkpoint_path} exists, and training anew would overwrite it: to go on with it, set '
+    if os.path.exists(checkpoint_path) and not (resumes and os.path.samefile(checkpoint, checkpoint_path)):
+        raise UserError(f'{checkpoint_path} exists, and training would overwrite it: to go on with it, set '
                         f"checkpoint = '{checkpoint_path}' in train.py; else move it away")
     if pretrained not in ('imagenet', 'coco', None):
         raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', or None")
@@ -201,8 +243,12 @@ def main():
             adjust_learning_rate(optimizer, decay_lr_to)
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
-    fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers, decay_lr_at,
-        decay_lr_to, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
+    try:
+        fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers,
+            decay_lr_at, decay_lr_to, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
+    except KeyboardInterrupt:
+        last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
+        raise KeyboardInterrupt('There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.')
     leave_processes()
 
 

@@ -19,6 +19,7 @@ from colorsys import hsv_to_rgb
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pickle import UnpicklingError
+from xml.parsers import expat
 
 import numpy as np
 import torch
@@ -41,16 +42,18 @@ def run(main):
         main()
     except (UserError, OSError) as error:
         # A data loader's worker wraps our line in a traceback of its own; the last line is still ours.
-        line = str(error).strip().splitlines()[-1]
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         sys.exit('Error: ' + line.split('UserError: ')[-1])
     except torch.cuda.OutOfMemoryError:
         sys.exit('Error: the GPU ran out of memory: lower batch_size')
     except RuntimeError as error:
+        if 'DataLoader worker' in str(error):
+            sys.exit('Error: a process that loads pictures was killed, perhaps for lack of memory: lower workers')
         if not ('onnection' in str(error) and torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise
         sys.exit('Error: another process ended or was killed; start all again, from the last checkpoint')
-    except KeyboardInterrupt:
-        sys.exit('Stopped.')
+    except KeyboardInterrupt as stop:
+        sys.exit(f'Stopped. {stop}'.strip())
 
 
 # ----------------------------------------------------------------------------------------------------------- Labels
@@ -97,44 +100,84 @@ def read_objects(annotation_path):
     :param annotation_path: the file
     :return: the picture's (width, height) as the file states it, 0 if not; and a list of (label, difficult, box),
         one for each object; box is the four edges as they stand there, in pixels from 1
-    :raises UserError: the file is missing, is no annotation, or has an object without a name or numeric box
+    :raises UserError: the file is missing, is no annotation, or has an object without a name or numeric box, or whose
+        `difficult` is neither 0 nor 1
     """
     try:
-        root = ET.parse(annotation_path).getroot()
-        size = tuple(float(root.findtext(f'size/{side}', '0')) for side in ('width', 'height'))
-        objects = [(node.find('name').text.strip(), int(node.findtext('difficult') or 0),
-                    [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')])
-                   for node in root.findall('object')]  # only direct children: VOC 2012 nests 'part' boxes deeper
+        root = parse_xml(annotation_path)
+        if root.tag != 'annotation':
+            raise ValueError(f'its root is {root.tag}')
+        size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
+        objects = [read_object(node) for node in root.findall('object')]  # VOC 2012 nests 'part' boxes deeper
     except FileNotFoundError:
         raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
-    except (ET.ParseError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f'{annotation_path} is not an annotation in VOC format ({error}): '
+    except (expat.ExpatError, LookupError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f'{annotation_path} is not an annotation in VOC format ({" ".join(str(error).split())}): '
                         'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
     return size, objects
 
 
-def parse_annotation(annotation_path, label_map=label_map, size=None):
+def read_object(node):
+    """
+    :param node: the XML element of an object
+    :return: label, difficult (0 or 1), box, see `read_objects`, whose errors these are
+    """
+    label = ' '.join(node.find('name').text.split())
+    difficult = float(node.findtext('difficult', '').strip() or 0)
+    if label == '' or difficult not in (0, 1):
+        raise ValueError(f"an object's name is '{label}', its difficult is {difficult:g}")
+    return label, int(difficult), [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')]
+
+
+def parse_xml(path):
+    """
+    Like `ET.parse`, but refuse XML that defines entities of its own: a few lines of them can stand for gigabytes.
+
+    :param path: the XML file
+    :return: its root element
+    """
+    def refuse(*_):
+        raise ValueError('it defines or uses entities')
+
+    builder, parser = ET.TreeBuilder(), expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.EntityDeclHandler = parser.SkippedEntityHandler = refuse
+    with open(path, 'rb') as file:
+        parser.ParseFile(file)
+    return builder.close()
+
+
+def parse_annotation(annotation_path, label_map=label_map, size=None, orientation=1):
     """
     Read the objects from an XML file in Pascal VOC's format, and drop those that can't be right.
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may lie a pixel outside the picture, because some tools count
     from 0 or round up: it is clipped. A box that lies further outside, or has no area, is wrong, and is dropped.
 
+    Cameras store some pictures lying on their side, and say so in EXIF. Viewers, and we, turn them upright; some tools
+    for annotation don't. If the file states the size of the picture as it is stored, its boxes are turned upright. They
+    are taken to be upright already if both sizes are the same, in square pictures or those that are upside down or
+    mirrored (orientations 2 to 4), or if the file states no size.
+
     :param annotation_path: the XML file
     :param label_map: dict of label -> index
-    :param size: the picture's width and height, if known
+    :param size: the picture's width and height when it is upright, if known
+    :param orientation: how it is stored, see `image_header`
     :return: dict of boxes (boundary coordinates in pixels), labels (indices), difficulties (0 or 1), one of each per
         object; and dropped (a reason for each dropped object)
     :raises UserError: see `read_objects`; or the file is for a picture of another size
     """
     stated_size, objects = read_objects(annotation_path)
-    if min(stated_size) > 0 and size not in (None, stated_size):  # some tools leave 0 for a size they don't know
-        raise UserError(f'{annotation_path} is for a picture of {stated_size[0]:.0f}x{stated_size[1]:.0f} pixels, '
+    known = min(stated_size) > 0  # some tools leave 0 for a size they don't know
+    lies = known and orientation >= 5 and size == stated_size[::-1] != stated_size  # is for the picture as it is stored
+    if known and size not in (None, stated_size) and not lies:
+        raise UserError(f'{annotation_path} is for a picture of {stated_size[0]:g}x{stated_size[1]:g} pixels, '
                         f'but the picture has {size[0]}x{size[1]}: annotate it anew, or take it out of the split')
-    width, height = size or (stated_size if min(stated_size) > 0 else (math.inf, math.inf))
+    width, height = size or (stated_size if known else (math.inf, math.inf))
     annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': []}
     for label, difficult, box in objects:
-        x_min, y_min, x_max, y_max = (edge - 1 for edge in box)
+        x_min, y_min, x_max, y_max = (edge - 1 for edge in (turn_box(box, size, orientation) if lies else box))
         clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
         if label not in label_map or label == 'background':
             annotation['dropped'].append(f"label '{label}' is not one of the labels")
@@ -149,6 +192,21 @@ def parse_annotation(annotation_path, label_map=label_map, size=None):
             annotation['labels'].append(label_map[label])
             annotation['difficulties'].append(difficult)
     return annotation
+
+
+def turn_box(box, size, orientation):
+    """
+    :param box: boundary coordinates in a picture as it is stored, in pixels from 1
+    :param size: the picture's width and height when it is upright
+    :param orientation: 5 to 8, see `image_header`
+    :return: the box in the upright picture
+    """
+    y_min, x_min, y_max, x_max = box  # rows become columns; then mirror, from left to right, or from top to bottom
+    if orientation in (6, 7):
+        x_min, x_max = size[0] + 1 - x_max, size[0] + 1 - x_min
+    if orientation in (7, 8):
+        y_min, y_max = size[1] + 1 - y_max, size[1] + 1 - y_min
+    return [x_min, y_min, x_max, y_max]
 
 
 def picture_ids(folder, split, test_fraction):
@@ -170,8 +228,11 @@ def picture_ids(folder, split, test_fraction):
     if not os.path.isfile(list_path):
         raise UserError(f'{list_path} is missing: set the paths in create_data_lists.py to folders in VOC layout, '
                         'or download = True to fetch Pascal VOC')
-    with open(list_path, encoding='utf-8') as file:
-        return [line.split()[0] for line in file if line.strip()]
+    try:
+        with open(list_path, encoding='utf-8-sig') as file:  # some editors begin a file with an invisible mark
+            return [line.split()[0] for line in file if line.strip()]
+    except ValueError as error:
+        raise UserError(f'{list_path} is no list of names: {error}') from None
 
 
 def read_split(folder, ids, label_map):
@@ -182,7 +243,7 @@ def read_split(folder, ids, label_map):
     :param ids: the names of the pictures, see `picture_ids`
     :param label_map: dict of label -> index
     :return: list of (path of the picture, its annotation), see `parse_annotation`
-    :raises UserError: something is missing or unreadable, see `parse_annotation` and `image_size`
+    :raises UserError: something is missing or unreadable, see `parse_annotation` and `image_header`
     """
     image_folder = os.path.join(os.path.abspath(folder), 'JPEGImages')
     names = os.listdir(image_folder) if os.path.isdir(image_folder) else []
@@ -195,7 +256,7 @@ def read_split(folder, ids, label_map):
                             'name this picture')
         image_path = os.path.join(image_folder, image_names[id])
         annotation_path = os.path.join(folder, 'Annotations', id + '.xml')
-        pictures.append((image_path, parse_annotation(annotation_path, label_map, image_size(image_path))))
+        pictures.append((image_path, parse_annotation(annotation_path, label_map, *image_header(image_path))))
     return pictures
 
 
@@ -219,7 +280,8 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         parts.append(('TRAIN', folder, picture_ids(folder, 'trainval', test_fraction if folder == voc07_path else 0)))
     if labels is None:
         labels = sorted({label for _, folder, ids in parts for id in ids
-                         for label, _, _ in read_objects(os.path.join(folder, 'Annotations', id + '.xml'))[1]})
+                         for label, _, _ in read_objects(os.path.join(folder, 'Annotations', id + '.xml'))[1]}
+                        - {'background'})
     label_map, splits = make_label_map(labels), {'TRAIN': [], 'TEST': []}
     for split, folder, ids in parts:
         splits[split] += read_split(folder, ids, label_map)
@@ -242,9 +304,9 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         contents[f'{split}_objects.json'] = [{key: annotation[key] for key in ('boxes', 'labels', 'difficulties')}
                                              for _, annotation in pictures]
     os.makedirs(output_folder, exist_ok=True)
-    with ExitStack() as files:  # every file replaces its predecessor only after all of them were written
-        for name, content in contents.items():
-            json.dump(content, files.enter_context(write_whole(os.path.join(output_folder, name), 'w')))
+    with write_whole(*(os.path.join(output_folder, name) for name in contents), mode='w') as files:
+        for file, content in zip(files, contents.values()):
+            json.dump(content, file)
 
     counts = {split: Counter(label for _, annotation in pictures for label in annotation['labels'])
               for split, pictures in splits.items()}
@@ -261,24 +323,34 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
 
 @contextmanager
-def write_whole(path, mode='wb'):
+def write_whole(*paths, mode='wb'):
     """
-    Open a file for writing that replaces `path` only when it is complete: whatever interrupts the writing, `path` is
+    Open files for writing that replace `paths` only when all are complete: whatever interrupts the writing, a path is
     either the old file or the new one.
 
-    :param path: the file to write
+    :param paths: the files to write
     :param mode: 'wb' for bytes, 'w' for text
+    :return: the open files, a list
+    :raises UserError: they can't be written
     """
-    temporary = f'{path}.tmp'
+    temporaries = [f'{path}.tmp' for path in paths]
     try:
-        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # on the disk, not just on its way there
-        os.replace(temporary, path)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(temporary, mode, encoding=None if 'b' in mode else 'utf-8'))
+                     for temporary in temporaries]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())  # on the disk, not just on its way there
+        for temporary, path in zip(temporaries, paths):
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes the second of the first
+        raise UserError(f'{", ".join(map(str, paths))} could not be written, and what was there before is as it was: '
+                        f'{error.__context__ or error}') from None
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        for temporary in temporaries:
+            if os.path.exists(temporary):
+                os.remove(temporary)
 
 
 # -------------------------------------------------------------------------------------- Box coordinates and overlaps
@@ -470,17 +542,19 @@ def opened_image(path):
     except FileNotFoundError:
         raise UserError(f'{path} is missing: check the path') from None
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        raise UserError(f'{path} is not a picture that can be read: {error}') from None
+        raise UserError(f'{path} is not a picture that can be read: {" ".join(str(error).split())}') from None
 
 
-def image_size(path):
+def image_header(path):
     """
     :param path: a picture file, of which only the header is read; errors as in `opened_image`
-    :return: (width, height) in pixels, as `open_image` will have them
+    :return: (width, height) in pixels, as `open_image` will have them; and EXIF's orientation: 1 if the picture is
+        stored upright, 2 to 4 if it is upside down or mirrored, 5 to 8 if its rows are the upright picture's columns
     """
     with opened_image(path) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 swap width and height
-        return image.size[::-1] if turned else image.size
+        orientation = image.getexif().get(0x0112)
+        orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
+        return image.size[::-1] if orientation >= 5 else image.size, orientation
 
 
 def open_image(path):
@@ -819,8 +893,9 @@ def clip_gradient(optimizer, max_norm):
 
     :param optimizer: its parameters' gradients are changed in place
     :param max_norm: the largest length allowed
+    :return: the length before, a scalar
     """
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
+    return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
 
 
 def download_weights(weights, remedy):
@@ -838,6 +913,9 @@ def download_weights(weights, remedy):
                         f'{remedy}') from None
 
 
+checkpoint_version = 1  # of the files that we write; to be raised when the project as it is now could not read them
+
+
 def save_checkpoint(path, epoch, model, optimizer, label_map, seed):
     """
     Write all that training needs to go on exactly where it was, and all that detection needs. The random numbers of an
@@ -850,9 +928,9 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed):
     :param label_map: dict of label -> index
     :param seed: the seed of the training
     """
-    content = {'version': 1, 'epoch': epoch, 'label_map': label_map, 'seed': seed, 'model': model.state_dict(),
-               'priors_cxcy': model.priors_cxcy, 'optimizer': optimizer.state_dict()}
-    with write_whole(path) as file:
+    content = {'version': checkpoint_version, 'epoch': epoch, 'label_map': label_map, 'seed': seed,
+               'model': model.state_dict(), 'priors_cxcy': model.priors_cxcy, 'optimizer': optimizer.state_dict()}
+    with write_whole(path) as [file]:
         torch.save(content, file)
 
 
@@ -874,7 +952,17 @@ def load_checkpoint(path, device='cpu'):
     except Exception:  # nearly anything, on a file that holds more than tensors and plain values
         from pretrained import read_earlier_checkpoint  # here, because pretrained.py builds on this file
         return read_earlier_checkpoint(path, device)
-    missing = {'epoch', 'label_map', 'model', 'priors_cxcy'} - set(content if isinstance(content, dict) else ())
-    if missing:
-        raise UserError(f'{path} is no checkpoint of train.py: it lacks {sorted(missing)}')
+    content = content if isinstance(content, dict) else {}
+    version = content.get('version', checkpoint_version)
+    if isinstance(version, int) and version > checkpoint_version:
+        raise UserError(f'{path} has version {version}, and is from a newer version of this project, which writes '
+                        f'version {checkpoint_version}: update the project')
+    kinds = {'epoch': int, 'label_map': dict, 'model': dict, 'priors_cxcy': torch.Tensor, 'seed': int,
+             'optimizer': dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if wrong:
+        raise UserError(f'{path} is no checkpoint of train.py: it lacks {wrong}')
+    indices = list(content['label_map'].values())
+    if content['priors_cxcy'].shape != (8732, 4) or indices != list(range(len(indices))):
+        raise UserError(f'{path} is damaged: take another checkpoint')
     return content

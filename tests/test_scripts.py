@@ -125,7 +125,7 @@ def test_the_log_of_epochs_to_come_is_cut_off(tmp_path):
 def test_a_loss_that_is_no_number_stops_training(voc_folder, tmp_path):
     path = str(tmp_path / 'c.pth')
     model = SSD300(len(label_map))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    optimizer = train.make_optimizer(model, lr=1e-4, momentum=0.9, weight_decay=5e-4)
     save_checkpoint(path, 0, model, optimizer, label_map, seed=0)
     before = open(path, 'rb').read()
     model.pred_convs.loc_conv7.bias.data[0] = float('nan')

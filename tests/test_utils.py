@@ -7,16 +7,19 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import threading
 import xml.etree.ElementTree as ET
 from typing import Tuple
 
+import numpy as np
 import pytest
 import torch
 import torchvision.datasets.voc
 from conftest import random_boxes
+from PIL import Image
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms, box_convert, box_iou
 
@@ -25,8 +28,9 @@ import utils
 from demo import draw_dataset
 from model import SSD300
 from utils import (UserError, calculate_mAP, create_data_lists, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_color_map, make_label_map,
-                   non_maximum_suppression, parse_annotation, save_checkpoint, voc_labels, xy_to_cxcy)
+                   find_jaccard_overlap, gcxgcy_to_cxcy, image_header, load_checkpoint, make_color_map, make_label_map,
+                   non_maximum_suppression, open_image, parse_annotation, picture_ids, read_split, save_checkpoint,
+                   voc_labels, xy_to_cxcy)
 
 
 # ------------------------------------------------------------------------------------------------------------ Boxes
@@ -126,13 +130,106 @@ def test_without_a_size_in_the_annotation_the_pictures_counts(tmp_path):
         parse(tmp_path, annotation(), size=(80, 100))
 
 
-@pytest.mark.parametrize('text', ['', 'no xml', '<annotation><object></object></annotation>',
-                                  annotation(('dog', ('a', 1, 2, 3), '')), annotation(('dog', (1, 2), '')),
-                                  annotation(('', (1, 2, 3, 4), ''))])
+laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' for i in range(12))
+
+
+@pytest.mark.parametrize('text', [
+    '', 'no xml', '<annotation><object></object></annotation>', annotation(('dog', ('a', 1, 2, 3), '')),
+    annotation(('dog', (1, 2), '')), annotation(('', (1, 2, 3, 4), '')), annotation((' ', (1, 2, 3, 4), '')),
+    '<html><body>Page not found</body></html>', '<?xml version="1.0" encoding="klingon"?>' + annotation(),
+    '<?xml version="1.0" encoding="utf-7"?>' + annotation(), '\x00' * 100,
+    annotation(('dog', (1, 2, 3, 4), '<difficult>2</difficult>')),
+    annotation(('dog', (1, 2, 3, 4), '<difficult>-1</difficult>')),
+    annotation(('dog', (1, 2, 3, 4), '<difficult>nan</difficult>')),
+    annotation(('dog', (1, 2, 3, 4), '<difficult>no</difficult>')),
+    f'<!DOCTYPE annotation [{laughs}]>' + annotation(('&e11;', (1, 2, 3, 4), '')),
+    '<!DOCTYPE annotation [<!ENTITY e SYSTEM "file:///etc/passwd">]>' + annotation(('&e;', (1, 2, 3, 4), '')),
+    '<!DOCTYPE annotation [<!ENTITY % e SYSTEM "http://127.0.0.1/e.dtd"> %e;]>' + annotation(),
+    '<!DOCTYPE annotation SYSTEM "e.dtd">' + annotation(('d&e;og', (1, 2, 3, 4), ''))])
 def test_an_unreadable_annotation_is_named(tmp_path, text):
     with pytest.raises(UserError, match='a.xml is not an annotation') as error:
         parse(tmp_path, text)
-    assert '\n' not in str(error.value)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize('difficult, expected', [('<difficult>1.0</difficult>', 1), ('<difficult>\n1 </difficult>', 1),
+                                                 ('<difficult> </difficult>', 0), ('<difficult/>', 0), ('', 0)])
+def test_difficult_may_be_missing(tmp_path, difficult, expected):
+    assert parse(tmp_path, annotation(('dog', (1, 2, 3, 4), difficult)))['difficulties'] == [expected]
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'iso-8859-1', 'cp1252'])
+def test_encodings_and_ends_of_lines(tmp_path, encoding):
+    text = annotation(('d\xe4ch sel', (1, 2, 3, 4), ''))
+    text = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>' + text
+    (tmp_path / 'a.xml').write_bytes(text.replace('><', '>\r\n<').replace(' sel', '\r\nsel').encode(encoding))
+    parsed = parse_annotation(tmp_path / 'a.xml', make_label_map(['d\xe4ch sel']))
+    assert parsed['boxes'] == [[0, 1, 2, 3]] and parsed['labels'] == [1]
+
+
+def test_a_list_of_names_from_windows(tmp_path):
+    draw_dataset(str(tmp_path), 2, 2)
+    path = tmp_path / 'ImageSets/Main/test.txt'
+    names = path.read_text().split()
+    path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(names).encode())
+    assert picture_ids(str(tmp_path), 'test', 0) == names
+    path.write_bytes(b'\xff\xfe\x00\xd8')
+    with pytest.raises(UserError, match='test.txt is no list of names'):
+        picture_ids(str(tmp_path), 'test', 0)
+
+
+def test_the_label_background_is_dropped_where_all_labels_are_taken(tmp_path, capsys):
+    draw_dataset(str(tmp_path), 3, 1)
+    path = tmp_path / 'Annotations/trainval_0001.xml'
+    background = annotation(('background', (1, 1, 9, 9), ''), size='')[len('<annotation>'):]
+    path.write_text(path.read_text().replace('</annotation>', background))
+    create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
+    assert re.search(r"trainval_0001.jpg: label 'background' is not", capsys.readouterr().out)
+
+
+def boxes_of(folder, size, box):
+    """The boxes of a data set's only picture, when its annotation states this size, or None, and this box."""
+    size = '' if size is None else '<size><width>{}</width><height>{}</height></size>'.format(*size)
+    (folder / 'Annotations/a.xml').write_text(annotation(('dog', box, ''), size=size))
+    [(_, parsed)] = read_split(str(folder), ['a'], make_label_map(['dog']))
+    return parsed['boxes']
+
+
+def red_box(image):
+    """Where a picture is red: the first and last columns and rows, from 1."""
+    rows, columns = (np.array(image.convert('RGB')) == (255, 0, 0)).all(axis=2).nonzero()
+    return columns.min() + 1, rows.min() + 1, columns.max() + 1, rows.max() + 1
+
+
+@pytest.mark.parametrize('height', [25, 40])  # the second: square
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_boxes_for_the_stored_picture_are_turned_upright(tmp_path, orientation, height):
+    (tmp_path / 'JPEGImages').mkdir()
+    (tmp_path / 'Annotations').mkdir()
+    stored = Image.new('RGB', (40, height))
+    stored.paste((255, 0, 0), (3, 5, 23, 12))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / 'JPEGImages/a.png', exif=exif)
+    upright = open_image(tmp_path / 'JPEGImages/a.png')
+    box = red_box(upright)
+    expected = [[edge - 1 for edge in box]]
+    assert boxes_of(tmp_path, upright.size, box) == expected
+    assert boxes_of(tmp_path, None, box) == expected
+    if upright.size != stored.size:
+        assert boxes_of(tmp_path, stored.size, red_box(stored)) == expected
+        assert boxes_of(tmp_path, stored.size, (0, 0, 41, 26)) == [[0, 0, 25, 40]]  # a pixel beyond each edge
+        assert boxes_of(tmp_path, stored.size, (1, 1, 40, 28)) == []  # outside
+    elif orientation > 1:  # nothing tells that the box is for the stored picture
+        assert boxes_of(tmp_path, stored.size, red_box(stored)) == [[edge - 1 for edge in red_box(stored)]]
+
+
+@pytest.mark.parametrize('orientation', [0, 9, 77, 65535])
+def test_an_orientation_that_means_nothing_turns_nothing(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new('RGB', (40, 20)).save(tmp_path / 'a.jpg', exif=exif)
+    assert open_image(tmp_path / 'a.jpg').size == (40, 20) and image_header(tmp_path / 'a.jpg') == ((40, 20), 1)
 
 
 def test_lists(tmp_path, capsys):
@@ -185,7 +282,7 @@ def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
         {'background': 0, 'circle': 1, 'square': 2, 'triangle': 3}
 
 
-@pytest.mark.parametrize('breakage', ['picture', 'annotation', 'no picture', 'size', 'disk'])
+@pytest.mark.parametrize('breakage', ['picture', 'annotation', 'no picture', 'size', 'disk full', 'disk full later'])
 def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, breakage):
     draw_dataset(str(tmp_path), 3, 1)
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square', 'circle', 'triangle'))
@@ -200,12 +297,15 @@ def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, breakage):
     elif breakage == 'size':
         annotated.write_text(annotation(size='<size><width>7</width><height>7</height></size>'))
     else:
-        def full(*_):
-            raise OSError(28, 'No space left on device')
-        monkeypatch.setattr(utils.os, 'fsync', full)
-    with pytest.raises(OSError if breakage == 'disk' else UserError) as error:
+        written = []
+
+        def fsync(file):
+            written.append(file)
+            if len(written) == {'disk full': 1, 'disk full later': 3}[breakage]:
+                raise OSError(28, 'No space left on device')
+        monkeypatch.setattr(utils.os, 'fsync', fsync)
+    with pytest.raises(UserError, match='No space left on device' if 'disk' in breakage else 'test_0000'):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square',))
-    assert breakage == 'disk' or 'test_0000' in str(error.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 

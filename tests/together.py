@@ -3,6 +3,7 @@ What tests/test_processes.py starts, alone or in several processes under torchru
 
     python tests/together.py train FOLDER BATCH_SIZE EPOCHS
     python tests/together.py evaluate FOLDER
+    python tests/together.py spoiled FOLDER
 """
 import json
 import os
@@ -14,10 +15,11 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from datasets import PascalVOCDataset, collate_fn  # noqa: E402
+from datasets import EpochSampler, PascalVOCDataset, collate_fn  # noqa: E402
 from eval import evaluate  # noqa: E402
 from model import SSD300  # noqa: E402
 from processes import join_processes, leave_processes, n_processes, process_number  # noqa: E402
+from tiny import SpoiledPictures, TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
 from utils import run  # noqa: E402
 
@@ -42,6 +44,21 @@ class RandomDetector(nn.Module):
         return tuple(map(list, zip(*detections)))
 
 
+def train_spoiled(folder):
+    """Train on pictures of which one, in the second batch of the last process, makes the loss NaN; write which steps
+    changed the weights."""
+    dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+    spoiled = [index for index, _ in EpochSampler(len(dataset), 0, n_processes() - 1, n_processes())][5]
+    model = TinyDetector(n_classes=4)
+    optimizer, weights = make_optimizer(model, 1e-3, 0.9, 5e-4), [model.head.weight.detach().clone()]
+    optimizer.register_step_post_hook(lambda *_: weights.append(model.head.weight.detach().clone()))
+    try:
+        fit(model, optimizer, SpoiledPictures(dataset, spoiled, float('nan')), os.path.join(folder, 's.pth'), 1, 4)
+    finally:
+        with open(os.path.join(folder, f'changes {process_number()}.json'), 'w') as file:
+            json.dump([not torch.equal(a, b) for a, b in zip(weights, weights[1:])], file)
+
+
 def main():
     what, folder = sys.argv[1:3]
     device = join_processes()
@@ -55,6 +72,8 @@ def main():
         print(f'process {process_number()} is {os.getpid()}', flush=True)
         fit(model, make_optimizer(model, 1e-5, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
             os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1)
+    elif what == 'spoiled':
+        train_spoiled(folder)
     else:
         test_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
         test_set.split = 'TEST'

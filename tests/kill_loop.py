@@ -1,0 +1,145 @@
+"""
+Kill training again and again, at random moments and while it writes its checkpoint, and go on each time:
+
+    python tests/kill_loop.py
+
+The end must be the same as that of a training that nobody disturbed, bit for bit. It takes some 15 minutes.
+"""
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, root)
+
+from demo import draw_dataset, shapes  # noqa: E402
+from utils import create_data_lists, load_checkpoint  # noqa: E402
+
+n_kills = 60
+more_epochs = 2  # after the last kill
+seed = 0  # of the moments of the kills
+
+# What each process runs: train.py with other settings
+program = '''
+import os, sys, train, utils
+train.checkpoint_path, epochs = sys.argv[1:]
+train.epochs, train.pretrained, train.batch_size, train.workers, train.print_freq = int(epochs), None, 2, 1, 1
+train.checkpoint = train.checkpoint_path if os.path.exists(train.checkpoint_path) else None
+if __name__ == '__main__':
+    utils.run(train.main)
+'''
+
+
+def start(folder, checkpoint_path, epochs):
+    """Start training in a folder with lists, up to `epochs`, from the checkpoint if there is one; the process."""
+    return subprocess.Popen([sys.executable, '-u', '-c', program, checkpoint_path, str(epochs)], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {'PYTHONPATH': root, 'CUDA_VISIBLE_DEVICES': ''})
+
+
+def finish(folder, checkpoint_path, epochs):
+    """Train undisturbed, up to `epochs`."""
+    process = start(folder, checkpoint_path, epochs)
+    output, _ = process.communicate()
+    if process.returncode != 0:
+        sys.exit(f'Training ended with {process.returncode}:\n{output}')
+
+
+def workers_of(process):
+    """The ids of the processes that a process has started."""
+    with open(f'/proc/{process.pid}/task/{process.pid}/children') as file:
+        return [int(pid) for pid in file.read().split()]
+
+
+def runs(pid):
+    """Whether there is a process of this id, other than a dead one that nobody has asked after."""
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().rpartition(') ')[2][0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+def written_at(path):
+    """When a file was written last, or None if there is none."""
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+
+
+def kill_at_a_random_moment(process, rng, temporary):
+    """
+    Kill a process that trains: every other time as soon as it writes, or a little later, else up to 8 seconds after
+    training started.
+
+    :param process: see `start`
+    :param rng: the source of random numbers
+    :param temporary: the file that exists while the checkpoint is written
+    :return: whether it was writing; and the ids of its workers
+    """
+    before = written_at(temporary)  # left by an earlier kill, if at all
+    for line in process.stdout:
+        if line.startswith('Training on'):
+            break
+    else:
+        sys.exit('Training did not start')
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0, 8))
+    else:
+        while written_at(temporary) in (None, before) and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.5))
+    workers = workers_of(process)
+    process.kill()
+    process.wait()
+    return written_at(temporary) not in (None, before), workers
+
+
+def same(a, b):
+    """Whether two checkpoints have the same content, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def main():
+    """Kill, go on, compare, and print figures."""
+    rng, began = random.Random(seed), time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        draw_dataset(folder, 2, 1)
+        create_data_lists(folder, None, folder, labels=shapes)
+        path = os.path.join(folder, 'killed.pth')
+        during_write, without_checkpoint, workers = 0, 0, []
+        for i in range(n_kills):
+            had = os.path.exists(path)
+            process = start(folder, path, 10 ** 6)
+            writing, of_this = kill_at_a_random_moment(process, rng, f'{path}.tmp')
+            workers += of_this
+            during_write += writing
+            without_checkpoint += not had
+            epoch = load_checkpoint(path)['epoch'] if os.path.exists(path) else None  # whole, or this raises
+            print(f'kill {i + 1}, {"while writing" if writing else "while training"}: the last whole checkpoint is of '
+                  f'epoch {epoch}', flush=True)
+        epochs = (-1 if epoch is None else epoch) + 1 + more_epochs
+        finish(folder, path, epochs)
+        finish(folder, os.path.join(folder, 'undisturbed.pth'), epochs)
+        equal = same(load_checkpoint(path), load_checkpoint(os.path.join(folder, 'undisturbed.pth')))
+        leftover = [name for name in os.listdir(folder) if name.endswith('.tmp')]
+        alive = sum(map(runs, workers))
+    print(f'{n_kills} kills, {during_write} of them while a checkpoint was written, {without_checkpoint} before there '
+          f'was one; {epochs} epochs in all; {time.time() - began:.0f} s')
+    print(f'Of {len(workers)} workers of killed processes, {alive} still run; temporary files left: {leftover}')
+    print('The weights, the momentum and all else equal those of an undisturbed training, bit for bit.' if equal
+          else 'The weights differ from those of an undisturbed training.')
+    sys.exit(0 if equal and not alive and not leftover else 1)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,363 @@
+"""Nothing a user, a disk or a data set does loses their work."""
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import draw_and_list, root
+from kill_loop import runs, workers_of
+from PIL import Image
+from test_processes import command, no_gpu
+from tiny import SpoiledPictures, TinyDetector
+from torch.utils.data import DataLoader
+
+import train
+from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from model import SSD300, MultiBoxLoss
+from utils import UserError, load_checkpoint, run, save_checkpoint
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Lists of 40 training pictures."""
+    return draw_and_list(tmp_path_factory.mktemp('robust'), 40, 3)
+
+
+# --------------------------------------------------------------------------------------------------------- Numbers
+
+def copies(optimizer):
+    """Of the weights and their momentum."""
+    tensors = {id(p): p for group in optimizer.param_groups for p in group['params']}
+    momenta = {(id(p), 'momentum'): state['momentum_buffer'] for p, state in optimizer.state.items()}
+    return {key: tensor.detach().clone() for key, tensor in (tensors | momenta).items()}
+
+
+def spoil(monkeypatch, how, n):
+    """Make the loss or the gradient of the n-th batch infinite."""
+    plain, count = MultiBoxLoss.parts, []
+
+    def parts(self, predicted_locs, *args):
+        count.append(1)
+        loc_loss, conf_loss = plain(self, predicted_locs, *args)
+        if len(count) == n:
+            if how == 'loss':  # its gradient is finite
+                loc_loss = loc_loss + float('inf')
+            else:
+                predicted_locs.register_hook(lambda gradient: gradient * float('inf'))
+        return loc_loss, conf_loss
+    monkeypatch.setattr(MultiBoxLoss, 'parts', parts)
+
+
+@pytest.mark.parametrize('how, grad_clip', [('nan', None), ('inf', 5.), ('1e38', None), ('loss', 5.),
+                                            ('gradient', None), ('gradient', 5.)])
+def test_no_step_is_taken_after_a_loss_that_is_no_number(folder, tmp_path, monkeypatch, how, grad_clip):
+    """Two batches are fine, the third is not, and seven more follow before anybody looks."""
+    path = str(tmp_path / 'c.pth')
+    dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+    sampler = EpochSampler(40, seed=0)
+    sampler.set_epoch(1)
+    third = [index for index, _ in sampler][8:12]
+    if how in ('nan', 'inf', '1e38'):
+        dataset = SpoiledPictures(dataset, third[1], float(how))
+    else:
+        spoil(monkeypatch, how, 3)
+    model = TinyDetector(4)
+    optimizer = train.make_optimizer(model, 1e-3, 0.9, 5e-4)
+    save_checkpoint(path, 0, model, optimizer, dataset.label_map, seed=0)
+    with open(path, 'rb') as file:
+        checkpoint = file.read()
+    before = []  # each step
+    optimizer.register_step_pre_hook(lambda *_: before.append(copies(optimizer)))
+    with pytest.raises(UserError) as error:
+        train.fit(model, optimizer, dataset, path, 2, batch_size=4, start_epoch=1, grad_clip=grad_clip)
+    names = ', '.join(os.path.basename(dataset.images[index]) for index in third)
+    what = {'nan': 'loss became nan', 'gradient': 'gradient became infinite'}
+    assert f'the {what.get(how, "loss became ")}' in str(error.value)
+    assert f'in epoch 1, batch 3, with the pictures {names}. ' in str(error.value) and '\n' not in str(error.value)
+
+    assert len(before) == 10
+    after = copies(optimizer)
+    assert len(after) == 4 and all(torch.equal(after[key], before[2][key]) for key in after)
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert not any(torch.equal(before[1][key], before[2][key]) for key in after)
+    with open(path, 'rb') as file:
+        assert file.read() == checkpoint
+
+
+def test_a_broken_first_step_is_followed_by_no_other(folder, monkeypatch):
+    """The optimizer has no momentum yet."""
+    spoil(monkeypatch, 'loss', 1)
+    model = TinyDetector(4)
+    before = {key: values.clone() for key, values in model.state_dict().items()}
+    with pytest.raises(UserError, match='batch 1, '):
+        train.fit(model, train.make_optimizer(model, 1e-3, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN'), 'c.pth', 1, 8)
+    assert all(torch.equal(values, before[key]) for key, values in model.state_dict().items())
+
+
+def test_processes_stop_together(folder):
+    """Of two processes, the second has the picture; both say so, and neither changes its weights after it."""
+    result = subprocess.run(command(2, 'spoiled', folder), capture_output=True, text=True, env=no_gpu)
+    assert result.returncode != 0
+    dataset, sampler = PascalVOCDataset(folder, 'TRAIN'), EpochSampler(40, 0, process=1, n_processes=2)
+    names = ', '.join(os.path.basename(dataset.images[index]) for index, _ in list(sampler)[4:8])
+    line = f'Error: the loss became nan in epoch 0, batch 2, with the pictures {names}. '
+    assert result.stderr.count(line) == 2
+    for process in range(2):
+        with open(os.path.join(folder, f'changes {process}.json')) as file:
+            assert json.load(file) == [True, False, False, False, False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_an_update_does_not_wait_for_the_gpu():
+    model = TinyDetector(4).cuda()
+    optimizer = train.make_optimizer(model, 1e-3, 0.9, 5e-4)
+    broken = torch.zeros((), device='cuda')
+    for value in (0., float('nan'), 0.):
+        before = copies(optimizer)
+        with_value = torch.full((2, 3, 300, 300), value, device='cuda')
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            broken = train.update(optimizer, sum(p.mean() for p in model(with_value)), 5., broken)
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+        changed = [not torch.equal(tensor, before[key]) for key, tensor in copies(optimizer).items() if key in before]
+        assert all(changed) if broken.item() == 0 else not any(changed)
+
+
+@pytest.mark.parametrize('max_norm', [0.1, 100.])
+def test_clipping_shortens_the_gradient_to_at_most_its_limit(folder, max_norm):
+    steps = []
+    for grad_clip in (None, max_norm):
+        torch.manual_seed(0)
+        model = TinyDetector(4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1., fused=True)
+        before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+        train_loader = DataLoader(PascalVOCDataset(folder, 'TRAIN'), 4, sampler=EpochSampler(4, seed=0),
+                                  collate_fn=collate_fn)
+        train.train(train_loader, model, MultiBoxLoss(model.priors_cxcy), optimizer, 0, grad_clip=grad_clip)
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+    length = steps[0].norm()
+    assert 0.3 < length < 50
+    torch.testing.assert_close(steps[1], steps[0] * min(1, max_norm / length), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize('batch_size, n_batches', [(1, 40), (32, 2), (13, 4)])  # the last: three batches, and one of 1
+def test_batch_sizes(folder, tmp_path, capsys, batch_size, n_batches):
+    path = str(tmp_path / 'c.pth')
+    model = TinyDetector(4)
+    train.fit(model, train.make_optimizer(model, 1e-4, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', True), path, 1,
+              batch_size, print_freq=1)
+    assert capsys.readouterr().out.count('\n') == n_batches
+    assert all(values.isfinite().all() for values in load_checkpoint(path)['model'].values())
+
+
+# ------------------------------------------------------------------------------------------- Processes, full disks
+
+def start_training(folder, workers=0, **settings):
+    """Start train.py with a tiny network, in a folder with lists; the process."""
+    settings = {'pretrained': None, 'batch_size': 4, 'workers': workers, 'print_freq': 1, 'lr': 1e-5,
+                'checkpoint_path': 'c.pth', **settings}
+    program = ('import train, utils\nfrom tiny import TinyDetector\ntrain.SSD300 = TinyDetector\n'
+               + ''.join(f'train.{name} = {value!r}\n' for name, value in settings.items())
+               + 'if __name__ == "__main__":\n    utils.run(train.main)')
+    return subprocess.Popen([sys.executable, '-u', '-c', program], cwd=folder, stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            env=no_gpu | {'PYTHONPATH': f'{root}:{root}/tests', 'OMP_NUM_THREADS': '1'})
+
+
+def wait_for(process, text):
+    """Read what a process prints, up to a line with this text."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f'ended without {text!r}: {process.stderr.read()}')
+
+
+def copy_lists(folder, tmp_path):
+    """Copy the lists, not the pictures."""
+    for name in os.listdir(folder):
+        if name.endswith('.json'):
+            shutil.copy(os.path.join(folder, name), tmp_path)
+
+
+def none_runs(pids, seconds):
+    """Whether all of these processes end within so many seconds."""
+    until = time.time() + seconds
+    while any(map(runs, pids)) and time.time() < until:
+        time.sleep(0.1)
+    return len(pids) > 0 and not any(map(runs, pids))
+
+
+@pytest.mark.parametrize('progress, line', [
+    ('epoch 0  batch 1/', 'Stopped. There is no checkpoint yet.\n'),
+    ('epoch 2  batch 1/', 'Stopped. The last checkpoint is c.pth.\n')])
+def test_ctrl_c_names_the_last_checkpoint(folder, tmp_path, progress, line):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, progress)
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, line)
+    assert len(workers) >= 2 and none_runs(workers, 10)
+    assert not (tmp_path / 'c.pth.tmp').exists()
+    if 'no checkpoint' not in line:
+        assert load_checkpoint(tmp_path / 'c.pth')['epoch'] >= 1
+
+
+def test_no_worker_outlives_a_killed_training(folder, tmp_path):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, 'epoch 0  batch 2/')
+    workers = workers_of(process)
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2 and none_runs(workers, 30)
+
+
+def test_a_killed_worker_ends_training_in_one_line(folder, tmp_path):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, 'epoch 0  batch 2/')
+    workers = workers_of(process)
+    os.kill(max(workers), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count('\n') == 1
+    assert errors.startswith('Error: a process that loads pictures was killed') and none_runs(workers, 10)
+
+
+def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tmp_path):
+    copy_lists(folder, tmp_path)
+    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
+    with open(images[0], 'rb') as file:
+        (tmp_path / 'cut.jpg').write_bytes(file.read()[:4000])
+    Image.open(tmp_path / 'cut.jpg')  # the header is whole: only a worker finds out
+    images[7] = str(tmp_path / 'cut.jpg')
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images))
+    process = start_training(tmp_path, workers=2, epochs=1)
+    wait_for(process, 'Training on')
+    workers = set()
+    while process.poll() is None:
+        workers |= set(workers_of(process))
+        time.sleep(0.02)
+    errors = process.stderr.read()
+    assert process.returncode == 1 and errors.count('\n') == 1
+    assert errors.startswith(f'Error: {tmp_path / "cut.jpg"} is not a picture that can be read') and 'truncat' in errors
+    assert none_runs(list(workers), 10)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path):
+    """A limit on the size of files stands in for the disk; training goes on when there is room again."""
+    copy_lists(folder, tmp_path)
+    assert start_training(tmp_path, epochs=1).wait(60) == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ('c.pth', 'c.csv')}
+    limit = len(before['c.pth']) // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    process = start_training(tmp_path, epochs=2, checkpoint='c.pth')
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, hard))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count('\n') == 1
+    assert errors.startswith('Error: c.pth could not be written, and what was there before is as it was: ')
+    assert 'File too large' in errors
+    assert (tmp_path / 'c.pth').read_bytes() == before['c.pth'] and not (tmp_path / 'c.pth.tmp').exists()
+    assert (tmp_path / 'c.csv').read_bytes().startswith(before['c.csv'])
+    assert start_training(tmp_path, epochs=2, checkpoint='c.pth').wait(60) == 0
+    assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
+
+
+def test_an_error_without_a_message_is_still_a_line():
+    def fail():
+        raise OSError
+
+    with pytest.raises(SystemExit) as stop:
+        run(fail)
+    assert stop.value.code == 'Error: OSError'
+
+
+# ----------------------------------------------------------------------------------------------------- Checkpoints
+
+kept_checkpoint = os.path.join(root, 'tests', 'checkpoint_version_1.pth')
+
+
+def write_kept_checkpoint(path):
+    """
+    Write a checkpoint of SSD300 with save_checkpoint, as training does, but small: each weight tensor has but one
+    value, and so has its momentum, which the file holds once. Call it with a new name when checkpoint_version changes.
+
+    :param path: the file
+    """
+    model, label_map = SSD300(n_classes=3), {'background': 0, 'cat': 1, 'dog': 2}
+    optimizer = train.make_optimizer(model, 1e-3, 0.9, 5e-4)
+    values = torch.arange(1000.)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data = values[i:i + 1].expand(parameter.shape)
+        optimizer.state[parameter]['momentum_buffer'] = values[500 + i:501 + i].expand(parameter.shape)
+    model.priors_cxcy = values[:4].expand(8732, 4)
+    save_checkpoint(path, 7, model, optimizer, label_map, seed=11)
+
+
+def test_a_checkpoint_of_version_1_is_read():
+    assert os.path.getsize(kept_checkpoint) < 100_000
+    saved = load_checkpoint(kept_checkpoint)
+    assert (saved['version'], saved['epoch'], saved['seed']) == (1, 7, 11)
+    assert saved['label_map'] == {'background': 0, 'cat': 1, 'dog': 2}
+    model = SSD300.from_checkpoint(saved)
+    assert torch.equal(model.priors_cxcy, torch.arange(4.).expand(8732, 4))
+    optimizer = train.make_optimizer(model, 1e-3, 0.9, 5e-4)
+    optimizer.load_state_dict(saved['optimizer'])
+    assert [group['lr'] for group in optimizer.param_groups] == [2e-3, 1e-3]
+    for i, parameter in enumerate(model.parameters()):
+        assert (parameter == i).all()
+        assert (optimizer.state[parameter]['momentum_buffer'] == 500 + i).all()
+
+
+@pytest.mark.parametrize('change, line', [
+    ({'version': 2}, 'has version 2, and is from a newer version of this project, which writes version 1'),
+    ({'epoch': None}, "lacks ['epoch']"), ({'label_map': ['cat', 'dog']}, "lacks ['label_map']"),
+    ({'model': 3, 'optimizer': []}, "lacks ['model', 'optimizer']"), ({'priors_cxcy': torch.zeros(3, 4)}, 'is damaged'),
+    ({'label_map': {'background': 0, 'cat': 9, 'dog': 2}}, 'is damaged')])
+def test_checkpoints_that_cannot_be_used_are_named(tmp_path, change, line):
+    saved = load_checkpoint(kept_checkpoint)
+    torch.save(saved | change, tmp_path / 'c.pth')
+    with pytest.raises(UserError, match='c.pth') as error:
+        load_checkpoint(tmp_path / 'c.pth')
+    assert line in str(error.value) and '\n' not in str(error.value)
+
+
+def test_training_does_not_overwrite_another_checkpoint(folder, tmp_path, monkeypatch):
+    for name in ('mine.pth', 'another.pth'):
+        shutil.copy(kept_checkpoint, tmp_path / name)
+    for name, value in (('data_folder', folder), ('checkpoint', str(tmp_path / 'mine.pth')),
+                        ('checkpoint_path', str(tmp_path / 'another.pth'))):
+        monkeypatch.setattr(train, name, value)
+    with pytest.raises(UserError, match='another.pth exists'):
+        train.main()
+
+
+def test_training_goes_on_with_other_pictures(folder, tmp_path):
+    """Of 40 pictures, 33 are left."""
+    copy_lists(folder, tmp_path)
+    assert start_training(tmp_path, epochs=1).wait(60) == 0
+    for name in ('TRAIN_images.json', 'TRAIN_objects.json'):
+        (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text())[7:]))
+    process = start_training(tmp_path, epochs=2, checkpoint='c.pth')
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == '' and 'epoch 1  batch 9/9' in output
+    assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
+
+
+def test_lists_that_do_not_belong_together_are_refused(folder, tmp_path):
+    """As if the lists were copied one by one, or replaced while they were read."""
+    copy_lists(folder, tmp_path)
+    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images[1:]))
+    (tmp_path / 'label_map.json').write_text('{"background": 0, "circle": 1}')
+    for split in ('TRAIN', 'TEST'):
+        with pytest.raises(UserError, match=f'lists of {split} in .* do not belong together'):
+            PascalVOCDataset(tmp_path, split)
