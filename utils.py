@@ -13,6 +13,7 @@ import math
 import os
 import random
 import sys
+import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter, namedtuple
 from colorsys import hsv_to_rgb
@@ -54,6 +55,11 @@ def run(main):
         sys.exit('Error: another process ended or was killed; start all again, from the last checkpoint')
     except KeyboardInterrupt as stop:
         sys.exit(f'Stopped. {stop}'.strip())
+
+
+def one_line(error):
+    """:return: an error's message, in one line that is not too long"""
+    return ' '.join(str(error).split())[:300]
 
 
 # ----------------------------------------------------------------------------------------------------------- Labels
@@ -112,7 +118,7 @@ def read_objects(annotation_path):
     except FileNotFoundError:
         raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
     except (expat.ExpatError, LookupError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f'{annotation_path} is not an annotation in VOC format ({" ".join(str(error).split())}): '
+        raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): '
                         'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
     return size, objects
 
@@ -542,7 +548,7 @@ def opened_image(path):
     except FileNotFoundError:
         raise UserError(f'{path} is missing: check the path') from None
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        raise UserError(f'{path} is not a picture that can be read: {" ".join(str(error).split())}') from None
+        raise UserError(f'{path} is not a picture that can be read: {one_line(error)}') from None
 
 
 def image_header(path):
@@ -554,6 +560,9 @@ def image_header(path):
     with opened_image(path) as image:
         orientation = image.getexif().get(0x0112)
         orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
+        if orientation >= 5 and image.format == 'TIFF':
+            image.load()  # Pillow turns these upright by itself, old versions only now
+            return image.size, orientation
         return image.size[::-1] if orientation >= 5 else image.size, orientation
 
 
@@ -575,7 +584,7 @@ def to_rgb(image):
     """
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':  # one channel of 16 or 32 bits: convert('RGB') would cut off all above 255
-        pixels = np.asarray(image, dtype=np.float32)
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         brightest = 65535 if image.mode[0] == 'I' else max(float(pixels.max()), 1e-6)
         image = Image.fromarray((pixels * (255 / brightest)).clip(0, 255).astype(np.uint8))
     if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
@@ -948,7 +957,9 @@ def load_checkpoint(path, device='cpu'):
     if not os.path.isfile(path):
         raise UserError(f'no checkpoint at {path}: train one with "python train.py", or set the right path')
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # the error says it
+            content = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # nearly anything, on a file that holds more than tensors and plain values
         from pretrained import read_earlier_checkpoint  # here, because pretrained.py builds on this file
         return read_earlier_checkpoint(path, device)
