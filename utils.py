@@ -115,6 +115,8 @@ def read_objects(annotation_path):
             raise ValueError(f'its root is {root.tag}')
         size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
         objects = [read_object(node) for node in root.findall('object')]  # VOC 2012 nests 'part' boxes deeper
+        if len(objects) > 8732:
+            raise ValueError(f'it has {len(objects)} objects, more than there are priors')
     except FileNotFoundError:
         raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
     except (expat.ExpatError, LookupError, ValueError, AttributeError, TypeError) as error:
@@ -159,7 +161,8 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
     Read the objects from an XML file in Pascal VOC's format, and drop those that can't be right.
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may lie a pixel outside the picture, because some tools count
-    from 0 or round up: it is clipped. A box that lies further outside, or has no area, is wrong, and is dropped.
+    from 0 or round up: it is clipped. A box that lies further outside, or is narrower or lower than a tenth of a pixel,
+    is wrong, and is dropped: to the network it would have no area.
 
     Cameras store some pictures lying on their side, and say so in EXIF. Viewers, and we, turn them upright; some tools
     for annotation don't. If the file states the size of the picture as it is stored, its boxes are turned upright. They
@@ -191,7 +194,7 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
             annotation['dropped'].append(f'{label} {box} is not finite')
         elif min(x_min, y_min) < -1 or x_max > width or y_max > height:
             annotation['dropped'].append(f'{label} {box} is outside the picture of {width:.0f}x{height:.0f}')
-        elif clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        elif min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < 0.1:
             annotation['dropped'].append(f'{label} {box} has no area')
         else:
             annotation['boxes'].append(clipped)
@@ -560,10 +563,23 @@ def image_header(path):
     with opened_image(path) as image:
         orientation = image.getexif().get(0x0112)
         orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
+        if image.format in ('JPEG', 'MPO') and not ends_with(path, b'\xff\xd9'):
+            image.load()  # it seems to be cut off: find out now, not in training
         if orientation >= 5 and image.format == 'TIFF':
             image.load()  # Pillow turns these upright by itself, old versions only now
             return image.size, orientation
         return image.size[::-1] if orientation >= 5 else image.size, orientation
+
+
+def ends_with(path, end):
+    """
+    :param path: a file
+    :param end: bytes
+    :return: whether the file ends with them
+    """
+    with open(path, 'rb') as file:
+        file.seek(-len(end), os.SEEK_END)
+        return file.read() == end
 
 
 def open_image(path):
