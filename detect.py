@@ -132,6 +132,8 @@ def read_frames(path):
     with opened_image(path) as image:
         if image.format not in ('GIF', 'PNG', 'WEBP') or image.n_frames == 1:
             return [to_rgb(image)], {}
+        if image.n_frames * image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f'{image.n_frames} frames of {image.width}x{image.height} are too many')
         frames, durations = [], []
         for frame in ImageSequence.Iterator(image):
             frames.append(to_rgb(frame))

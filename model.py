@@ -17,7 +17,8 @@ from torchvision.models import VGG16_Weights
 
 from processes import mean_over_processes
 from utils import (UserError, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, download_weights,
-                   feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
+                   feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, one_line,
+                   xy_to_cxcy)
 
 
 class VGGBase(nn.Module):
@@ -321,9 +322,10 @@ class SSD300(nn.Module):
                      for of_pictures, nothing in zip(detections, placeholder))
 
     @classmethod
-    def from_checkpoint(cls, checkpoint):
+    def from_checkpoint(cls, checkpoint, path='the checkpoint'):
         """
         :param checkpoint: what `utils.load_checkpoint` returned
+        :param path: its file, for the error
         :return: the model as it was saved, on the CPU
         :raises UserError: the weights do not fit SSD300 with the checkpoint's classes
         """
@@ -331,8 +333,8 @@ class SSD300(nn.Module):
         try:
             model.load_state_dict(checkpoint['model'])
         except RuntimeError as error:
-            raise UserError('the checkpoint does not fit SSD300 with its classes '
-                            f'{list(checkpoint["label_map"])}: {" ".join(str(error).split())}') from None
+            raise UserError(f'{path} does not fit SSD300 with its classes {list(checkpoint["label_map"])}: '
+                            f'{one_line(error)}') from None
         model.priors_cxcy = checkpoint['priors_cxcy'].to(model.priors_cxcy)
         return model
 

@@ -11,7 +11,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 
 from model import SSD300
 from utils import (UserError, create_prior_boxes, download_weights, feature_maps, label_map, load_checkpoint,
-                   make_label_map, mean, priors_of_map, std)
+                   make_label_map, mean, one_line, priors_of_map, std)
 
 coco_weights = SSD300_VGG16_Weights.COCO_V1
 coco_categories = coco_weights.meta['categories']  # 91, of which some are 'N/A'
@@ -48,8 +48,7 @@ def from_torchvision(state_dict, classes=None):
         model = SSD300(n_classes=len(classes))
         model.load_state_dict(rename_torchvision(state_dict, n_all, classes))
     except (KeyError, IndexError, RuntimeError) as error:
-        raise UserError(f'these are not the weights of torchvision\'s ssd300_vgg16: {" ".join(str(error).split())}'
-                        ) from None
+        raise UserError(f"these are not the weights of torchvision's ssd300_vgg16: {one_line(error)}") from None
     model.priors_cxcy = coco_default_boxes()
     return model
 
@@ -123,7 +122,7 @@ def load_detector(checkpoint, labels=None):
     if checkpoint is None:
         return coco_detector(labels)
     saved = load_checkpoint(checkpoint)
-    return SSD300.from_checkpoint(saved), saved['label_map']
+    return SSD300.from_checkpoint(saved, checkpoint), saved['label_map']
 
 
 def coco_index(label):
@@ -223,7 +222,7 @@ def read_earlier_checkpoint(path, device='cpu'):
         if len(state_dict['pred_convs.cl_conv11_2.bias']) != 4 * len(label_map):
             raise ValueError('it does not detect the 20 classes of VOC')
     except Exception as error:  # nearly anything, on a file that is no such checkpoint
-        raise UserError(f'{path} was not loaded: it is damaged or no checkpoint: {" ".join(str(error).split())}. '
+        raise UserError(f'{path} was not loaded: it is damaged or no checkpoint: {one_line(error)}. '
                         'Take one that train.py wrote') from None
     return {'epoch': content.get('epoch', 0), 'label_map': label_map, 'model': state_dict, 'priors_cxcy': priors}
 

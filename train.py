@@ -226,7 +226,7 @@ def main():
         if saved['label_map'] != train_set.label_map:
             raise UserError(f'{checkpoint} detects {list(saved["label_map"])[1:]}, but the lists in {data_folder} have '
                             f'{list(train_set.label_map)[1:]}: use the lists it was trained with')
-        model = SSD300.from_checkpoint(saved)
+        model = SSD300.from_checkpoint(saved, checkpoint)
     elif pretrained == 'coco':
         model, new_labels = start_from_coco(train_set.label_map)
         if process_number() == 0:

@@ -13,6 +13,7 @@ import math
 import os
 import random
 import sys
+import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter, namedtuple
 from colorsys import hsv_to_rgb
@@ -54,6 +55,11 @@ def run(main):
         sys.exit('Error: another process ended or was killed; start all again, from the last checkpoint')
     except KeyboardInterrupt as stop:
         sys.exit(f'Stopped. {stop}'.strip())
+
+
+def one_line(error):
+    """:return: an error's message, in one line that is not too long"""
+    return ' '.join(str(error).split())[:300]
 
 
 # ----------------------------------------------------------------------------------------------------------- Labels
@@ -109,10 +115,12 @@ def read_objects(annotation_path):
             raise ValueError(f'its root is {root.tag}')
         size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
         objects = [read_object(node) for node in root.findall('object')]  # VOC 2012 nests 'part' boxes deeper
+        if len(objects) > 8732:
+            raise ValueError(f'it has {len(objects)} objects, more than there are priors')
     except FileNotFoundError:
         raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
     except (expat.ExpatError, LookupError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f'{annotation_path} is not an annotation in VOC format ({" ".join(str(error).split())}): '
+        raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): '
                         'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
     return size, objects
 
@@ -153,7 +161,8 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
     Read the objects from an XML file in Pascal VOC's format, and drop those that can't be right.
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may lie a pixel outside the picture, because some tools count
-    from 0 or round up: it is clipped. A box that lies further outside, or has no area, is wrong, and is dropped.
+    from 0 or round up: it is clipped. A box that lies further outside, or is narrower or lower than a tenth of a pixel,
+    is wrong, and is dropped: to the network it would have no area.
 
     Cameras store some pictures lying on their side, and say so in EXIF. Viewers, and we, turn them upright; some tools
     for annotation don't. If the file states the size of the picture as it is stored, its boxes are turned upright. They
@@ -185,7 +194,7 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
             annotation['dropped'].append(f'{label} {box} is not finite')
         elif min(x_min, y_min) < -1 or x_max > width or y_max > height:
             annotation['dropped'].append(f'{label} {box} is outside the picture of {width:.0f}x{height:.0f}')
-        elif clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        elif min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < 0.1:
             annotation['dropped'].append(f'{label} {box} has no area')
         else:
             annotation['boxes'].append(clipped)
@@ -542,7 +551,7 @@ def opened_image(path):
     except FileNotFoundError:
         raise UserError(f'{path} is missing: check the path') from None
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        raise UserError(f'{path} is not a picture that can be read: {" ".join(str(error).split())}') from None
+        raise UserError(f'{path} is not a picture that can be read: {one_line(error)}') from None
 
 
 def image_header(path):
@@ -554,7 +563,23 @@ def image_header(path):
     with opened_image(path) as image:
         orientation = image.getexif().get(0x0112)
         orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
+        if image.format in ('JPEG', 'MPO') and not ends_with(path, b'\xff\xd9'):
+            image.load()  # it seems to be cut off: find out now, not in training
+        if orientation >= 5 and image.format == 'TIFF':
+            image.load()  # Pillow turns these upright by itself, old versions only now
+            return image.size, orientation
         return image.size[::-1] if orientation >= 5 else image.size, orientation
+
+
+def ends_with(path, end):
+    """
+    :param path: a file
+    :param end: bytes
+    :return: whether the file ends with them
+    """
+    with open(path, 'rb') as file:
+        file.seek(-len(end), os.SEEK_END)
+        return file.read() == end
 
 
 def open_image(path):
@@ -575,7 +600,7 @@ def to_rgb(image):
     """
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':  # one channel of 16 or 32 bits: convert('RGB') would cut off all above 255
-        pixels = np.asarray(image, dtype=np.float32)
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         brightest = 65535 if image.mode[0] == 'I' else max(float(pixels.max()), 1e-6)
         image = Image.fromarray((pixels * (255 / brightest)).clip(0, 255).astype(np.uint8))
     if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
@@ -948,7 +973,9 @@ def load_checkpoint(path, device='cpu'):
     if not os.path.isfile(path):
         raise UserError(f'no checkpoint at {path}: train one with "python train.py", or set the right path')
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # the error says it
+            content = torch.load(path, map_location=device, weights_only=True)
     except Exception:  # nearly anything, on a file that holds more than tensors and plain values
         from pretrained import read_earlier_checkpoint  # here, because pretrained.py builds on this file
         return read_earlier_checkpoint(path, device)

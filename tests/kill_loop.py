@@ -50,9 +50,9 @@ def finish(folder, checkpoint_path, epochs):
         sys.exit(f'Training ended with {process.returncode}:\n{output}')
 
 
-def workers_of(process):
-    """The ids of the processes that a process has started."""
-    with open(f'/proc/{process.pid}/task/{process.pid}/children') as file:
+def workers_of(pid):
+    """The ids of the processes that the process of this id has started."""
+    with open(f'/proc/{pid}/task/{pid}/children') as file:
         return [int(pid) for pid in file.read().split()]
 
 
@@ -92,7 +92,7 @@ def kill_at_a_random_moment(process, rng, temporary):
         while written_at(temporary) in (None, before) and process.poll() is None:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.5))
-    workers = workers_of(process)
+    workers = workers_of(process.pid)
     process.kill()
     process.wait()
     return written_at(temporary) not in (None, before), workers

@@ -201,7 +201,7 @@ def test_ctrl_c_names_the_last_checkpoint(folder, tmp_path, progress, line):
     copy_lists(folder, tmp_path)
     process = start_training(tmp_path, workers=2, epochs=10 ** 6)
     wait_for(process, progress)
-    workers = workers_of(process)
+    workers = workers_of(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (1, line)
@@ -215,7 +215,7 @@ def test_no_worker_outlives_a_killed_training(folder, tmp_path):
     copy_lists(folder, tmp_path)
     process = start_training(tmp_path, workers=2, epochs=10 ** 6)
     wait_for(process, 'epoch 0  batch 2/')
-    workers = workers_of(process)
+    workers = workers_of(process.pid)
     process.kill()
     process.wait()
     assert len(workers) >= 2 and none_runs(workers, 30)
@@ -225,7 +225,7 @@ def test_a_killed_worker_ends_training_in_one_line(folder, tmp_path):
     copy_lists(folder, tmp_path)
     process = start_training(tmp_path, workers=2, epochs=10 ** 6)
     wait_for(process, 'epoch 0  batch 2/')
-    workers = workers_of(process)
+    workers = workers_of(process.pid)
     os.kill(max(workers), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.count('\n') == 1
@@ -244,7 +244,7 @@ def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tm
     wait_for(process, 'Training on')
     workers = set()
     while process.poll() is None:
-        workers |= set(workers_of(process))
+        workers |= set(workers_of(process.pid))
         time.sleep(0.02)
     errors = process.stderr.read()
     assert process.returncode == 1 and errors.count('\n') == 1

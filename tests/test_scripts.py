@@ -250,6 +250,13 @@ def test_moving_pictures_come_back_moving(checkpoint, tmp_path, monkeypatch, suf
             assert min(pixels.getpixel((10, 70))) < 200  # ... with the box's left edge
 
 
+def test_more_frames_than_memory_holds_are_refused(tmp_path):
+    frames = [Image.new('1', (6000, 6000), i % 2) for i in range(6)]  # of which RGB would take 650 MB
+    frames[0].save(tmp_path / 'a.gif', save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match='a.gif is not .* 6 frames of 6000x6000 are too many'):
+        detect.read_frames(str(tmp_path / 'a.gif'))
+
+
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F'])
 def test_detect_takes_any_mode_and_leaves_the_picture_alone(checkpoint, monkeypatch, mode):
     monkeypatch.setattr(detect, 'checkpoint', checkpoint)

@@ -165,16 +165,18 @@ def test_palette_transparency_is_white():
     assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_exif_orientation_is_honored(tmp_path, orientation):
+def test_exif_orientation_is_honored(tmp_path, orientation, suffix):
     image = Image.new('RGB', (40, 20), 'white')
     image.paste(red, (0, 0, 20, 10))  # the stored picture's top left
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(tmp_path / 'a.png', exif=exif)
-    upright = open_image(tmp_path / 'a.png')
+    path = tmp_path / f'a.{suffix}'
+    image.save(path, exif=exif)
+    upright = open_image(path)
     size = (40, 20) if orientation < 5 else (20, 40)
-    assert upright.size == size and image_header(tmp_path / 'a.png') == (size, orientation)
+    assert upright.size == size and image_header(path) == (size, orientation)
     corner = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[orientation]
     for x in (0, 1):
         for y in (0, 1):

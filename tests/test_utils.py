@@ -114,7 +114,8 @@ def test_annotation(tmp_path):
 @pytest.mark.parametrize('name, box, reason', [
     ('dog', (5, 5, 5, 9), 'no area'), ('dog', (9, 5, 5, 9), 'no area'), ('dog', ('nan', 5, 5, 9), 'not finite'),
     ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'),
-    ('dog', (5, 5, 'inf', 9), 'not finite'), ('dog', (0, 5, .5, 9), 'no area'),
+    ('dog', (5, 5, 'inf', 9), 'not finite'), ('dog', (0, 5, .5, 9), 'no area'), ('dog', (5, 5, 5.05, 9), 'no area'),
+    ('dog', (5, 5, 9, '5.00000001'), 'no area'),
     ('dragon', (5, 5, 10, 9), 'dragon'), ('background', (5, 5, 10, 9), 'background')])
 def test_wrong_objects_are_dropped_with_a_reason(tmp_path, name, box, reason):
     parsed = parse(tmp_path, annotation((name, box, ''), ('cat', (5, 5, 10, 9), '')))
@@ -138,7 +139,7 @@ laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' fo
     annotation(('dog', (1, 2), '')), annotation(('', (1, 2, 3, 4), '')), annotation((' ', (1, 2, 3, 4), '')),
     '<html><body>Page not found</body></html>', '<?xml version="1.0" encoding="klingon"?>' + annotation(),
     '<?xml version="1.0" encoding="utf-7"?>' + annotation(), '\x00' * 100,
-    annotation(('dog', (1, 2, 3, 4), '<difficult>2</difficult>')),
+    annotation(*[('dog', (1, 2, 3, 4), '')] * 8733), annotation(('dog', (1, 2, 3, 4), '<difficult>2</difficult>')),
     annotation(('dog', (1, 2, 3, 4), '<difficult>-1</difficult>')),
     annotation(('dog', (1, 2, 3, 4), '<difficult>nan</difficult>')),
     annotation(('dog', (1, 2, 3, 4), '<difficult>no</difficult>')),
@@ -282,7 +283,8 @@ def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
         {'background': 0, 'circle': 1, 'square': 2, 'triangle': 3}
 
 
-@pytest.mark.parametrize('breakage', ['picture', 'annotation', 'no picture', 'size', 'disk full', 'disk full later'])
+@pytest.mark.parametrize('breakage', ['picture', 'cut picture', 'annotation', 'no picture', 'size', 'disk full',
+                                      'disk full later'])
 def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, breakage):
     draw_dataset(str(tmp_path), 3, 1)
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square', 'circle', 'triangle'))
@@ -290,6 +292,8 @@ def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, breakage):
     picture, annotated = tmp_path / 'JPEGImages/test_0000.jpg', tmp_path / 'Annotations/test_0000.xml'
     if breakage == 'picture':
         picture.unlink()
+    elif breakage == 'cut picture':
+        picture.write_bytes(picture.read_bytes()[:-300])
     elif breakage == 'annotation':
         annotated.unlink()
     elif breakage == 'no picture':

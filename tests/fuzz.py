@@ -1,0 +1,438 @@
+"""
+Write thousands of damaged and strange annotations, pictures and checkpoints, and read them:
+
+    python tests/fuzz.py
+
+Each must be read rightly, or reported in one line that names the file; in bounded time and memory. It takes some 5
+minutes. tests/test_fuzz.py runs a small part of it. (The lines in between are libtiff's own.)
+"""
+import io
+import math
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import warnings
+import xml.etree.ElementTree as ET
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [root, os.path.join(root, 'tests')]
+
+from detect import read_frames  # noqa: E402
+from tiny import TinyDetector  # noqa: E402
+from utils import (UserError, cxcy_to_gcxgcy, image_header, load_checkpoint, make_label_map, open_image,  # noqa: E402
+                   parse_annotation, save_checkpoint, transform, xy_to_cxcy)
+
+n_annotations = 20_000
+n_pictures = 4_000
+n_checkpoints = 1_000
+seed = 0
+max_seconds = 20  # for one file
+label_map = make_label_map(['cat', 'dog', 'white horse'])
+orientation_tag = 0x0112
+
+
+@contextmanager
+def time_limit(seconds, what):
+    """Raise TimeoutError, if what happens inside takes longer."""
+    def stop(*_):
+        raise TimeoutError(f'{what} took more than {seconds} seconds')
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def read_or_report(path, read):
+    """
+    :param path: the file
+    :param read: a function of the path
+    :return: what it returned, or None if it raised UserError with one line that names the file
+    :raises AssertionError: the line does not name it; any other error gets through
+    """
+    with time_limit(max_seconds, path), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # Pillow's, of odd files that it can read
+        warnings.simplefilter('error', RuntimeWarning)  # numpy's, of numbers that are none
+        try:
+            return read(path)
+        except UserError as error:
+            line = str(error)
+            assert path in line and len(line.splitlines()) == 1 and len(line) < 1000, line
+            return None
+
+
+# ------------------------------------------------------------------------------------------------------ Annotations
+
+class RandomAnnotation:
+    """
+    A picture's annotation, which is right at first, and what parse_annotation should make of it.
+
+    :param rng: the source of random numbers
+    """
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.size = rng.randint(1, 700), rng.randint(1, 700)
+        self.orientation = rng.choice([1, 1, 1, *range(1, 9)])
+        self.root = ET.Element('annotation')
+        for tag in ('folder', 'filename', 'source'):
+            if rng.random() < 0.5:
+                ET.SubElement(self.root, tag).text = rng.choice(['x', '', 'a\nb', '\u732b'])
+        self.stored = self.orientation >= 5 and self.size[0] != self.size[1] and rng.random() < 0.5
+        if self.stored or rng.random() < 0.8:
+            width, height = self.size[::-1] if self.stored else self.size
+            size = ET.SubElement(self.root, 'size')
+            for tag, value in (('width', width), ('height', height), ('depth', 3)):
+                ET.SubElement(size, tag).text = str(value)
+        self.expected = {'boxes': [], 'labels': [], 'difficulties': []}
+        for _ in range(rng.randint(0, 5)):
+            self.add_object()
+
+    def number(self, low, high):
+        """Of pixels: mostly whole."""
+        whole = self.rng.randint(low, high)
+        return whole if self.rng.random() < 0.8 else max(low, whole - self.rng.choice([0.25, 0.5, 0.75]))
+
+    def add_object(self):
+        """An object that lies within the picture; it is expected only if it has an area and a known label."""
+        rng, (width, height) = self.rng, self.size
+        (x_min, x_max), (y_min, y_max) = (sorted(self.number(1, side) for _ in range(2)) for side in self.size)
+        label, difficult = rng.choice([*label_map, 'dragon', 'Cat']), rng.choice([None, '0', '1', '', ' 1 ', '0.0'])
+        node = ET.SubElement(self.root, 'object')
+        if rng.random() < 0.2:  # before the object's own name and box, as it may stand
+            node.append(self.part())
+        ET.SubElement(node, 'name').text = rng.choice(['{}', ' {}', '{}\n', '\t{} ']).format(label)
+        if difficult is not None:
+            ET.SubElement(node, 'difficult').text = difficult
+        if rng.random() < 0.2:
+            node.append(self.part())
+        box = x_min, y_min, x_max, y_max
+        if self.stored:  # the box in the stored picture, by EXIF's definition of the orientations
+            left, top, right, bottom = x_min, y_min, x_max, y_max
+            if self.orientation in (6, 7):  # the stored picture's last row is the upright picture's first column
+                left, right = width + 1 - x_max, width + 1 - x_min
+            if self.orientation in (7, 8):  # its last column is the first row
+                top, bottom = height + 1 - y_max, height + 1 - y_min
+            box = top, left, bottom, right
+        bndbox = ET.SubElement(node, 'bndbox')
+        edges = list(zip(('xmin', 'ymin', 'xmax', 'ymax'), box))
+        rng.shuffle(edges)  # their order means nothing
+        for tag, value in edges:
+            ET.SubElement(bndbox, tag).text = rng.choice(['{}', ' {} ', '{}\n']).format(value)
+        if label in list(label_map)[1:] and x_min < x_max and y_min < y_max:
+            self.expected['boxes'].append([x_min - 1, y_min - 1, x_max - 1, y_max - 1])
+            self.expected['labels'].append(label_map[label])
+            self.expected['difficulties'].append(int(float((difficult or '').strip() or 0)))
+
+    def part(self):
+        """A nested box, which is no object."""
+        part = ET.Element('part')
+        ET.SubElement(part, 'name').text = 'cat'
+        bndbox = ET.SubElement(part, 'bndbox')
+        for tag in ('xmin', 'ymin', 'xmax', 'ymax'):
+            ET.SubElement(bndbox, tag).text = str(self.rng.randint(1, 9))
+        return part
+
+
+strange_texts = ('', ' ', 'nan', 'inf', '-inf', '-1', '0', '-0.0', '1e999', '-1e308', '1e-320', '9' * 400, '0x10',
+                 '1,5', '1.5.2', '1_0', '\u0663', 'None', 'true', '2', '-7', '300', '1e18', '\ud7ff', 'cat',
+                 'a' * 100_000, '\n', '12\n34', '{}', '%s', '../../x')
+
+
+def mutate_tree(root, rng):
+    """Change an element: take it out, double it, rename it, move it, or give it a strange text."""
+    parents = [parent for parent in root.iter() if len(parent)]
+    if not parents:
+        return
+    parent = rng.choice(parents)
+    child = rng.choice(list(parent))
+    what = rng.randrange(6)
+    if what == 0:
+        parent.remove(child)
+    elif what == 1:
+        parent.insert(0, child)
+    elif what == 2:
+        child.tag = rng.choice(['object', 'bndbox', 'xmin', 'xmax', 'name', 'Object', 'size', 'part', 'difficult'])
+    elif what == 3:
+        rng.choice([element for element in root.iter()][:1] + [parent]).append(ET.fromstring(ET.tostring(child)))
+    elif what == 4:
+        child.text = rng.choice(strange_texts)
+    elif len(parent) > 1:  # swap two, for example xmin and xmax
+        other = rng.choice(list(parent))
+        child.text, other.text = other.text, child.text
+
+
+def mutate_bytes(data, rng):
+    """Cut, flip, insert, repeat bytes."""
+    data = bytearray(data)
+    what, at = rng.randrange(6), rng.randrange(len(data) + 1)
+    if what == 0:
+        return bytes(data[:at])
+    if what == 1:
+        return bytes(data[at:])
+    if what == 2:
+        for _ in range(rng.choice([1, 3, 30])):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    elif what == 3:
+        data[at:at] = rng.randbytes(rng.choice([1, 4, 1000]))
+    elif what == 4:
+        data[at:at] = data[at:at + rng.randint(1, 200)] * rng.choice([1, 2, 1000])
+    else:
+        del data[at:at + rng.choice([1, 2, 50])]
+    return bytes(data)
+
+
+def xml_bomb(rng):
+    """XML of a few lines that stands for much, or for another file, or is very deep or long."""
+    what = rng.randrange(7)
+    if what == 0:
+        entities = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">'
+                           for i in range(rng.randint(1, 15)))
+        return f'<!DOCTYPE annotation [{entities}]><annotation><object><name>&e0;</name></object></annotation>'
+    if what == 1:
+        address = rng.choice(['file:///etc/passwd', '/dev/zero', 'http://127.0.0.1:9/x', 'label_map.json'])
+        return (f'<!DOCTYPE annotation [<!ENTITY {rng.choice(["", "% "])}e SYSTEM "{address}">]>'
+                '<annotation><object><name>&e;</name></object></annotation>')
+    if what == 2:
+        return f'<!DOCTYPE annotation [<!ENTITY e "{"a" * 100_000}">]><annotation>{"&e;" * 100_000}</annotation>'
+    if what == 3:
+        return '<annotation>' + '<object>' * 100_000
+    if what == 4:
+        return '<annotation>' + '<object>' * 50_000 + '</object>' * 50_000 + '</annotation>'
+    if what == 5:
+        return '<annotation ' + ' '.join(f'a{i}="{i}"' for i in range(50_000)) + '/>'
+    return '<annotation><!--' + '-' * rng.randrange(4) + 'x' * 1_000_000 + '--></annotation>'
+
+
+def fuzz_annotation(path, rng):
+    """Write an annotation, whole or mutated, read it, and check what came out; what happened, in a word."""
+    made = RandomAnnotation(rng)
+    kind = rng.choices(['whole', 'tree', 'bytes', 'bomb'], [30, 45, 24, 1])[0]
+    if kind == 'tree':
+        for _ in range(rng.choice([1, 1, 2, 10])):
+            mutate_tree(made.root, rng)
+    encoding = rng.choice(['utf-8', 'utf-8', 'utf-16', 'iso-8859-1', 'us-ascii', 'cp1252'])
+    data = ET.tostring(made.root, encoding)
+    if kind == 'bytes':
+        data = mutate_bytes(data, rng)
+    elif kind == 'bomb':
+        data = xml_bomb(rng).encode()
+    elif rng.random() < 0.5:
+        newline = '\r\n'.encode('utf-16')[2:] if encoding == 'utf-16' else b'\r\n'
+        bracket = '><'.encode('utf-16')[2:] if encoding == 'utf-16' else b'><'
+        data = data.replace(bracket, bracket[:len(bracket) // 2] + newline + bracket[len(bracket) // 2:])
+    if rng.random() < 0.1 and encoding == 'utf-8':
+        data = b'\xef\xbb\xbf' + data
+    with open(path, 'wb') as file:
+        file.write(data)
+
+    parsed = read_or_report(path, lambda path: parse_annotation(path, label_map, made.size, made.orientation))
+    if kind == 'whole':
+        assert parsed is not None, 'a right annotation was refused'
+        assert np.allclose(parsed.pop('boxes'), made.expected.pop('boxes'), atol=1e-6)
+        assert {key: parsed[key] for key in made.expected} == made.expected, (parsed, made.expected)
+        return 'read'
+    if parsed is None:
+        return 'reported'
+    assert len(parsed['boxes']) == len(parsed['labels']) == len(parsed['difficulties'])
+    for x_min, y_min, x_max, y_max in parsed['boxes']:
+        assert 0 <= x_min <= x_max - 0.1 <= made.size[0] and 0 <= y_min <= y_max - 0.1 <= made.size[1], parsed
+    assert set(parsed['labels']) <= {1, 2, 3} and set(parsed['difficulties']) <= {0, 1}
+    assert all(len(reason.splitlines()) == 1 for reason in parsed['dropped'])
+    return 'read'
+
+
+# --------------------------------------------------------------------------------------------------------- Pictures
+
+def draw_random(size, mode, rng):
+    """A PIL image of a mode, with a few rectangles."""
+    image = Image.new('RGB', size, tuple(rng.randrange(256) for _ in range(3)))
+    for _ in range(3):
+        x, y = rng.randrange(size[0]), rng.randrange(size[1])
+        ImageDraw.Draw(image).rectangle((x, y, x + rng.randint(1, 99), y + rng.randint(1, 99)),
+                                        tuple(rng.randrange(256) for _ in range(3)))
+    if mode in ('I', 'I;16', 'F'):
+        pixels = np.asarray(image.convert('L'), dtype=np.float32) * 257
+        if mode == 'F':
+            pixels.flat[rng.randrange(pixels.size)] = rng.choice([math.nan, math.inf, -math.inf, -5, 1e38])
+        return Image.fromarray(pixels.astype({'I': np.int32, 'I;16': np.uint16, 'F': np.float32}[mode]))
+    if mode == 'PA':
+        return image.convert('P').convert('PA')
+    return image.convert('RGBA').convert(mode) if mode in ('LA', 'RGBA') else image.convert(mode)
+
+
+kinds_of_picture = {  # formats, and the modes that each can hold
+    'JPEG': ('L', 'RGB', 'CMYK', 'YCbCr'), 'PNG': ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'),
+    'GIF': ('1', 'L', 'P', 'RGB', 'RGBA'), 'WEBP': ('L', 'RGB', 'RGBA'), 'BMP': ('1', 'L', 'P', 'RGB', 'RGBA'),
+    'TIFF': ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'LAB', 'I;16', 'I', 'F'), 'PPM': ('1', 'L', 'RGB', 'I'),
+    'TGA': ('L', 'LA', 'P', 'RGB', 'RGBA'), 'PCX': ('1', 'L', 'P', 'RGB'), 'MPO': ('RGB', 'CMYK')}
+
+
+def make_picture(rng):
+    """
+    :return: a picture file's bytes; the PIL image that it shows, before its orientation; and the orientation
+    """
+    format = rng.choice(list(kinds_of_picture))
+    mode = rng.choice(kinds_of_picture[format])
+    size = rng.choice([(rng.randint(1, 400), rng.randint(1, 400)), (1, rng.randint(1, 2000)), (rng.randint(1, 2000), 1),
+                       (1, 1), (2, 3)])
+    if rng.random() < 0.01 and format != 'WEBP':  # which can't be so large
+        size = rng.choice([(20_000, rng.randint(1, 300)), (rng.randint(1, 300), 20_000)])
+    image, orientation, options = draw_random(size, mode, rng), 1, {}
+    # A TIFF can't hold other orientations; Pillow does not turn those of 16 bits.
+    if format in ('JPEG', 'PNG', 'WEBP', 'TIFF', 'MPO') and (format, mode) != ('TIFF', 'I;16') and rng.random() < 0.5:
+        orientation = rng.choice([*range(1, 9)] if format == 'TIFF' else [0, 9, 65535, *range(1, 9)])
+        options['exif'] = Image.Exif()
+        options['exif'][orientation_tag] = orientation
+    if format in ('GIF', 'PNG', 'WEBP', 'TIFF', 'MPO') and rng.random() < 0.3:
+        options |= {'save_all': True, 'append_images': [draw_random(size, mode, rng) for _ in range(3)]}
+    if format == 'JPEG':
+        options |= {'quality': rng.choice([1, 50, 95]), 'progressive': rng.random() < 0.5}
+    if format in ('PNG', 'GIF') and mode in ('P', 'L') and rng.random() < 0.3:
+        options['transparency'] = rng.randrange(256)
+    if format == 'WEBP':
+        options['lossless'] = True
+    if format == 'TIFF':
+        options['compression'] = rng.choice([None, 'tiff_lzw', 'tiff_deflate', 'packbits'])
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue(), image, orientation
+
+
+def picture_bomb(rng):
+    """A small file that claims to be a huge picture, or is none."""
+    what = rng.randrange(6)
+    if what == 0:
+        file = io.BytesIO()
+        Image.new('1', (rng.choice([15_000, 30_000]), 15_000)).save(file, 'PNG')
+        return file.getvalue()
+    if what == 1:  # the header's width and height
+        file = io.BytesIO()
+        Image.new('L', (8, 8)).save(file, rng.choice(['PNG', 'BMP', 'GIF', 'JPEG', 'TIFF', 'WEBP', 'TGA', 'PCX']))
+        data = bytearray(file.getvalue())
+        for _ in range(4):
+            data[rng.randrange(min(len(data), 64))] = rng.choice([0, 1, 0x7f, 0x80, 0xff])
+        return bytes(data)
+    if what == 2:
+        return rng.choice([b'', b'\x00', b'\x00' * 10_000, b'no picture', '\u732b'.encode('utf-16')])
+    if what == 3:
+        return rng.choice([b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n', b'GIF89a', b'RIFF', b'BM', b'II*\x00', b'P6 9 9 255 ',
+                           b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n', b'P6 999999 999999 255\n'])
+    if what == 4:
+        return b'P4 20000 20000\n'  # within Pillow's limit of 178 million pixels it is not
+    return rng.randbytes(rng.randrange(3000))
+
+
+def fuzz_picture(path, rng):
+    """Write a picture, whole or mutated, read it in every way, and check what came out; what happened, in a word."""
+    kind = rng.choices(['whole', 'bytes', 'bomb'], [50, 45, 5])[0]
+    image = None
+    if kind == 'bomb':
+        data = picture_bomb(rng)
+    else:
+        data, image, orientation = make_picture(rng)
+        if kind == 'bytes':
+            for _ in range(rng.choice([1, 1, 3])):
+                data = mutate_bytes(data, rng) or b'\x00'
+    with open(path, 'wb') as file:
+        file.write(data)
+
+    header = read_or_report(path, image_header)
+    opened = read_or_report(path, open_image)
+    frames = read_or_report(path, read_frames)
+    if kind == 'whole':
+        assert None not in (header, opened, frames), 'a right picture was refused'
+        size = image.size[::-1] if 5 <= orientation <= 8 else image.size
+        assert header == (size, orientation if orientation in range(1, 9) else 1), (header, size, orientation)
+    if opened is None:
+        return 'reported'
+    assert header is not None and opened.mode == 'RGB' and opened.size == header[0], (header, opened)
+    assert frames is None or frames[0][0].size == opened.size
+    check_transforms(opened, rng)
+    return 'read'
+
+
+def check_transforms(image, rng):
+    """A picture of any size goes through the transforms, and its boxes stay boxes."""
+    (x_min, x_max), (y_min, y_max) = (sorted((rng.uniform(0, side), rng.uniform(0, side))) for side in image.size)
+    boxes = torch.tensor([[0, 0, image.width, image.height], [x_min, y_min, x_max, y_max], [0, 0, 0.1, 0.1],
+                          [image.width - 0.1, image.height - 0.1, image.width, image.height]])
+    boxes = boxes[(boxes[:, 2:] - boxes[:, :2] >= 0.09).all(dim=1)]  # as small as parse_annotation lets through
+    for split in ('TRAIN', 'TEST'):
+        tensor, kept, labels, _ = transform(image, boxes, torch.ones(len(boxes)), torch.zeros(len(boxes)), split, rng)
+        assert tensor.shape == (3, 300, 300) and tensor.isfinite().all() and len(kept) == len(labels) >= 1
+        assert 0 <= kept.min() and kept.max() <= 1
+        offsets = cxcy_to_gcxgcy(xy_to_cxcy(kept), torch.tensor([.5, .5, .1, .1]))  # of a box without area: infinite
+        assert offsets.isfinite().all(), (image.size, boxes, kept)
+
+
+# ------------------------------------------------------------------------------------------------------ Checkpoints
+
+def fuzz_checkpoint(path, rng, whole=[]):
+    """Write a damaged checkpoint of a small network, and read it; what happened, in a word."""
+    if not whole:
+        model = TinyDetector(2)
+        save_checkpoint(path, 3, model, torch.optim.SGD(model.parameters(), lr=1), {'background': 0, 'cat': 1}, 0)
+        with open(path, 'rb') as file:
+            whole.append(file.read())
+    with open(path, 'wb') as file:
+        if rng.random() < 0.5:
+            file.write(mutate_bytes(whole[0], rng))
+        else:  # where the structure is
+            file.write(mutate_bytes(whole[0][:2000], rng) + whole[0][2000:])
+    saved = read_or_report(path, load_checkpoint)
+    if saved is None:
+        return 'reported'
+    model = read_or_report(path, lambda path: TinyDetector.from_checkpoint(saved, path))
+    return 'read' if model is not None else 'reported'
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+def fuzz(kind, n, folder, seed=0):
+    """
+    Try many inputs.
+
+    :param kind: 'annotation', 'picture' or 'checkpoint'
+    :param n: how many
+    :param folder: where the file goes, which stays if something is wrong with it
+    :param seed: of the random numbers; input i gets the seed (seed, i)
+    :return: how many were read, and how many reported
+    """
+    one = {'annotation': fuzz_annotation, 'picture': fuzz_picture, 'checkpoint': fuzz_checkpoint}[kind]
+    path = os.path.join(folder, {'annotation': 'a.xml', 'picture': 'a.jpg', 'checkpoint': 'a.pth'}[kind])
+    results = Counter()
+    for i in range(n):
+        try:
+            results[one(path, random.Random(f'{seed} {i}'))] += 1
+        except BaseException as error:
+            raise AssertionError(f'{kind} {i} of seed {seed}, in {path}: {type(error).__name__}: {error}') from error
+    return results
+
+
+def main():
+    """Try all inputs, and print figures."""
+    folder = tempfile.mkdtemp()
+    for kind, n in (('annotation', n_annotations), ('picture', n_pictures), ('checkpoint', n_checkpoints)):
+        start = time.time()
+        results = fuzz(kind, n, folder, seed)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f'{n} {kind}s: {results["read"]} read, {results["reported"]} reported in a line that names the file; '
+              f'{time.time() - start:.0f} s, at most {memory:.0f} MB of memory until now', flush=True)
+
+
+if __name__ == '__main__':
+    main()
