@@ -6,7 +6,8 @@ higher-level ones on ever coarser maps, and the prediction convolutions turn six
 one for each prior: how the prior has to move and stretch to fit an object, and a score for each class. The loss says
 how wrong they are; `SSD300.detect_objects` turns them into detections.
 
-In the comments on shapes, N is the number of pictures in the batch. Boxes and priors: see utils.py.
+Each class names the section of README.md that explains it. In the comments on shapes, N is the number of pictures in
+the batch. Boxes and priors: see utils.py.
 """
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from utils import (UserError, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, de
 
 class VGGBase(nn.Module):
     """
-    VGG-16 up to its last convolution, with its fully connected layers fc6 and fc7 turned into convolutions.
+    VGG-16 up to its last convolution, with its fully connected layers fc6 and fc7 turned into convolutions. See "Base
+    convolutions".
 
     :param pretrained: start from torchvision's ImageNet weights instead of random ones
     """
@@ -53,7 +55,7 @@ class VGGBase(nn.Module):
         self.conv5_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.pool5 = nn.MaxPool2d(kernel_size=3, stride=1, padding=1)  # keeps 19x19, where VGG-16 halves
 
-        # fc6 and fc7 as convolutions. The dilation spreads the 3x3 kernel that is left of fc6 over 13x13 tiles.
+        # fc6 and fc7. The dilation spreads the 3x3 kernel that is left of fc6 over 13x13 tiles.
         self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
         self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
 
@@ -124,10 +126,8 @@ class VGGBase(nn.Module):
 
 def fully_connected_to_convolution(weight, bias, channels, size, m):
     """
-    Turn a fully connected layer into the convolution that computes the same numbers, then decimate it.
-
-    The layer sees a flattened map (channels, size, size). A kernel as large as the map has one place to stand, and
-    there multiplies the same numbers by the same weights.
+    Turn a fully connected layer into the convolution that computes the same numbers, then decimate it. See "A fully
+    connected layer is a convolution", and "Decimation, and a kernel with holes".
 
     :param weight: (n_outputs, channels * size * size)
     :param bias: (n_outputs)
@@ -140,7 +140,7 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
 
 
 class AuxiliaryConvolutions(nn.Module):
-    """Four pairs of convolutions, each of which shrinks the map: room for larger objects."""
+    """Four pairs of convolutions, each of which shrinks the map: for larger objects. See "Auxiliary convolutions"."""
 
     def __init__(self):
         super().__init__()
@@ -194,7 +194,7 @@ class PredictionConvolutions(nn.Module):
     Two convolutions over each of the six feature maps: one predicts offsets (loc_...), one class scores (cl_...).
 
     At each tile, the channels of the first are 4 offsets for each of the tile's priors, those of the second n_classes
-    scores for each.
+    scores for each. See "Prediction convolutions".
 
     :param n_classes: number of classes, background included
     """
@@ -218,8 +218,8 @@ class PredictionConvolutions(nn.Module):
         for name, feat in zip(feature_maps, feats):
             loc = getattr(self, f'loc_{name}')(feat)  # (N, n_priors * 4, size, size)
             cl = getattr(self, f'cl_{name}')(feat)  # (N, n_priors * n_classes, size, size)
-            # The priors are ordered row by row, tile by tile, and prior by prior within a tile. Reshaping follows the
-            # order of the dimensions, so the channels must come last, or predictions would land on others' priors.
+            # Reshaping follows the order of the dimensions, so the channels must come last, or predictions would land
+            # on the priors of other tiles.
             loc = loc.permute(0, 2, 3, 1)  # (N, size, size, n_priors * 4)
             cl = cl.permute(0, 2, 3, 1)  # (N, size, size, n_priors * n_classes)
             locs.append(loc.reshape(loc.size(0), -1, 4))  # (N, size * size * n_priors, 4)
@@ -229,7 +229,7 @@ class PredictionConvolutions(nn.Module):
 
 class SSD300(nn.Module):
     """
-    The whole network: base, auxiliary and prediction convolutions, and the priors.
+    The whole network: base, auxiliary and prediction convolutions, and the priors. See "Multibox", and "The model".
 
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
@@ -277,7 +277,7 @@ class SSD300(nn.Module):
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
         """
         Turn predictions into detections: decode the boxes, drop low scores, suppress boxes that overlap a better one of
-        their class, and keep each picture's best.
+        their class, and keep each picture's best. See "Processing predictions".
 
         :param predicted_locs: offsets from the priors, (N, 8732, 4)
         :param predicted_scores: class scores before softmax, (N, 8732, n_classes)
@@ -342,7 +342,7 @@ class SSD300(nn.Module):
 class MultiBoxLoss(nn.Module):
     """
     The loss of a batch: how wrong are the offsets of the priors that should find an object, and how wrong are the class
-    scores of these priors and of the hardest others (the paper's section 2.2 and equations 1 to 3).
+    scores of these priors and of the hardest others (the paper's section 2.2, equations 1 to 3). See "Multibox loss".
 
     :param priors_cxcy: priors in center-size coordinates, (8732, 4)
     :param threshold: a prior that overlaps no object by this much is background
@@ -384,9 +384,8 @@ class MultiBoxLoss(nn.Module):
         loc_loss = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction='none').sum(dim=2)  # (N, 8732)
         loc_loss = loc_loss.where(positive, 0).sum() / n_all
 
-        # Confidence: cross entropy (equation 3) over the positive priors, and over the hard negatives. Nearly all of
-        # the 8732 priors are background, most of them easily seen to be; all together they would drown the few
-        # positives. Only those with the highest loss count, in each picture three times as many as positives.
+        # Confidence: cross entropy (equation 3) over the positive priors, and over the hard negatives: those with the
+        # highest loss, in each picture three times as many as positives.
         conf_loss = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
                                     reduction='none').view_as(true_classes)  # (N, 8732)
         negatives = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
@@ -396,7 +395,7 @@ class MultiBoxLoss(nn.Module):
 
     def match(self, boxes, labels):
         """
-        Decide for each prior which object it should find, if any (the paper's section 2.2, "Matching strategy").
+        Decide for each prior which object it should find, if any (the paper's section 2.2). See "Matching".
 
         :param boxes: the objects in fractional boundary coordinates, a list of N tensors (n_objects, 4)
         :param labels: the objects' labels, a list of N tensors (n_objects)

@@ -35,6 +35,7 @@ def receptive_fields():
             fields[name] = field, field + 2 * step
     return fields
 
+
 # Matching: six priors (fractional center-size), and three objects (fractional boundary) of the classes 1, 2, 3
 matching_priors = torch.tensor([[x, y, 0.4, 0.4] for y in (0.3, 0.7) for x in (0.2, 0.5, 0.8)])
 matching_names = ('cat', 'dog', 'ball')

@@ -21,8 +21,8 @@ figures = {}  # file name -> function that draws it
 
 def figure(name):
     """
-    Enter a function into the list of those that draw. It returns a matplotlib figure, a PIL image, or, for a .gif, a list
-    of (PIL image, milliseconds).
+    Enter a function into the list of those that draw. It returns a matplotlib figure, a PIL image, or, for a .gif, a
+    list of (PIL image, milliseconds).
 
     :param name: the picture's file name
     """

@@ -1,45 +1,301 @@
-"""What the README shows runs as it stands there."""
+"""
+What the README shows runs as it stands there, and what it says of the code is true.
+
+    python tests/test_readme.py
+
+brings the line numbers in its links into the code up to date.
+"""
+import ast
+import doctest
+import math
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tokenize
 
 import onnxruntime
 import pytest
 import torch
 from conftest import root
+from PIL import Image
 from torchvision.models.detection import ssd300_vgg16
 
+import model as code
+import train
 from model import SSD300
 from pretrained import coco_weights
-from utils import make_label_map, save_checkpoint
+from utils import (create_prior_boxes, cxcy_to_xy, feature_maps, find_jaccard_overlap, make_label_map, priors_of_map,
+                   save_checkpoint)
 
-with open(os.path.join(root, 'README.md'), encoding='utf-8') as file:
+sys.path.insert(0, os.path.join(root, 'img'))
+import draw_figures  # noqa: E402
+import examples  # noqa: E402
+
+path = os.path.join(root, 'README.md')
+with open(path, encoding='utf-8') as file:
     readme = file.read()
+prose = re.sub(r'^```.*?^```$', '', readme, flags=re.M | re.S)  # all but the blocks of code
 
 
 def section(title):
-    """A section's code: its Python blocks, and its commands."""
+    """A section's text, its Python blocks, and its commands."""
     text = readme.split(f'\n## {title}\n')[1].split('\n## ')[0]
-    return re.findall(r'```python\n(.*?)```', text, re.S), re.findall(r'^    ((?:python|torchrun) .*)$', text, re.M)
+    return (text, re.findall(r'```python\n(.*?)```', text, re.S),
+            re.findall(r'^    ((?:python|torchrun) .*)$', text, re.M))
+
+
+# ----------------------------------------------------------------------------------------------- Names, links, pictures
+
+def definitions(file_name):
+    """Line numbers of the functions, classes, methods (as Class.method) and constants that a file defines."""
+    with open(os.path.join(root, file_name), encoding='utf-8') as file:
+        nodes = ast.parse(file.read()).body
+    lines = {}
+    for node in nodes:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            lines[node.name] = node.lineno
+            for method in getattr(node, 'body', []) if isinstance(node, ast.ClassDef) else []:
+                if isinstance(method, ast.FunctionDef):
+                    lines[f'{node.name}.{method.name}'] = method.lineno
+        elif isinstance(node, ast.Assign):
+            lines.update({name.id: node.lineno for target in node.targets for name in ast.walk(target)
+                          if isinstance(name, ast.Name)})
+    return lines
+
+
+def with_line_numbers(text):
+    """The README with links such as [`decimate`](utils.py) leading to the line of the definition."""
+    def link(match):
+        name, file_name = match.groups()
+        return f'[`{name}`]({file_name}#L{definitions(file_name)[name]})'
+    return re.sub(r'\[`([\w.]+)`\]\((\w+\.py)(?:#L\d+)?\)', link, text)
+
+
+def test_links_into_the_code_lead_to_the_definitions():
+    assert len(re.findall(r'\.py#L\d+\)', readme)) > 20
+    assert with_line_numbers(readme) == readme, 'run "python tests/test_readme.py"'
+
+
+def test_links_lead_to_sections_and_files():
+    headings = re.findall(r'^#+ (.*)$', prose, re.M)
+    anchors = {re.sub(r'[^\w\- ]', '', heading).lower().replace(' ', '-') for heading in headings}
+    assert len(anchors) == len(headings)
+    targets = [target for target in re.findall(r'\]\(([^)\s]+)\)', readme) if not target.startswith('http')]
+    assert len(targets) > 50
+    for target in targets:
+        if target.startswith('#'):
+            assert target[1:] in anchors, target
+        else:
+            assert os.path.exists(os.path.join(root, target.split('#')[0])), target
+
+
+def test_sections_that_the_code_names_exist():
+    headings = re.findall(r'^#+ (.*)$', prose, re.M)
+    for name, least in (('model.py', 8), ('utils.py', 4), ('datasets.py', 0)):
+        with open(os.path.join(root, name), encoding='utf-8') as file:
+            text = ' '.join(file.read().split())
+        named = [title for titles in re.findall(r'See ("[^.]*")\.', text) for title in re.findall(r'"([^"]+)"', titles)]
+        assert len(named) >= least, name
+        assert set(named) <= set(headings), name
+
+
+def test_pictures_drawn_and_kept_and_shown_are_the_same():
+    shown = re.findall(r'!\[[^\]]+\]\(img/([^)]+)\)', readme)
+    kept = [name for name in os.listdir(os.path.join(root, 'img')) if name.endswith(('.png', '.svg', '.gif', '.jpg'))]
+    assert len(kept) >= 25
+    assert sorted(shown) == sorted(kept) == sorted(draw_figures.figures)
+    assert sum(os.path.getsize(os.path.join(root, 'img', name)) for name in kept) < 8 * 2**20
+
+
+def names_in_the_code():
+    """What the scripts define or use: names, and words in quotes; and the files and folders that there are."""
+    names = {'checkpoint_ssd300.csv', 'demo/detections.png', 'ImageSets/Main/trainval.txt', 'test.txt',  # put together
+             'ssd300_vgg16', 'OMP_NUM_THREADS'}  # torchvision's and torch's
+    for folder in ('', 'img', 'tests'):
+        names.update(os.path.join(folder, name).replace(os.sep, '/') for name in os.listdir(os.path.join(root, folder)))
+    for name in os.listdir(root):
+        if name.endswith('.py'):
+            with open(os.path.join(root, name), 'rb') as file:
+                tokens = list(tokenize.tokenize(file.readline))
+            names.update(token.string for token in tokens if token.type == tokenize.NAME)
+            names.update(token.string.strip('"\'rb') for token in tokens if token.type == tokenize.STRING)
+    return names
+
+
+def test_names_in_the_text_exist():
+    names, spans = names_in_the_code(), set(re.findall(r'`([A-Za-z_][\w./]*)(?:\(\))?`', prose))
+    assert len(spans) > 60
+    unknown = [span for span in spans if span not in names and not set(span.split('.')) <= names]
+    assert not unknown
+    for owner, attribute in re.findall(r'`(SSD300|MultiBoxLoss|VGGBase)\.(\w+)`', prose):
+        assert hasattr(getattr(code, owner), attribute), f'{owner}.{attribute}'
+
+
+# -------------------------------------------------------------------------------------------------------------- Numbers
+
+def test_interactive_examples_give_what_is_shown():
+    blocks = re.findall(r'```pycon\n(.*?)```', readme, re.S)
+    assert len(blocks) >= 10
+    names, runner = {}, doctest.DocTestRunner()
+    for block in blocks:
+        test = doctest.DocTestParser().get_doctest(block, names, 'README.md', path, 0)
+        assert len(test.examples) > 0
+        runner.run(test, clear_globs=False)
+        names.update(test.globs)
+    torch.set_printoptions(profile='default')
+    assert runner.failures == 0
+    shared = [name for name in vars(examples) if isinstance(names.get(name), torch.Tensor)]
+    assert len(shared) >= 8, shared
+    for name in shared:  # the pictures show the same examples
+        assert names[name].equal(getattr(examples, name)), name
+
+
+def rows_of_table(header):
+    """The cells of a table, row by row, without its header."""
+    lines = readme[readme.index(header):].split('\n\n')[0].splitlines()
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]]
+
+
+def test_table_of_priors():
+    rows = rows_of_table('| map | tiles |')
+    assert [row[0] for row in rows[:-1]] == list(feature_maps)
+    for (_, tiles, scale, ratios, n_priors, total), of_map in zip(rows, feature_maps.values()):
+        listed = ratios.replace('extra 1, ', '').split(', ')
+        assert [eval(ratio) for ratio in listed] == list(of_map.ratios)
+        assert tiles == f'{of_map.size}x{of_map.size}' and float(scale) == of_map.scale
+        assert int(n_priors) == len(of_map.ratios) + 1 and int(total) == of_map.size ** 2 * int(n_priors)
+    assert rows[-1][-1] == f'**{len(create_prior_boxes())}**'
+
+
+def test_numbers_of_priors_in_the_text():
+    of_map = feature_maps['conv9_2']
+    assert f'{of_map.scale} · 1.414 = {of_map.scale * math.sqrt(2):.3f}' in readme
+    assert f'{of_map.scale} / 1.414 = {of_map.scale / math.sqrt(2):.3f}' in readme
+    changed = 0
+    for _, size, scale, ratios in feature_maps.values():
+        extra = priors_of_map(1, 1, scale, 0.5, ratios)  # without the extra prior, whose scale never exceeds 1
+        plain = torch.tensor([[scale * ratio ** 0.5, scale / ratio ** 0.5] for ratio in ratios])
+        kept = torch.cat([extra[:1], extra[2:]])[:, 2:]
+        changed += size ** 2 * ((plain - kept).abs().amax(dim=1) > 1e-6).sum().item()
+    assert f'It changes {changed} of the {len(create_prior_boxes())}' in ' '.join(readme.split())
+    wide = feature_maps['conv10_2'].scale * math.sqrt(2)
+    assert f'would be {wide:.3f} wide' in ' '.join(readme.split())
+    assert f'5 ln 2 = {5 * math.log(2):.2f}' in readme
+
+
+def test_numbers_of_parameters():
+    fc6, fc7 = torch.nn.Linear(512 * 7 * 7, 4096, device='meta'), torch.nn.Linear(4096, 4096, device='meta')
+    assert f'fc6 alone has {sum(p.numel() for p in fc6.parameters()):,} parameters' in readme
+    base = SSD300(n_classes=21).base
+    conv6, conv7 = (sum(p.numel() for p in layer.parameters()) for layer in (base.conv6, base.conv7))
+    assert f'has {conv6:,} and {conv7:,} parameters' in readme
+    assert fc7.in_features == 4096 == 4 * base.conv7.in_channels
+
+
+def test_table_of_receptive_fields():
+    rows, fields, first = rows_of_table('| map | a tile has seen |'), examples.receptive_fields(), 0
+    assert [row[0] for row in rows] == list(feature_maps)
+    for name, tile, kernel, largest in rows:
+        assert (tile, kernel) == tuple(f'{field} pixels' for field in fields[name])
+        n = feature_maps[name].size ** 2 * (len(feature_maps[name].ratios) + 1)
+        sizes = (300 * create_prior_boxes()[first:first + n, 2:]).round().int()
+        assert largest in {f'{w}x{h}' for w, h in sizes.tolist()} and sizes.max() == int(largest.split('x')[0])
+        first += n
+
+
+def test_receptive_fields_are_where_gradients_come_from():
+    network = SSD300(n_classes=2).double()
+    for parameter in network.parameters():
+        torch.nn.init.constant_(parameter, 1 / parameter[0].numel())  # nothing cancels, nothing is cut off by ReLU
+    image = torch.ones(1, 3, 300, 300, dtype=torch.float64, requires_grad=True)
+    network.base.pool1 = torch.nn.AvgPool2d(2, 2)  # a maximum would pass the gradient on to one pixel only
+    network.base.pool2, network.base.pool3 = torch.nn.AvgPool2d(2, 2), torch.nn.AvgPool2d(2, 2, ceil_mode=True)
+    conv4_3_feats, _ = network.base(image)
+    conv4_3_feats[0, :, 19, 19].sum().backward()
+    seen = image.grad[0, 0].abs().sum(dim=0).nonzero()
+    assert seen.max() - seen.min() + 1 == examples.receptive_fields()['conv4_3'][0]
+
+
+def test_table_of_precision_and_recall():
+    rows = rows_of_table('| detection | 1 |')
+    n_hits = examples.hits.cumsum(0)
+    precisions = n_hits / torch.arange(1, len(examples.hits) + 1)
+    assert [cell == 'hit' for cell in rows[0][1:]] == examples.hits.tolist()
+    assert torch.tensor([float(cell) for cell in rows[1][1:]]).allclose(precisions, atol=0.005)
+    assert torch.tensor([float(cell) for cell in rows[2][1:]]).allclose(n_hits / examples.n_objects)
+
+
+def test_table_of_overlaps():
+    rows = rows_of_table('| | prior 1 |')
+    overlap = find_jaccard_overlap(examples.matching_boxes, cxcy_to_xy(examples.matching_priors))
+    for (name, *cells), expected_name, expected in zip(rows, examples.matching_names, overlap, strict=True):
+        assert name == expected_name
+        assert [cell.strip('*') for cell in cells] == [f'{value:.2f}' for value in expected]
+    overlap = find_jaccard_overlap(examples.nms_boxes, examples.nms_boxes)
+    scores = [f'{score:.2f}' for score in examples.nms_scores]
+    for label, score, *struck, _ in rows_of_table('| | score |'):
+        i = scores.index(score)
+        assert label == examples.nms_labels[i]
+        for best, cell in zip(('0.95', '0.85'), struck):
+            assert cell in ('', f'{overlap[i, scores.index(best)]:.2f}')
+
+
+def test_table_of_parameters_of_training():
+    for names, values, _ in rows_of_table('| parameter | is |'):
+        for name, value in zip(re.findall(r'`(\w+)`', names), [values] if '_at' in names else values.split(', ')):
+            assert eval(value) == getattr(train, name), name
+
+
+# ------------------------------------------------------------------------------------------------------- What is to run
+
+def test_all_python_blocks_are_run_by_a_test_below():
+    tested = ('Training', 'Inference', 'Your own pictures', "Other people's weights", 'Deployment')
+    assert readme.count('```python\n') == sum(len(section(title)[1]) for title in tested)
+    assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon', 'math'}
+
+
+def set_parameters(folder, block):
+    """Edit a script as a block of the README says: its first line names the file, the others are parameters."""
+    name, *settings = block.splitlines()
+    script = folder / name.removeprefix('# ')
+    text = script.read_text()
+    for setting in [*settings, 'workers = 1']:
+        setting = setting.replace('epochs = 30', 'epochs = 1')  # enough to see that it runs
+        text, n = re.subn(rf'^{setting.split()[0]} = .*$', setting, text, flags=re.M)
+        assert n == 1 or setting.startswith('workers'), setting
+    script.write_text(text)
+
+
+def test_going_on_is_set_at_the_top_of_the_script(tmp_path):
+    (block,) = section('Training')[1]
+    shutil.copy(os.path.join(root, 'train.py'), tmp_path)
+    set_parameters(tmp_path, block)
+    assert f'\n{block.splitlines()[1]}\n' in (tmp_path / 'train.py').read_text()
+
+
+def test_detection_from_python(tmp_path, monkeypatch):
+    (block,) = section('Inference')[1]
+    monkeypatch.chdir(tmp_path)
+    os.mkdir('demo')
+    Image.new('RGB', (120, 80)).save('photo.jpg')
+    model = SSD300(n_classes=3)
+    save_checkpoint('demo/checkpoint_ssd300.pth', 0, model, torch.optim.SGD(model.parameters(), lr=1),
+                    make_label_map(['cat', 'person']), 0)
+    exec(block, {})
+    with Image.open('annotated.png') as annotated:
+        assert annotated.size == (120, 80)
 
 
 def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
-    blocks, commands = section('Your own pictures')
+    _, blocks, commands = section('Your own pictures')
     for name in os.listdir(root):
         if name.endswith('.py'):
             shutil.copy(os.path.join(root, name), tmp_path)
     for block in blocks:
-        name, *settings = block.splitlines()
-        path = tmp_path / name.removeprefix('# ')
-        text = path.read_text()
-        for setting in [*settings, 'workers = 1']:
-            setting = setting.replace('epochs = 30', 'epochs = 1')  # enough to see that it runs
-            text, n = re.subn(rf'^{setting.split()[0]} = .*$', setting, text, flags=re.M)
-            assert n == 1 or setting.startswith('workers'), setting
-        path.write_text(text)
+        set_parameters(tmp_path, block)
 
     hub = tmp_path / 'hub' / 'checkpoints'  # where torchvision looks before it downloads
     hub.mkdir(parents=True)
@@ -61,7 +317,7 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
 
 
 def test_other_peoples_weights():
-    (block,), _ = section("Other people's weights")
+    (block,) = section("Other people's weights")[1]
     names = {}
     exec(block, names)
     assert names['locs'].shape == (1, 8732, 4) and names['scores'].shape == (1, 8732, 4)
@@ -69,7 +325,7 @@ def test_other_peoples_weights():
 
 @pytest.mark.filterwarnings('ignore')
 def test_exported_networks_compute_the_same(tmp_path, monkeypatch):
-    (block,), _ = section('Deployment')
+    (block,) = section('Deployment')[1]
     (tmp_path / 'demo').mkdir()
     model = SSD300(n_classes=4).eval()
     save_checkpoint(str(tmp_path / 'demo' / 'checkpoint_ssd300.pth'), 0, model,
@@ -86,3 +342,8 @@ def test_exported_networks_compute_the_same(tmp_path, monkeypatch):
             assert plain.abs().max() > 1
             assert (plain - torch.from_numpy(onnx)).abs().max() < 1e-4
             assert (plain - export).abs().max() < 1e-4
+
+
+if __name__ == '__main__':
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(with_line_numbers(readme))

@@ -1,0 +1,681 @@
+"""
+The tutorial's diagrams and curves. Drawings on a `canvas` are measured in tenths of an inch, with y downward as in
+pictures. Whatever numbers they show come from the project's own functions.
+"""
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import to_rgba
+from torchvision.models import vgg16
+
+import examples
+import train
+import trained
+from datasets import collate_fn
+from model import AuxiliaryConvolutions, MultiBoxLoss, PredictionConvolutions, VGGBase, own_priors
+from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
+                   wrong_color)
+from utils import (adjust_learning_rate, average_precision, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate,
+                   feature_maps, find_intersection, find_jaccard_overlap, xy_to_cxcy)
+
+small = 11  # points: no letters are smaller
+map_colors = dict(zip(feature_maps, series))
+
+
+# ------------------------------------------------------------------------------------------------------ Drawing tools
+
+def canvas(height):
+    """An empty drawing, 64 tenths of an inch wide and `height` high."""
+    drawing = plt.figure(figsize=(width, height / 10))
+    axes = drawing.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 10 * width), ylim=(height, 0))
+    axes.axis('off')
+    return drawing, axes
+
+
+def charts(height, columns=1):
+    """Axes side by side, in a figure `height` tenths of an inch high."""
+    return plt.subplots(1, columns, figsize=(width, height / 10), layout='constrained')
+
+
+def tint(color, strength=0.25):
+    """A color mixed with white."""
+    red, green, blue, _ = to_rgba(color)
+    return tuple(1 - strength * (1 - value) for value in (red, green, blue))
+
+
+def write(axes, x, y, text, **options):
+    """Text centered at a point, unless options say otherwise."""
+    return axes.text(x, y, text, **{'ha': 'center', 'va': 'center', 'fontsize': small, **options})
+
+
+def block(axes, x, y, w, h, text='', fill=paper, edge=ink, linewidth=1, **options):
+    """A rectangle with its upper left corner at (x, y), and text in its middle."""
+    axes.add_patch(plt.Rectangle((x, y), w, h, facecolor=fill, edgecolor=edge, linewidth=linewidth))
+    write(axes, x + w / 2, y + h / 2, text, **options)
+
+
+def arrow(axes, start, end, color=ink):
+    """A straight arrow between two points."""
+    axes.annotate('', end, start, arrowprops={'arrowstyle': '-|>', 'color': color, 'linewidth': 1.5, 'shrinkA': 0,
+                                              'shrinkB': 0, 'mutation_scale': 13})
+
+
+def outline(axes, box_xy, color, **options):
+    """A box in boundary coordinates."""
+    x_min, y_min, x_max, y_max = torch.as_tensor(box_xy).tolist()
+    axes.add_patch(plt.Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, **{
+        'facecolor': 'none', 'edgecolor': color, 'linewidth': 2, **options}))
+
+
+def table(axes, x, y, rows, cell, fills, **options):
+    """Rows of texts in a grid of cells with its upper left corner at (x, y); `fills` has a color for each."""
+    for i, row in enumerate(rows):
+        for j, text in enumerate(row):
+            block(axes, x + j * cell[0], y + i * cell[1], *cell, text, fills[i][j], linewidth=0.8, **options)
+
+
+def numbers(tensor):
+    """A tensor of whole numbers as rows of texts."""
+    return [[f'{value:.0f}'.replace('-', '−') for value in row] for row in tensor.tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------- The network
+
+def output_shapes(layers, module, image):
+    """
+    :param layers: dict of name -> layer of the module
+    :param module: what to run
+    :param image: its input
+    :return: dict of name -> shape of what the layer puts out, (channels, size, size), or (outputs) if fully connected
+    """
+    shapes = {'picture': tuple(image.shape[1:])}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: tuple(output.shape[1:])}))
+    module(image)
+    return shapes
+
+
+def stages(shapes):
+    """The names of the layers in VGG-16's five stages of convolutions and a pool, a list of five lists."""
+    return [[name for name in shapes if name.startswith((f'conv{i}_', f'pool{i}'))] for i in range(1, 6)]
+
+
+def draw_layers(axes, groups, shapes, middle, colors):
+    """
+    Draw layers from left to right: each a slab as high as its map, and the wider the more channels; beneath each
+    group its shape and names.
+
+    :param groups: lists of names
+    :param shapes: see `output_shapes`
+    :param middle: y of the slabs' middle
+    :param colors: dict of name -> color, for slabs that stand out
+    :return: dict of name -> (x of the middle, y of the upper edge) of its slab
+    """
+    sizes = {name: (0.5 + shape[0] / 600, shape[1] / 14) if len(shape) == 3 else (0.7, shape[0] / 320)
+             for name, shape in shapes.items()}
+    bottom = middle + max(height for _, height in sizes.values()) / 2
+    texts = []
+    for group in groups:
+        channels, *sides = shapes[group[0]]
+        shown = ['×'.join(map(str, sides)), f'× {channels}'] if sides else [str(channels), '']
+        texts.append(shown + [name for name in group if 'pool' not in name or len(group) == 1])
+    columns = [0.87 * max(map(len, text)) for text in texts]
+    gap = (10 * width - sum(columns)) / len(groups)
+    places, left = {}, gap / 2
+    for group, text, column in zip(groups, texts, columns):
+        x = left + (column - sum(sizes[name][0] + 0.3 for name in group) + 0.3) / 2
+        for name in group:
+            thickness, height = sizes[name]
+            fill = colors.get(name, ink if 'pool' in name else tint(faint, 0.4))
+            block(axes, x, middle - height / 2, thickness, height, fill=fill, linewidth=0.8)
+            places[name] = x + thickness / 2, middle - height / 2
+            x += thickness + 0.3
+        for i, line in enumerate(text):
+            write(axes, left + column / 2, bottom + 2 + 2 * i, line)
+        left += column + gap
+    block(axes, 33, 1, 2, 1.6, fill=tint(faint, 0.4), linewidth=0.8)
+    write(axes, 36, 1.8, 'convolution, ReLU', ha='left')
+    block(axes, 51, 1, 2, 1.6, fill=ink, linewidth=0.8)
+    write(axes, 54, 1.8, 'max pool', ha='left')
+    return places
+
+
+@figure('vgg16.svg')
+def draw_vgg16():
+    """VGG-16: the maps of each stage for a picture of 224x224, and the three fully connected layers."""
+    with torch.device('meta'):  # tensors that have a shape, but no numbers
+        vgg, image, names = vgg16(), torch.zeros(1, 3, 224, 224), [name for name, _ in VGGBase().named_children()][:18]
+    layers = [layer for layer in vgg.features if not isinstance(layer, torch.nn.ReLU)]
+    layers += [layer for layer in vgg.classifier if isinstance(layer, torch.nn.Linear)]
+    shapes = output_shapes(dict(zip([*names, 'fc6', 'fc7', 'fc8'], layers, strict=True)), vgg, image)
+    *groups, last = stages(shapes)
+    drawing, axes = canvas(32)
+    places = draw_layers(axes, [['picture'], *groups, last[:-1], last[-1:], ['fc6', 'fc7'], ['fc8']], shapes, 12, {})
+    write(axes, 63.3, places['fc7'][1] - 1.3, 'fully connected', ha='right')
+    return drawing
+
+
+@figure('base.svg')
+def draw_base():
+    """VGGBase: its maps, the four changes to VGG-16, and the two maps that are taken out."""
+    with torch.device('meta'):  # tensors that have a shape, but no numbers
+        base, image = VGGBase(), torch.zeros(1, 3, 300, 300)
+    shapes = output_shapes(dict(base.named_children()), base, image)
+    drawing, axes = canvas(47)
+    places = draw_layers(axes, [['picture'], *stages(shapes), ['conv6'], ['conv7']], shapes, 12, map_colors)
+    for name in ('conv4_3', 'conv7'):
+        x, top = places[name]
+        arrow(axes, (x, top), (x, 7.5), map_colors[name])
+    write(axes, (places['conv4_3'][0] + places['conv7'][0]) / 2, 6, 'to the predictions')
+    sides = {name: shape[1] for name, shape in shapes.items()}
+    conv6 = f'{base.conv6.kernel_size[0]}×{base.conv6.kernel_size[1]}, dilation {base.conv6.dilation[0]}'
+    changes = {'picture': f'The picture has {sides["picture"]}×{sides["picture"]} pixels, not 224×224.',
+               'pool3': f'pool3 rounds {sides["conv3_3"] / 2} up to {sides["pool3"]}.',
+               'pool5': f'pool5 (3×3, stride 1) does not halve: {sides["conv5_3"]} stays {sides["pool5"]}.',
+               'conv6': f'fc6 became conv6 ({conv6}), fc7 became conv7 (1×1). No fc8.'}
+    for i, (name, change) in enumerate(changes.items()):
+        x, top = places[name]
+        beside = (x + 2.2, top + 1) if name == 'picture' else (x + 0.5, top - 2)
+        for x, y in (beside, (2.5, 37 + 2.7 * i)):
+            write(axes, x, y, str(i + 1), color=paper, weight='bold',
+                  bbox={'boxstyle': 'circle,pad=0.15', 'facecolor': wrong_color, 'edgecolor': 'none'})
+        write(axes, 5, 37 + 2.7 * i, change, ha='left')
+    return drawing
+
+
+def draw_grid(axes, x, y, side, size, color):
+    """A map of size x size tiles as a square with its upper left corner at (x, y)."""
+    block(axes, x, y, side, side, fill=tint(color, 0.3), edge=color, linewidth=1.2)
+    for i in range(1, size):
+        offset = side * i / size
+        axes.plot([x + offset] * 2, [y, y + side], [x, x + side], [y + offset] * 2, color=color, linewidth=0.5)
+
+
+@figure('auxiliary.svg')
+def draw_auxiliary():
+    """The auxiliary convolutions: the five maps to scale, and the layers that lead from one to the next."""
+    with torch.device('meta'):  # tensors that have a shape, but no numbers
+        auxiliary, conv7_feats = AuxiliaryConvolutions(), torch.zeros(1, 1024, 19, 19)
+    layers = dict(auxiliary.named_children())
+    shapes = {**output_shapes(layers, auxiliary, conv7_feats), 'conv7': conv7_feats.shape[1:]}
+    drawing, axes = canvas(38.5)
+    left, edge = 1, 0  # of the column that comes next, and the right one of the last map
+    for name in list(feature_maps)[1:]:
+        channels, size, _ = shapes[name]
+        side = 0.8 * size
+        column = max(8, side)
+        x = left + (column - side) / 2
+        if name != 'conv7':
+            arrow(axes, (edge + 0.5, 9), (x - 0.5, 9))
+        draw_grid(axes, x, 9 - side / 2, side, size, map_colors[name])
+        write(axes, left + column / 2, 18.7, name, weight='bold')
+        write(axes, left + column / 2, 20.9, f'{size}×{size}')
+        write(axes, left + column / 2, 23.1, f'× {channels}')
+        left, edge = left + column + 3.6, x + side
+    for i, (first, second) in enumerate(zip(list(layers)[::2], list(layers)[1::2])):
+        y = 27.5 + 3 * i
+        for x, name in ((1.5, first), (29, second)):
+            layer = layers[name]
+            kernel = f'{layer.kernel_size[0]}×{layer.kernel_size[1]}'
+            stride = f', stride {layer.stride[0]}' if layer.stride[0] > 1 else ''
+            padding = '' if layer.padding[0] or kernel == '1×1' else ', no padding'
+            write(axes, x, y, name, ha='left', weight='bold', color=map_colors.get(name, ink))
+            write(axes, x + 9, y, f'{kernel}, {layer.in_channels} → {layer.out_channels}{stride}{padding}', ha='left')
+    return drawing
+
+
+def priors_by_map():
+    """The priors, as a dict of map -> (tiles, priors of a tile, 4)."""
+    counts = {name: (map.size ** 2, len(map.ratios) + 1) for name, map in feature_maps.items()}
+    parts = create_prior_boxes().split([tiles * priors for tiles, priors in counts.values()])
+    return {name: part.view(*counts[name], 4) for name, part in zip(counts, parts)}
+
+
+@figure('ssd300.svg')
+def draw_ssd300():
+    """The whole network: from the picture to 8732 predictions, and what becomes of them."""
+    drawing, axes = canvas(74)
+    shade = tint(faint, 0.25)
+    block(axes, 1, 1, 14, 5, 'picture\n300×300 × 3')
+    arrow(axes, (8, 6), (8, 9))
+    block(axes, 1, 9, 14, 12.5, 'VGGBase', shade)
+    arrow(axes, (8, 21.5), (8, 23.5))
+    block(axes, 1, 23.5, 14, 27, 'Auxiliary-\nConvolutions', shade)
+    block(axes, 38.5, 9, 3, 41.5, 'PredictionConvolutions', shade, rotation=90)
+    write(axes, 27.5, 6, 'six feature maps')
+    write(axes, 53, 6, 'tiles × priors = predictions')
+    total = 0
+    for i, (name, priors) in enumerate(priors_by_map().items()):
+        y, feature_map = 9 + 7.1 * i + 0.4 * (i > 1), feature_maps[name]
+        arrow(axes, (15, y + 2.7), (17.5, y + 2.7))
+        draw_grid(axes, 18, y, 5.5, feature_map.size, map_colors[name])
+        write(axes, 24.5, y + 1.6, name, ha='left', weight='bold')
+        write(axes, 24.5, y + 4, f'{feature_map.size}×{feature_map.size} × {feature_map.channels}', ha='left')
+        arrow(axes, (36.3, y + 2.7), (38.5, y + 2.7))
+        arrow(axes, (41.5, y + 2.7), (43.7, y + 2.7))
+        write(axes, 44.5, y + 2.7, f'{feature_map.size}×{feature_map.size} × {priors.shape[1]}', ha='left')
+        write(axes, 63, y + 2.7, f'= {priors.shape[:2].numel()}', ha='right')
+        total += priors.shape[:2].numel()
+    axes.plot([44.5, 63], [51.5, 51.5], color=ink, linewidth=1)
+    write(axes, 63, 53.3, str(total), ha='right', weight='bold')
+    block(axes, 1, 56, 62, 5, f'{total} × 4 offsets, {total} × n_classes scores', tint(prediction_color))
+    arrow(axes, (61, 54.3), (61, 56))
+    for x, title, text in ((1, 'training: MultiBoxLoss', 'compares with the objects\n→ a loss'),
+                           (33, 'use: detect_objects', 'decodes, suppresses overlaps\n→ boxes, labels, scores')):
+        arrow(axes, (x + 15, 61), (x + 15, 64))
+        block(axes, x, 64, 30, 9)
+        write(axes, x + 15, 66, title, weight='bold')
+        write(axes, x + 15, 70, text)
+    return drawing
+
+
+def products(values, others):
+    """The products that a scalar product adds up, written out."""
+    return ' + '.join(f'{a:.0f}·{b:.0f}' if b >= 0 else f'{a:.0f}·(−{-b:.0f})'
+                      for a, b in zip(values.flatten().tolist(), others.flatten().tolist()))
+
+
+@figure('fc_as_convolution.svg')
+def draw_fc_as_convolution():
+    """A fully connected layer, the same as a convolution, and the convolution on a larger map."""
+    kernel, small_map, large_map = examples.weights, examples.small_map, examples.large_map
+    connected = F.linear(small_map.view(1, 4), kernel.view(1, 4))  # (1, 1)
+    one_place = F.conv2d(small_map[None, None], kernel[None, None])[0, 0]  # (1, 1)
+    four_places = F.conv2d(large_map[None, None], kernel[None, None])[0, 0]  # (2, 2)
+    sums = [f'{products(small_map, kernel)} = {connected.item():.0f}', 'the same sum',
+            f'{products(large_map[:2, 1:], kernel)} = {four_places[0, 1].item():.0f}, and so on']
+    drawing, axes = canvas(45)
+    for y, title, inputs, weights, outputs, text in (
+            (1.8, 'Fully connected: the map as a row, a weight for each number', small_map.view(1, 4),
+             kernel.view(1, 4), connected, sums[0]),
+            (14.3, 'Convolution: a kernel as large as the map has one place', small_map, kernel, one_place, sums[1]),
+            (29.3, 'On a larger map, the same kernel has four places', large_map, kernel, four_places, sums[2])):
+        write(axes, 2, y, title, ha='left', weight='bold', fontsize=12)
+        x = 2
+        for tensor, color, sign in ((inputs, faint, '·' if len(inputs) == 1 else '∗'), (weights, series[3], '='),
+                                    (outputs, prediction_color, '')):
+            fills = [[tint(color)] * tensor.shape[1]] * len(tensor)
+            table(axes, x, y + 2 + (len(inputs) - len(tensor)) * 1.5, numbers(tensor), (3, 3), fills, fontsize=12)
+            x += 3 * tensor.shape[1] + 4
+            write(axes, x - 2, y + 2 + len(inputs) * 1.5, sign, fontsize=14)
+        write(axes, 2, y + 3.7 + 3 * len(inputs), text, ha='left')
+    for place_and_output in ((5, 31.3, 11, 37.3), (28, 32.8, 31, 35.8)):  # on the right above
+        outline(axes, place_and_output, prediction_color, linewidth=3)
+    return drawing
+
+
+@figure('decimation.svg')
+def draw_decimation():
+    """Every third row and column of a 7x7 kernel, and the 3x3 kernel that is left, spread out by dilation."""
+    kernel = torch.arange(49).view(7, 7)
+    kept = decimate(kernel, (3, 3))  # (3, 3)
+    drawing, axes = canvas(58)
+
+    def draw_kernel(x, y, title, size, dilation):
+        """A size x size grid, in which every dilation-th place of every dilation-th row has one of the kept numbers."""
+        texts = [['' if row % dilation or column % dilation else f'{kept[row // dilation, column // dilation]}'
+                  for column in range(size)] for row in range(size)]
+        fills = [[tint(prediction_color, 0.5) if text else paper for text in row] for row in texts]
+        write(axes, x, y, title, ha='left', va='bottom')
+        table(axes, x, y + 1, texts, (2.2, 2.2), fills, edge=faint)
+
+    draw_kernel(2, 5, 'fc6 as a 7×7 kernel:\nevery third row and column', 7, 3)
+    arrow(axes, (20, 14), (26, 14))
+    draw_kernel(29, 9.5, 'the 3×3 kernel that is left', 3, 1)
+    draw_kernel(2, 27, 'dilation 3:\nin the same places', 7, 3)
+    draw_kernel(31, 27, 'dilation 6, as in conv6:\nspread over 13×13 places', 13, 6)
+    write(axes, 2, 51, 'Why 6, not 3: pool5 no longer\nhalves the map, so its tiles\nare half as large.', ha='left')
+    return drawing
+
+
+@figure('prediction_channels.svg')
+def draw_prediction_channels():
+    """Rows of four offsets from the channels of a prediction convolution, with and without moving the channels last."""
+    n_channels, size = PredictionConvolutions(n_classes=2).loc_conv9_2.out_channels, feature_maps['conv9_2'].size
+    out = torch.arange(n_channels).view(1, -1, 1, 1) + 100 * torch.arange(size * size).view(1, 1, size, size)
+    right, wrong = out.permute(0, 2, 3, 1).reshape(-1, 4), out.reshape(-1, 4)  # (150, 4), (150, 4)
+
+    def color_of(value):
+        """The color of the tile that a value comes from: neighbors in a row have different ones."""
+        return tint(series[value // 100 % 5], 0.35)
+
+    drawing, axes = canvas(60)
+    excerpt = out[0].flatten(1)[[0, 1, 2, 3, 4, -1]][:, [0, 1, 2, 3, -1]]  # (6, 5)
+    write(axes, 2, 1.8, f'loc_conv9_2 puts out {n_channels} channels for {size}×{size} tiles:', ha='left',
+          weight='bold')
+    write(axes, 2, 4.6, 'here numbered\n100 × tile + channel', ha='left', va='top')
+    names = ['$g_{cx}$', '$g_{cy}$', '$g_w$', '$g_h$', '$g_{cx}$', '$g_h$']
+    for i, (row, channel, name) in enumerate(zip(excerpt.tolist(), (0, 1, 2, 3, 4, n_channels - 1), names)):
+        y = 9.5 + 2.5 * i + 2.2 * (i == 5)
+        write(axes, 2, y + 1.2, f'channel {channel}', ha='left')
+        write(axes, 14.5, y + 1.2, f'prior {channel // 4}', ha='left')
+        write(axes, 21.5, y + 1.2, name, ha='left', fontsize=13)
+        for j, value in enumerate(row):
+            block(axes, 27 + 6 * j + 3 * (j == 4), y, 6, 2.5, str(value), color_of(value), linewidth=0.8)
+    for j, tile in enumerate((0, 1, 2, 3, size * size - 1)):
+        write(axes, 30 + 6 * j + 3 * (j == 4), 8, f'tile {tile}')
+    write(axes, 52.5, 15.5, '…')
+    write(axes, 39, 23.1, '…')
+
+    for x, title, rows, labels in (
+            (2, 'channels moved last, then\nrows of 4: a prior each', right,
+             ('tile 0, prior 0', 'tile 0, prior 1', f'tile {size * size - 1}, prior {n_channels // 4 - 1}')),
+            (34, 'rows of 4 at once: wrong,\na row mixes four tiles', wrong, ('', '', ''))):
+        write(axes, x, 33, title, ha='left', weight='bold', color=ink if rows is right else wrong_color)
+        for i, index in enumerate((0, 1, len(rows) - 1)):
+            y = 36.5 + 6.3 * i + 2 * (i == 2)
+            table(axes, x, y + 2.4, numbers(rows[index:index + 1]), (6, 2.5),
+                  [[color_of(value) for value in rows[index].tolist()]])
+            write(axes, x, y + 1.1, f'row {index}: {labels[i]}' if labels[i] else f'row {index}:', ha='left')
+        write(axes, x + 12, 49.6, '…')
+    return drawing
+
+
+@figure('receptive_fields.svg')
+def draw_receptive_fields():
+    """For each feature map, how far its predictions see, and how large its priors are."""
+    drawing, axes = charts(36)
+    for i, ((name, (_, field)), priors) in enumerate(zip(examples.receptive_fields().items(),
+                                                         priors_by_map().values())):
+        sides = 300 * priors[..., 2:]
+        axes.barh(i, field, 0.7, color=tint(faint, 0.45), label='seen by a prediction' if i == 0 else None)
+        axes.barh(i, sides.max() - sides.min(), 0.35, sides.min(), color=prior_color,
+                  label='sides of the priors' if i == 0 else None)
+        axes.text(field + 8, i, field, va='center', fontsize=small)
+    axes.axvline(300, color=ink, linestyle='--', linewidth=1.2)
+    axes.text(306, -0.75, 'width of the picture: 300', fontsize=small)
+    axes.set(yticks=range(6), yticklabels=feature_maps, ylim=(5.6, -1.1), xlim=(0, 960), xlabel='pixels of the picture')
+    axes.legend(loc='upper right', bbox_to_anchor=(1, 0.9), fontsize=small)
+    return drawing
+
+
+@figure('pipeline.svg')
+def draw_pipeline():
+    """What happens to pictures in training, and in use."""
+    drawing, axes = canvas(74)
+    training = [('create_data_lists', 'lists of pictures and objects'),
+                ('PascalVOCDataset, transform', 'a random variation'),
+                ('collate_fn', 'images (N, 3, 300, 300)'),
+                ('SSD300', 'locs (N, 8732, 4)\nscores (N, 8732, n_classes)'),
+                ('MultiBoxLoss', 'the loss, a number'),
+                ('optimizer', 'better weights'),
+                ('save_checkpoint', '')]
+    use = [('a picture', ''),
+           ('to_rgb', 'RGB, upright'),
+           ('resize, to_input', 'image (1, 3, 300, 300)'),
+           ('SSD300', 'locs (1, 8732, 4)\nscores (1, 8732, n_classes)'),
+           ('detect_objects', 'boxes, labels, scores'),
+           ('draw_objects', '')]
+    for x, title, steps in ((4, 'training', training), (34, 'use', use)):
+        write(axes, x + 13, 2, title, weight='bold', fontsize=13)
+        for i, (name, result) in enumerate(steps):
+            y = 4.5 + 10.6 * i
+            block(axes, x, y, 26, 4, name, tint(faint, 0.25))
+            if i + 1 < len(steps):
+                arrow(axes, (x + 2, y + 4), (x + 2, y + 10.6))
+            write(axes, x + 3.5, y + 7.1, result, ha='left')
+    for start, end, x in (((4, 27.7), (4, 48.9), 2.5), ((30, 70.1), (60, 38.3), 62.5)):
+        axes.plot([start[0], x, x], [start[1], start[1], end[1]], color=ink, linewidth=1.5)
+        arrow(axes, (x, end[1]), end)
+    write(axes, 1.3, 38.3, 'boxes, labels', rotation=90)
+    write(axes, 46, 68.8, 'weights')
+    return drawing
+
+
+# ---------------------------------------------------------------------------------------------------- Boxes and priors
+
+@figure('jaccard.svg')
+def draw_jaccard():
+    """The Jaccard index of two boxes, and pairs of boxes with other indices."""
+    first, second = examples.jaccard_boxes
+    areas = [box.prod().item() for box in xy_to_cxcy(examples.jaccard_boxes)[:, 2:]]
+    intersection = find_intersection(first[None], second[None]).item()
+    union = sum(areas) - intersection
+    index = find_jaccard_overlap(first[None], second[None]).item()
+    common = torch.cat([torch.max(first[:2], second[:2]), torch.min(first[2:], second[2:])])  # (4)
+    colors = (object_color, prior_color)
+    drawing, axes = canvas(42)
+
+    def draw_pair(pair, x, y, scale, *filled, fill=None):
+        """Two boxes, drawn at (x, y) and to scale, and others of which only the inside is seen."""
+        offset = torch.tensor([x, y] * 2)
+        for box in filled:
+            outline(axes, box * scale + offset, 'none', facecolor=fill, linewidth=0)
+        for box, color in zip(pair, colors):
+            outline(axes, box * scale + offset, color)
+
+    draw_pair((first, second), 2, 4, 4)
+    write(axes, 5.5, 13, f'area {areas[0]:.0f}', color=colors[0])
+    write(axes, 22, 10.5, f'area {areas[1]:.0f}', color=colors[1])
+    for (x, y), ha, dy in zip(examples.jaccard_boxes.view(-1, 2).tolist(), ('left', 'left', 'right', 'right'),
+                              (-1.2, 1.2, -1.2, 1.2)):  # above upper left corners, below lower right ones
+        write(axes, 2 + 4 * x, 4 + 4 * y + dy, f' ({x:.0f}, {y:.0f}) ', ha=ha)
+    draw_pair((first, second), 30.5, 1.6, 1.7, common, fill=tint(prediction_color, 0.7))
+    axes.plot([29.5, 52], [10.6, 10.6], color=ink, linewidth=1.5)
+    draw_pair((first, second), 30.5, 12.6, 1.7, first, second, fill=tint(prediction_color, 0.7))
+    write(axes, 42, 5, f'intersection {intersection:.0f}', ha='left')
+    write(axes, 42, 16, f'union {areas[0]:.0f} + {areas[1]:.0f} − {intersection:.0f} = {union:.0f}', ha='left')
+    write(axes, 54, 10.6, f'= {index:.1f}', ha='left', fontsize=14, weight='bold')
+
+    for i, overlap in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
+        shift = 1 - (2 * overlap / (1 + overlap)) ** 0.5  # of a square by this part of its side, right and down
+        pair = torch.tensor([[0, 0, 1, 1], [shift, shift, 1 + shift, 1 + shift]])
+        index = find_jaccard_overlap(pair[:1], pair[1:]).item()
+        x = 6.4 + 12.8 * i - 3.5 * (1 + shift)
+        draw_pair(pair, x, 26, 7)
+        write(axes, 6.4 + 12.8 * i, 40, f'{index:.1f}', fontsize=13, weight='bold')
+    return drawing
+
+
+@figure('prior_sizes.svg')
+def draw_prior_sizes():
+    """Widths and heights of all priors."""
+    drawing, axes = charts(58)
+    for ratio, name in ((1, '1:1'), (2, '2:1'), (3, '3:1'), (1 / 2, '1:2'), (1 / 3, '1:3')):
+        end = (1.06, 1.06 / ratio) if ratio >= 1 else (1.06 * ratio, 1.06)
+        axes.plot([0, end[0]], [0, end[1]], color=faint, linewidth=0.8, linestyle=':')
+        axes.annotate(name, end, (4, 0) if ratio >= 1 else (0, 4), textcoords='offset points',
+                      ha='left' if ratio >= 1 else 'center', va='center' if ratio >= 1 else 'bottom', fontsize=small)
+    for name, priors in priors_by_map().items():
+        widths, heights = priors[..., 2:].flatten(0, 1).unique(dim=0).unbind(dim=1)
+        axes.plot(widths, heights, 'o', color=map_colors[name], markersize=8, label=name)
+    axes.set(xlim=(0, 1.12), ylim=(0, 1.12), aspect='equal', xlabel='width, as a fraction of the picture',
+             ylabel='height, as a fraction of the picture')
+    drawing.legend(loc='outside upper center', ncols=3, fontsize=small, handletextpad=0.2)
+    return drawing
+
+
+@figure('log_sizes.svg')
+def draw_log_sizes():
+    """How far sizes of a quarter to four times the prior's are apart, with a logarithm and without."""
+    def encoded(ratio):
+        """g_w of an object that is `ratio` times as wide as the prior."""
+        sizes = torch.stack([torch.zeros_like(ratio), torch.zeros_like(ratio), ratio, torch.ones_like(ratio)], dim=1)
+        return cxcy_to_gcxgcy(sizes, torch.tensor([0., 0., 1., 1.]).expand_as(sizes))[:, 2]
+
+    drawing, panels = charts(40, 2)
+    ratios, marked = torch.linspace(0.2, 4.2, 200), torch.tensor([1 / 4, 1 / 2, 1, 2, 4])
+    for axes, title, function in ((panels[0], 'difference $(w - w_p) / w_p$', lambda ratio: ratio - 1),
+                                  (panels[1], 'logarithm $g_w = 5 \\ln (w / w_p)$', encoded)):
+        axes.plot(ratios, function(ratios), color=ink)
+        for ratio, value, name in zip(marked.tolist(), function(marked).tolist(), ('¼', '½', '1', '2', '4')):
+            axes.plot([0, ratio], [value, value], color=prediction_color, linewidth=1, linestyle=':')
+            axes.plot(ratio, value, 'o', color=prediction_color, markersize=7)
+            axes.annotate(name, (ratio, value), (6, -4), textcoords='offset points', va='top')
+        axes.margins(y=0.08)
+        axes.set(title=title, xlabel='$w / w_p$', xlim=(0, 4.7), yticks=function(marked).tolist())
+        axes.yaxis.set_major_formatter('{x:.2f}')
+        axes.tick_params('y', labelsize=small)
+    return drawing
+
+
+@figure('matching_steps.svg')
+def draw_matching_steps():
+    """Three objects and six priors, and how they are matched, step by step."""
+    names, objects, priors = examples.matching_names, examples.matching_boxes, examples.matching_priors
+    criterion = MultiBoxLoss(priors)
+    overlaps = find_jaccard_overlap(objects, cxcy_to_xy(priors))  # (3, 6)
+    own = own_priors(overlaps[None])[0]  # (3)
+    _, [classes] = criterion.match([objects], [torch.arange(1, len(names) + 1)])  # (6)
+    colors = (object_color, series[3], series[4])
+    shown = [[f'{value:.2f}' for value in row] for row in overlaps.tolist()]
+    best, taken = torch.zeros_like(overlaps, dtype=torch.bool), torch.zeros_like(overlaps, dtype=torch.bool)  # (3, 6)
+    best[overlaps.argmax(dim=0), torch.arange(len(priors))] = True
+    taken[torch.arange(len(objects)), own] = True
+    drawing, axes = canvas(78)
+
+    def draw_boxes(x, title, prior_colors):
+        """The objects and the priors in a square, whose left edge is at x."""
+        write(axes, x + 14, 1.8, title, weight='bold')
+        block(axes, x, 3.5, 28, 28, edge=faint)
+        offset = torch.tensor([x, 3.5] * 2)
+        for (x_min, y_min, x_max, y_max), name, color in zip((objects * 28 + offset).tolist(), names, colors):
+            outline(axes, (x_min, y_min, x_max, y_max), color, facecolor=to_rgba(color, 0.25), linewidth=0)
+            label_y = {'cat': y_max + 1, 'dog': y_min - 1.2}.get(name, (y_min + y_max) / 2)
+            write(axes, (x_min + x_max) / 2, label_y, name)
+        for i, (prior, color) in enumerate(zip(priors, prior_colors)):
+            outline(axes, cxcy_to_xy(prior) * 28 + offset, color, linewidth=1.5 if color == faint else 2.5,
+                    linestyle='-' if i % 2 else '--')
+            write(axes, *(prior[:2] * 28 + offset[:2]).tolist(), str(i + 1), color=color, fontsize=13, weight='bold')
+
+    draw_boxes(2, 'three objects, six priors', [prior_color] * len(priors))
+    draw_boxes(34, 'matched', [(faint, *colors)[label] for label in classes.tolist()])
+
+    def draw_table(y, title, rows, marked):
+        """A row for each name, a column for each prior; what is marked has the color of its object."""
+        write(axes, 2, y, title, ha='left', va='bottom')
+        for j in range(len(priors)):
+            write(axes, 12.5 + 9 * j, y + 1.8, f'prior {j + 1}', color=prior_color)
+        for i, (row, color) in enumerate(zip(rows, colors)):
+            write(axes, 2, y + 4.7 + 2.8 * i, names[i], ha='left', color=color, weight='bold')
+            fills = [tint(color, 0.5) if mark else paper for mark in marked[i].tolist()]
+            table(axes, 8, y + 3.3 + 2.8 * i, [row], (9, 2.8), [fills])
+
+    draw_table(36.5, 'Step 2: each prior takes the object that it overlaps most.', shown, best)
+    draw_table(54.5, 'Step 3: each object takes a prior of its own, the largest overlap first.\n'
+               f'Prior {own[0] + 1} is taken, so the {names[1]} takes its next best, prior {own[1] + 1}.', shown, taken)
+    for i, (wanted, got) in enumerate(zip(overlaps.argmax(dim=1).tolist(), own.tolist())):
+        if wanted != got:
+            x, y = 8 + 9 * wanted, 57.8 + 2.8 * i  # the cell in the second table
+            outline(axes, (x, y, x + 9, y + 2.8), wrong_color, linestyle='--', zorder=3)
+    write(axes, 2, 70, f'Step 4: the others need an overlap of {criterion.threshold}, or are background.', ha='left',
+          va='bottom')
+    table(axes, 8, 71.2, [[('back-\nground', *names)[label] for label in classes.tolist()]], (9, 5),
+          [[(paper, *(tint(color, 0.5) for color in colors))[label] for label in classes.tolist()]])
+    return drawing
+
+
+# --------------------------------------------------------------------------------------------------- Loss and learning
+
+@figure('smooth_l1.svg')
+def draw_smooth_l1():
+    """Smooth L1 between L1 and L2, and its gradient."""
+    error = torch.linspace(-3, 3, 301, requires_grad=True)
+    zero = torch.zeros_like(error)
+    smooth = F.smooth_l1_loss(error, zero, reduction='none')  # (301)
+    gradient, = torch.autograd.grad(smooth.sum(), error)  # (301)
+    error, smooth = error.detach(), smooth.detach()
+    drawing, (left, right) = charts(30, 2)
+    left.plot(error, error ** 2 / 2, color=faint, linestyle='--', label='L2: $x^2 / 2$')
+    left.plot(error, error.abs(), color=faint, linestyle=':', label='L1: $|x|$')
+    left.plot(error, smooth, color=prediction_color, linewidth=3, label='Smooth L1')
+    left.set(title='loss', xlabel='error $x$', ylim=(-0.1, 4.5))
+    left.legend(fontsize=small, loc='upper center')
+    right.plot(error, gradient, color=prediction_color, linewidth=3)
+    right.set(title='gradient of Smooth L1', xlabel='error $x$', yticks=(-1, 0, 1))
+    return drawing
+
+
+@figure('hard_negatives.svg')
+def draw_hard_negatives():
+    """The trained demo detector's confidence losses for a test picture's background, and how few of them count."""
+    model, _ = trained.detector()
+    criterion = MultiBoxLoss(model.priors_cxcy)
+    images, boxes, labels, _ = collate_fn([trained.test_set()[0]])
+    with torch.no_grad():
+        _, predicted_scores = model(images)  # (1, 8732, 4), (1, 8732, n_classes)
+    _, true_classes = criterion.match(boxes, labels)  # (1, 8732, 4), (1, 8732)
+    losses = F.cross_entropy(predicted_scores[0], true_classes[0], reduction='none')  # (8732)
+    negatives = losses[true_classes[0] == 0].sort(descending=True).values
+    n_positive = int((true_classes > 0).sum())
+    n_hard = criterion.neg_pos_ratio * n_positive
+    ranks = torch.arange(1, len(negatives) + 1)
+    drawing, axes = charts(36)
+    axes.loglog(ranks, negatives, color=faint)
+    axes.loglog(ranks[:n_hard], negatives[:n_hard], color=wrong_color, linewidth=4)
+    axes.axvline(n_hard, color=ink, linewidth=1, linestyle='--')
+    axes.annotate(f'{criterion.neg_pos_ratio} × {n_positive} = {n_hard}', (n_hard, 0.97), (6, 0), fontsize=small,
+                  xycoords=('data', 'axes fraction'), textcoords='offset points', va='top')
+    sums = [part.sum().item() for part in (losses[true_classes[0] > 0], negatives[:n_hard], negatives[n_hard:])]
+    axes.text(0.03, 0.05, f'losses added up:\n{n_positive} positive priors: {sums[0]:.0f}\n'
+              f'{n_hard} hard negatives: {sums[1]:.0f}\n{len(negatives) - n_hard} others: {sums[2]:.0f}, not counted',
+              transform=axes.transAxes, fontsize=small)
+    axes.set(xlabel='background priors, the hardest first', ylabel='confidence loss')
+    axes.xaxis.set_major_formatter('{x:.0f}')
+    return drawing
+
+
+@figure('learning_rate.svg')
+def draw_learning_rate():
+    """The learning rate of train.py over the epochs."""
+    optimizer = train.make_optimizer(torch.nn.Sequential(torch.nn.Linear(1, 1)), train.lr, train.momentum,
+                                     train.weight_decay)
+    rates = []
+    for epoch in range(train.epochs):
+        if epoch in train.decay_lr_at:
+            adjust_learning_rate(optimizer, train.decay_lr_to)
+        rates.append([group['lr'] for group in optimizer.param_groups])
+    biases, others = zip(*rates)
+    drawing, axes = charts(30)
+    epochs = range(train.epochs + 1)
+    axes.stairs(biases, epochs, baseline=None, color=faint, linewidth=2, linestyle='--', label='biases')
+    axes.stairs(others, epochs, baseline=None, color=ink, linewidth=2.5, label='all other weights')
+    axes.set(yscale='log', xlabel='epoch', ylabel='learning rate', xticks=(0, *train.decay_lr_at, train.epochs))
+    axes.legend(fontsize=small)
+    return drawing
+
+
+@figure('loss_curve.svg')
+def draw_loss_curve():
+    """The loss of the demo's training, and its two parts."""
+    rows = trained.read_table(trained.learning_path)
+    n_batches = max(row['batch'] for row in rows)
+    iterations = [row['epoch'] * n_batches + row['batch'] for row in rows]
+    drawing, axes = charts(34)
+    for column, color, label in (('loss', ink, 'loss'), ('conf_loss', prediction_color, 'confidence loss'),
+                                 ('loc_loss', prior_color, 'localization loss')):
+        axes.plot(iterations, [row[column] for row in rows], color=color, label=label)
+    axes.set(xlabel='iteration', ylabel='loss', xlim=(0, None), ylim=(0, None))
+    axes.legend(fontsize=small)
+    return drawing
+
+
+# ---------------------------------------------------------------------------------------------------------- Evaluation
+
+@figure('average_precision.svg')
+def draw_average_precision():
+    """Eight detections, their precision over recall, and the average precision."""
+    hits, n_objects = examples.hits, examples.n_objects
+    found = hits.cumsum(0)  # (8)
+    precisions, recalls = found / torch.arange(1, len(hits) + 1), found / n_objects  # (8), (8)
+    colors = [object_color if hit else wrong_color for hit in hits.tolist()]
+    rows = {'by score': [str(rank) for rank in range(1, len(hits) + 1)],
+            'hit?': ['✓' if hit else '✗' for hit in hits.tolist()],
+            'precision': [f'{value:.2f}' for value in precisions.tolist()],
+            'recall': [f'{value:.1f}' for value in recalls.tolist()]}
+    drawing, axes = canvas(58)
+    for i, (name, texts) in enumerate(rows.items()):
+        write(axes, 1, 2.5 + 3 * i, name, ha='left')
+        table(axes, 11, 1 + 3 * i, [texts], (6.4, 3), [[tint(color, 0.35) for color in colors]])
+    chart = drawing.add_axes((0.12, 0.11, 0.85, 0.62))
+    tenths = torch.arange(11)
+    reached = found * 10 >= tenths.unsqueeze(1) * n_objects  # (11, 8)
+    best = precisions.where(reached, 0).max(dim=1).values  # (11)
+    chart.step(tenths / 10, best, color=prediction_color, linewidth=1, linestyle='--')
+    chart.plot(recalls, precisions, color=faint, linewidth=1)
+    chart.scatter(recalls, precisions, 45, colors, zorder=3)
+    chart.plot(tenths / 10, best, 'o', color=prediction_color, markersize=13, markerfacecolor='none', markeredgewidth=2)
+    chart.text(0.02, 0.2, f'circles: best precision at this recall\nor beyond, 0 if there is none\n\n'
+               f'AP, the mean of the 11 circles: {average_precision(hits, n_objects):.3f}', fontsize=small, va='center')
+    chart.set(xlabel='recall', ylabel='precision', xlim=(-0.03, 1.03), ylim=(-0.06, 1.1), xticks=tenths / 10)
+    return drawing

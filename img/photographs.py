@@ -1,0 +1,591 @@
+"""
+The tutorial's pictures with photographs in them, and of the demo's detector at work (see trained.py).
+
+All boxes are drawn in fractional coordinates: `show` stretches a picture over the square from 0 to 1, at the picture's
+own aspect ratio.
+"""
+import copy
+import math
+import random
+from functools import partial
+
+import numpy as np
+import torch
+from matplotlib.patches import Rectangle
+from PIL import Image
+from skimage import data
+
+import examples
+from detect import detect, draw_objects, find_objects
+from model import MultiBoxLoss
+from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
+                   wrong_color)
+from trained import detector, evaluated, min_score_path, read_table, snapshots, test_set
+from utils import (average_precision, centers_inside, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, expand,
+                   feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, match_detections, mean,
+                   non_maximum_suppression, open_image, photometric_distort, random_crop, resize, std, transform,
+                   xy_to_cxcy)
+
+# The objects of scikit-image's photographs, in boundary coordinates in pixels
+objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 290), 'helmet': (277, 344, 512, 512)},
+           'coffee': {'cup': (172, 18, 409, 308), 'saucer': (77, 68, 480, 388), 'spoon': (326, 66, 425, 327)},
+           'motorcycle': {'motorcycle': (93, 45, 684, 452), 'bench': (41, 106, 283, 310)},
+           'chelsea': {}}
+letters = 11  # points, of the text in pictures
+dashes = (0, (4, 3))  # of lines: four line widths on, three off
+
+
+# ------------------------------------------------------------------------------------------------------------ Tools
+
+def photograph(name):
+    """
+    :param name: one of `objects`
+    :return: a PIL image in RGB, and the objects' boxes in boundary coordinates in pixels, (n_objects, 4)
+    """
+    pixels = data.stereo_motorcycle()[0] if name == 'motorcycle' else getattr(data, name)()
+    return Image.fromarray(pixels), torch.tensor(list(objects[name].values()), dtype=torch.float32).view(-1, 4)
+
+
+def fractional(boxes, image):
+    """
+    :param boxes: boundary coordinates in pixels, (n, 4)
+    :param image: a PIL image
+    :return: fractional boundary coordinates, (n, 4)
+    """
+    return torch.as_tensor(boxes) / torch.tensor(image.size * 2)
+
+
+def panels(rows, columns, height, row_heights=None):
+    """
+    :param height: of the figure, in inches
+    :param row_heights: of the rows, in proportion to each other
+    :return: a figure, and its axes as a flat list
+    """
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout='constrained', squeeze=False,
+                             height_ratios=row_heights)
+    return fig, list(axes.flat)
+
+
+def show(ax, image, title='', margin=0.):
+    """
+    Draw a picture.
+
+    :param image: a PIL image
+    :param margin: white space around it, as a fraction of its size
+    """
+    ax.imshow(image, extent=(0, 1, 1, 0), aspect=image.height / image.width)
+    ax.set(xlim=(-margin, 1 + margin), ylim=(1 + margin, -margin))
+    ax.axis('off')
+    ax.set_title(title, fontsize=12, pad=5)
+
+
+def outline(ax, box, color, text='', at='top left', **options):
+    """
+    Draw a box.
+
+    :param box: fractional boundary coordinates
+    :param text: written on a plate of the box's color in one of its corners
+    :param at: that corner
+    :param options: of matplotlib's Rectangle
+    """
+    x_min, y_min, x_max, y_max = map(float, box)
+    options = {'linewidth': 2, 'zorder': 3} | options
+    ax.add_patch(Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, fill=False, edgecolor=color, **options))
+    if text:
+        vertical, horizontal = at.split()
+        write(ax, x_min if horizontal == 'left' else x_max, y_min if vertical == 'top' else y_max, text, color,
+              ha=horizontal, va=vertical)
+
+
+def outline_all(ax, boxes, color, **options):
+    """Draw many boxes, see `outline`."""
+    for box in boxes:
+        outline(ax, box, color, **options)
+
+
+def write(ax, x, y, text, color, **options):
+    """Write on a plate of a color."""
+    options = {'ha': 'left', 'va': 'top'} | options
+    ax.text(x, y, text, color=paper, fontsize=letters, zorder=5,
+            bbox={'facecolor': color, 'edgecolor': 'none', 'pad': 1.5}, **options)
+
+
+def grid(ax, size, color=paper, **options):
+    """Draw the tiles of a feature map over a picture."""
+    for line in range(size + 1):
+        ax.plot([line / size] * 2, [0, 1], color=color, **options)
+        ax.plot([0, 1], [line / size] * 2, color=color, **options)
+
+
+def rendered(fig):
+    """
+    :return: the figure as a PIL image of 256 colors, which makes a small file
+    """
+    fig.canvas.draw()
+    image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert('RGB')
+    plt.close(fig)
+    return image.quantize(256, dither=Image.Dither.NONE)
+
+
+def vary(image, boxes, rng):
+    """
+    :param image: a PIL image
+    :param boxes: boundary coordinates in pixels, (n_objects, 4)
+    :param rng: the source of random numbers
+    :return: what `transform` makes of them for training: a PIL image, 300x300, and fractional boxes, (n, 4)
+    """
+    normalized, boxes, _, _ = transform(image, boxes, torch.ones(len(boxes)), torch.zeros(len(boxes)), 'TRAIN', rng)
+    pixels = normalized.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)  # (300, 300, 3)
+    return Image.fromarray((pixels * 255).round().byte().numpy()), boxes
+
+
+# ------------------------------------------------------------------------------------------------------- Detections
+
+found_in = (2, 6, 10, 25, 26, 38)  # test pictures with detections
+watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
+min_score = 0.35  # of the detections that are drawn, as in demo.py
+
+
+@figure('detections.png')
+def draw_detections():
+    """What the demo's detector finds in six of the test pictures, drawn by detect.py."""
+    fig, axes = panels(2, 3, 4.2)
+    for ax, i in zip(axes, found_in):
+        image = open_image(test_set().images[i])
+        image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
+        show(ax, detect(image, min_score, max_overlap=0.45, top_k=200, detector=detector()))
+    return rendered(fig)
+
+
+@figure('learning.gif')
+def draw_learning():
+    """
+    What the detector finds in six test pictures after more and more iterations: of the best 50 boxes in each picture
+    those above `min_score` in their class's color, and what else is among the best 5 in white.
+    """
+    colors = list(make_color_map(detector()[1]).values())
+    frames = []
+    for iteration, (boxes, labels, scores) in snapshots().items():
+        fig, axes = panels(2, 3, 4.8)
+        fig.set_dpi(110)
+        fig.suptitle(f'{iteration} iterations', fontsize=22)
+        for ax, i in zip(axes, watched):
+            show(ax, open_image(test_set().images[i]))
+            for rank, (box, label, score) in enumerate(zip(boxes[i].clamp(0, 1), labels[i], scores[i])):
+                if score > min_score and rank < 50:
+                    outline(ax, box, colors[label])
+                elif rank < 5:
+                    outline(ax, box, paper, linewidth=0.8, zorder=2)
+        frames.append((rendered(fig), 1200))
+    return [*frames[:-1], (frames[-1][0], 4000)]
+
+
+# ------------------------------------------------------------------------------------------- Coordinates and priors
+
+@figure('coordinates.png')
+def draw_coordinates():
+    """A box in boundary and in center-size coordinates, in pixels and in fractions of the picture's size."""
+    image, boxes = photograph('coffee')
+    box = fractional(boxes[0], image)
+    (x_min, y_min, x_max, y_max), (c_x, c_y, _, _) = box.tolist(), xy_to_cxcy(box).tolist()
+    fig, axes = panels(2, 2, 4.7)
+    forms = (('boundary', ('x_min', 'y_min', 'x_max', 'y_max'), boxes[0]),
+             ('center-size', ('c_x', 'c_y', 'w', 'h'), xy_to_cxcy(boxes[0])))
+    for ax, side, (title, names, in_pixels) in zip(axes[::2], axes[1::2], forms):
+        show(ax, image)
+        outline(ax, box, object_color, linewidth=2.5)
+        side.axis('off')
+        side.set(xlim=(0, 1), ylim=(5.3, -0.7))
+        cells = [(title, 'pixels', 'fraction')]
+        cells += [(name, f'{pixels:g}', f'{fraction:.3f}') for name, pixels, fraction in
+                  zip(names, in_pixels.tolist(), fractional(in_pixels, image).tolist())]
+        for row, (name, *numbers) in enumerate(cells):
+            side.text(0.06, row, name, weight='bold' if row == 0 else 'normal')
+            for x, number in zip((0.68, 1), numbers):
+                side.text(x, row, number, ha='right', color=ink if row else faint)
+    boundary, center_size = axes[::2]
+    boundary.plot([x_min, x_max], [y_min, y_max], 'o', color=object_color, markersize=8, zorder=4)
+    write(boundary, x_min - 0.04, y_min, 'x_min\ny_min', object_color, ha='right')
+    write(boundary, x_max + 0.04, y_max, 'x_max\ny_max', object_color, va='bottom')
+    center_size.plot(c_x, c_y, 'o', color=object_color, markersize=8, zorder=4)
+    write(center_size, c_x, c_y - 0.06, 'c_x, c_y', object_color, ha='center', va='bottom')
+    arrow = {'arrowstyle': '<->', 'color': paper, 'linewidth': 2, 'shrinkA': 0, 'shrinkB': 0}
+    center_size.annotate('', (x_min, 0.87), (x_max, 0.87), arrowprops=arrow)
+    center_size.annotate('', (0.78, y_min), (0.78, y_max), arrowprops=arrow)
+    write(center_size, c_x, 0.87, 'w', object_color, ha='center', va='center')
+    write(center_size, 0.78, c_y, 'h', object_color, ha='center', va='center')
+    return rendered(fig)
+
+
+@figure('feature_maps.png')
+def draw_feature_maps():
+    """The tiles of the six feature maps over the picture that the network sees."""
+    image, _ = photograph('astronaut')
+    fig, axes = panels(2, 3, 4.8)
+    for ax, (name, feature_map) in zip(axes, feature_maps.items()):
+        show(ax, image, f'{name}: {feature_map.size} × {feature_map.size}')
+        grid(ax, feature_map.size, linewidth=0.6 if feature_map.size > 10 else 1.5)
+    return rendered(fig)
+
+
+def priors_by_map():
+    """
+    :return: dict of feature map -> its priors, (size, size, priors per tile, 4)
+    """
+    maps = feature_maps.values()
+    parts = create_prior_boxes().split([m.size ** 2 * (len(m.ratios) + 1) for m in maps])
+    return {name: part.view(m.size, m.size, -1, 4) for name, m, part in zip(feature_maps, maps, parts)}
+
+
+@figure('priors.png')
+def draw_priors():
+    """For each feature map the priors of one of its tiles; they may reach over the picture's edge."""
+    image, _ = photograph('astronaut')
+    fig, axes = panels(2, 3, 4)
+    for ax, (name, priors), color in zip(axes, priors_by_map().items(), series):
+        size = len(priors)
+        row, column = size // 2, int(0.7 * size)
+        show(ax, image, f'{name}: scale {feature_maps[name].scale:g}')
+        ax.set(xlim=(-0.03, 1.36), ylim=(1.03, -0.03))
+        ax.add_patch(Rectangle((column / size, row / size), 1 / size, 1 / size, color=paper, alpha=0.6))
+        outline_all(ax, cxcy_to_xy(priors[row, column]), color, linewidth=1.2 if size > 10 else 2)
+    return rendered(fig)
+
+
+def unclamped_by_map():
+    """
+    :return: what `priors_by_map` would return if widths and heights were not clamped to 1
+    """
+    unclamped = priors_by_map()
+    scales = [feature_map.scale for feature_map in feature_maps.values()]
+    extra_scales = [math.sqrt(this * following) for this, following in zip(scales, scales[1:])] + [1.]
+    for (name, (_, _, scale, ratios)), extra_scale in zip(feature_maps.items(), extra_scales):
+        sizes = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
+        unclamped[name][..., 2:] = torch.tensor([sizes[0], (extra_scale, extra_scale), *sizes[1:]])
+    return unclamped
+
+
+@figure('clamped.png')
+def draw_clamped():
+    """Two of the 20 priors that the clamp changes, and one that reaches over the edge and is not changed."""
+    image, _ = photograph('astronaut')
+    priors, unclamped = priors_by_map(), unclamped_by_map()
+    fig, axes = panels(1, 3, 2.3)
+    for ax, name, (row, column, number) in zip(axes, ('conv11_2', 'conv10_2', 'conv9_2'),
+                                               ((0, 0, 2), (1, 1, 2), (0, 0, 0))):
+        changed = ((priors[name] - unclamped[name]).abs() > 1e-6).any(dim=3)  # (size, size, priors per tile)
+        prior, before = priors[name][row, column, number], unclamped[name][row, column, number]
+        show(ax, image, f'{name}: {changed.sum()} changed')
+        ax.set(xlim=(-0.2, 1.2), ylim=(1.02, -0.2))
+        outline(ax, cxcy_to_xy(prior), prior_color, linewidth=2.5)
+        text = 'not cut'
+        if changed[row, column, number]:
+            outline(ax, cxcy_to_xy(before), wrong_color, linestyle=dashes)
+            text = f'w: {before[2]:.3f} → {prior[2]:g}'
+        write(ax, 0.5, 0.97, text, prior_color, ha='center', va='bottom')
+    return rendered(fig)
+
+
+@figure('offsets.png')
+def draw_offsets():
+    """An object and a prior, and the object's four offsets from it. The grid has a tenth of the prior's size."""
+    prior, thing = examples.offset_prior, examples.offset_object
+    (p_x, p_y, p_w, p_h), (x, y, w, h) = prior.tolist(), thing.tolist()
+    g_cx, g_cy, g_w, g_h = cxcy_to_gcxgcy(thing, prior).tolist()
+    prior_xy, object_xy = cxcy_to_xy(prior).tolist(), cxcy_to_xy(thing).tolist()
+    fig, [ax] = panels(1, 1, 3.7)
+    ax.set(xlim=(0.34, 1), ylim=(0.71, 0.34), aspect='equal')
+    ax.axis('off')
+    for tenth in range(1, 10):
+        line_x, line_y = (low + tenth / 10 * size for low, size in zip(prior_xy, (p_w, p_h)))
+        ax.plot([line_x, line_x], prior_xy[1::2], color=prior_color, alpha=0.3, linewidth=0.8)
+        ax.plot(prior_xy[::2], [line_y, line_y], color=prior_color, alpha=0.3, linewidth=0.8)
+    outline(ax, prior_xy, prior_color, 'prior', 'bottom right', linewidth=2.5)
+    outline(ax, object_xy, object_color, 'object', 'top left', linewidth=2.5)
+    for (start, end) in (((p_x, p_y), (x, p_y)), ((x, p_y), (x, y))):
+        ax.annotate('', end, start, zorder=4, arrowprops={
+            'arrowstyle': '-|>', 'color': ink, 'linewidth': 2, 'shrinkA': 0, 'shrinkB': 0})
+    ax.plot(p_x, p_y, 'o', color=prior_color, markersize=8, zorder=5)
+    ax.plot(x, y, 'o', color=object_color, markersize=8, zorder=5)
+    write(ax, (p_x + x) / 2, p_y + 0.012, f'${g_cx:.1f}$', ink, ha='center')
+    write(ax, x + 0.012, (p_y + y) / 2, f'${g_cy:.1f}$', ink, va='center')
+    for line, (center, size, color) in enumerate(((p_x, p_w, prior_color), (x, w, object_color))):
+        at = 0.64 + 0.045 * line
+        ax.plot([center - size / 2, center + size / 2], [at, at], '|-', color=color, markersize=12, markeredgewidth=2)
+        write(ax, center, at, f'{size:.2f}', color, ha='center', va='center')
+    lines = (rf'$g_{{cx}} = \frac{{{x:.2f} - {p_x:.2f}}}{{{p_w:.2f} \,/\, 10}} = {g_cx:.1f}$',
+             rf'$g_{{cy}} = \frac{{{y:.2f} - {p_y:.2f}}}{{{p_h:.2f} \,/\, 10}} = {g_cy:.1f}$',
+             rf'$g_w = 5\,\ln\,\frac{{{w:.2f}}}{{{p_w:.2f}}} = {g_w:.2f}$',
+             rf'$g_h = 5\,\ln\,\frac{{{h:.2f}}}{{{p_h:.2f}}} = {g_h:.0f}$')
+    for row, line in enumerate(lines):
+        ax.text(0.71, 0.39 + 0.09 * row, line, fontsize=17, va='center')
+    return rendered(fig)
+
+
+# ------------------------------------------------------------------------------- Matching, decoding and suppression
+
+@figure('matching.png')
+def draw_matching():
+    """The priors that are to find each object of two photographs."""
+    criterion = MultiBoxLoss(create_prior_boxes())
+    priors_xy = cxcy_to_xy(criterion.priors_cxcy)  # (8732, 4)
+    fig, axes = panels(2, 3, 4.15, row_heights=(1.34, 1))
+    for name, row in (('astronaut', axes[:3]), ('coffee', axes[3:])):
+        image, boxes = photograph(name)
+        boxes = fractional(boxes, image)
+        _, matched = criterion.match([boxes], [torch.arange(1, 4)])  # (1, 8732)
+        for i, (ax, label, box) in enumerate(zip(row, objects[name], boxes), 1):
+            positive = priors_xy[matched[0] == i]
+            show(ax, image, f'{label}: {len(positive)} priors', margin=0.2)
+            outline_all(ax, positive, prior_color, linewidth=1)
+            outline(ax, box, object_color, linewidth=2.5)
+    return rendered(fig)
+
+
+@figure('decoding.png')
+def draw_decoding():
+    """From predictions to detections in a test picture of the demo."""
+    model, label_map = detector()
+    image, normalized = open_image(test_set().images[found_in[-1]]), test_set()[found_in[-1]][0]
+    image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
+    colors = list(make_color_map(label_map).values())
+    with torch.no_grad():
+        locs, scores = model(normalized.unsqueeze(0))  # (1, 8732, 4), (1, 8732, n_classes)
+    boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, model.priors_cxcy))[0]  # (8732, 4)
+    scores = scores.softmax(dim=2)[0, :, 1:]  # (8732, n_classes - 1)
+    best, labels = scores.max(dim=1)  # (8732), (8732)
+
+    fig, axes = panels(2, 2, 6.2)
+    show(axes[0], image, f'{len(boxes)} boxes')
+    for box, label in zip(boxes, labels + 1):
+        outline(axes[0], box, colors[label], linewidth=0.1)
+    for ax, threshold in zip(axes[1:3], (0.1, min_score)):
+        found, labels = (scores > threshold).nonzero(as_tuple=True)  # (n), (n)
+        show(ax, image, f'{len(found)} scores above {threshold}')
+        for box, label in zip(boxes[found], labels + 1):
+            outline(ax, box, colors[label], linewidth=0.8)
+    detections = find_objects([image], min_score, 0.45, 200, model, label_map)[0]
+    show(axes[3], draw_objects(image, detections, label_map), f'{len(detections)} after suppression')
+    return rendered(fig)
+
+
+@figure('nms.png')
+def draw_nms():
+    """Non-maximum suppression of six detections, step by step."""
+    image, _ = photograph('astronaut')
+    labels, scores, boxes = examples.nms_labels, examples.nms_scores, examples.nms_boxes
+    groups = torch.tensor([sorted(set(labels)).index(label) for label in labels])
+    max_overlap = 0.45
+    kept = non_maximum_suppression(boxes, scores, groups, max_overlap).tolist()
+    names = [f'{label} {score:.2f}' for label, score in zip(labels, scores)]
+    corners = ('bottom left', 'bottom left', 'bottom left', 'top right', 'bottom right', 'bottom right')
+
+    fig, axes = panels(2, 2, 6.8)
+    for ax, title in zip(axes, (f'{len(boxes)} detections', f'Best: {names[kept[0]]}', f'Next: {names[kept[1]]}',
+                                f'{len(kept)} are left')):
+        show(ax, image, title)
+    for box, name, corner in zip(boxes, names, corners):
+        outline(axes[0], box, prediction_color, name, corner)
+    left = set(range(len(boxes)))
+    for ax, best in zip(axes[1:3], kept):
+        overlaps = find_jaccard_overlap(boxes[best:best + 1], boxes)[0]  # (6)
+        struck = {i for i in left if groups[i] == groups[best] and overlaps[i] > max_overlap} - {best}
+        for i in left - {best}:
+            if groups[i] != groups[best]:
+                outline(ax, boxes[i], faint, linewidth=1.5)
+            else:
+                outline(ax, boxes[i], wrong_color if i in struck else prediction_color, f'overlap {overlaps[i]:.2f}',
+                        corners[i], linestyle=dashes if i in struck else '-')
+        outline(ax, boxes[best], prediction_color, names[best], corners[best], linewidth=4)
+        left -= struck
+    for i in kept:
+        outline(axes[3], boxes[i], prediction_color, names[i], corners[i])
+    return rendered(fig)
+
+
+# ------------------------------------------------------------------------------------------------------- Transforms
+
+class Extreme:
+    """
+    A source of random numbers for `photometric_distort` that asks for one distortion, as strong as it can be.
+
+    :param which: of the four distortions
+    :param end: 0 for the lowest strength, 1 for the highest
+    """
+
+    def __init__(self, which, end):
+        self.chances, self.end = [1. if i != which else 0. for i in range(4)], end
+
+    def shuffle(self, distortions):
+        """Leave the order as it is."""
+
+    def random(self):
+        """Decide for the next distortion: 0 to apply it, 1 to leave it out."""
+        return self.chances.pop(0)
+
+    def uniform(self, *bounds):
+        """Draw the strength, and remember it."""
+        self.strength = bounds[self.end]
+        return self.strength
+
+
+@figure('distort.png')
+def draw_distort():
+    """Brightness, contrast, saturation and hue at both extremes, and random distortions."""
+    image, _ = photograph('chelsea')
+    fig, axes = panels(3, 4, 3.9)
+    for i, (ax, name) in enumerate(zip(axes, ('brightness', 'contrast', 'saturation', 'hue') * 2)):
+        extreme = Extreme(i % 4, i // 4)
+        distorted = photometric_distort(image, extreme)
+        show(ax, distorted, f'{name} {extreme.strength:.2g}')
+    for ax, seed in zip(axes[8:], (3, 6, 11, 19)):
+        show(ax, photometric_distort(image, random.Random(seed)), 'random')
+    return rendered(fig)
+
+
+@figure('expand.png')
+def draw_expand():
+    """Three results of `expand`."""
+    image, boxes = photograph('coffee')
+    fig, axes = panels(1, 3, 2.4)
+    for ax, seed in zip(axes, (1, 9, 0)):
+        window = expand((0., 0., float(image.width), float(image.height)), random.Random(seed))
+        drawn, found = resize(image, boxes, window)
+        show(ax, drawn, f'{(window[2] - window[0]) / image.width:.1f} times as wide')
+        outline_all(ax, found, object_color, linewidth=1.5)
+    return rendered(fig)
+
+
+def show_crop(ax, image, boxes, window, title=''):
+    """
+    Draw a picture, pale outside of a window, and the objects' boxes and centers, faint if the crop leaves them out.
+
+    :param boxes: boundary coordinates in pixels, (n_objects, 4)
+    :param window: boundary coordinates in pixels, inside the picture
+    """
+    corners = [round(edge) for edge in window]
+    pale = Image.blend(image, Image.new('RGB', image.size, paper), 0.6)
+    pale.paste(image.crop(corners), corners[:2])
+    show(ax, pale, title)
+    outline(ax, fractional(window, image), ink, linewidth=1.5)
+    for box, kept in zip(fractional(boxes, image), centers_inside(boxes, window)):
+        color = object_color if kept else wrong_color
+        outline(ax, box, color, linestyle='-' if kept else dashes)
+        ax.plot(*xy_to_cxcy(box)[:2], 'o', color=color, markersize=6, zorder=4)
+
+
+@figure('random_crop.png')
+def draw_random_crop():
+    """Windows that `random_crop` chose, and below what they show. An object stays if its center is inside."""
+    image, boxes = photograph('astronaut')
+    whole = (0., 0., float(image.width), float(image.height))
+    fig, axes = panels(2, 4, 3.3)
+    for above, below, seed in zip(axes[:4], axes[4:], (28, 38, 3, 36)):
+        window = random_crop(whole, boxes, random.Random(seed))
+        kept = boxes[centers_inside(boxes, window)]
+        show_crop(above, image, boxes, window)
+        drawn, found = resize(image, kept, window)
+        show(below, drawn)
+        outline_all(below, found, object_color)
+    return rendered(fig)
+
+
+@figure('transforms.png')
+def draw_transforms():
+    """A photograph on its way through the transform for training."""
+    image, boxes = photograph('motorcycle')
+    seed = 1524  # expands, crops and flips
+    final, flipped = vary(image, boxes, random.Random(seed))
+    rng = random.Random(seed)  # draws once more what `transform` has drawn
+    rng.random()
+    expanded = expand((0., 0., float(image.width), float(image.height)), rng)
+    window = random_crop(expanded, boxes, rng)
+    distorted = photometric_distort(image, copy.deepcopy(rng))
+    resized, cropped = resize(image, boxes[centers_inside(boxes, window)], window,
+                              distort=partial(photometric_distort, rng=rng))
+
+    fig, axes = panels(2, 3, 4.05, row_heights=(1, 1.48))
+    for ax, drawn, title in zip(axes, (image, distorted), ('1  photograph', '2  distort')):
+        show(ax, drawn, title)
+        outline_all(ax, fractional(boxes, image), object_color)
+    dims = 3 * image.width // 4, 3 * image.height // 4
+    canvas, on_canvas = resize(distorted, boxes, expanded, dims)
+    show(axes[2], canvas, '3  expand')
+    outline_all(axes[2], on_canvas, object_color)
+    scale = dims[0] / (expanded[2] - expanded[0])
+    shown = torch.tensor(window) - torch.tensor(expanded[:2] * 2)  # the crop's window, from the canvas's corner
+    show_crop(axes[3], canvas, on_canvas * torch.tensor(dims * 2), (shown * scale).tolist(), '4  crop')
+    for ax, drawn, found, title in ((axes[4], resized, cropped, '5  resize'),
+                                    (axes[5], final, flipped, '6  flip')):
+        show(ax, drawn, title)
+        outline_all(ax, found, object_color)
+    return rendered(fig)
+
+
+@figure('variations.png')
+def draw_variations():
+    """Random variations of one photograph."""
+    image, boxes = photograph('motorcycle')
+    fig, axes = panels(3, 4, 4.9)
+    rng = random.Random(8)
+    for ax in axes:
+        varied, found = vary(image, boxes, rng)
+        show(ax, varied)
+        outline_all(ax, found, object_color)
+    return rendered(fig)
+
+
+# ------------------------------------------------------------------------------------------------------- Evaluation
+
+@figure('min_score.png')
+def draw_min_score():
+    """mAP of the demo's detector when detections below a score are left out."""
+    rows = read_table(min_score_path)
+    fig, [ax] = panels(1, 1, 3.4)
+    ax.plot([row['min_score'] for row in rows], [row['mAP'] for row in rows], 'o-', color=prediction_color)
+    for row in rows[4::2]:
+        ax.annotate(f'{row["mAP"]:.2f}', (row['min_score'], row['mAP']), (4, 4), textcoords='offset points')
+    ax.set(xlabel='min_score', ylabel='mAP', ylim=(0, 1.1), xlim=(0, 1))
+    return fig
+
+
+@figure('precision_recall.svg')
+def draw_precision_recall():
+    """Precision over recall of the demo's detector, for each class."""
+    *_, true_labels, true_difficulties = evaluated()
+    labels, _, hits = match_detections(*evaluated())
+    counted = torch.cat(true_labels)[torch.cat(true_difficulties) == 0]
+    fig, [ax] = panels(1, 1, 3.6)
+    for (label, index), color in zip(list(detector()[1].items())[1:], series):
+        n_objects, of_class = (counted == index).sum().item(), hits[labels == index]
+        true_positives = of_class.cumsum(0)
+        ax.plot(true_positives / n_objects, true_positives / torch.arange(1, len(of_class) + 1), color=color,
+                label=f'{label}: AP {average_precision(of_class, n_objects):.3f}')
+    ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.03))
+    ax.legend(loc='lower left')
+    return fig
+
+
+@figure('receptive_field_prior.png')
+def draw_receptive_field_prior():
+    """A prior that is wider than the kernel above it, and what the kernel has seen of the picture."""
+    name, row, column = 'conv9_2', 2, 2
+    image, _ = photograph('astronaut')
+    size, pixels = feature_maps[name].size, 300
+    prior = cxcy_to_xy(priors_by_map()[name][row, column, 3])  # of ratio 3
+    seen = examples.receptive_fields()[name][1] / pixels
+    c_x, c_y = (column + 0.5) / size, (row + 0.5) / size
+    kernel = (c_x - 1.5 / size, c_y - 1.5 / size, c_x + 1.5 / size, c_y + 1.5 / size)
+    fig, [ax] = panels(1, 1, 5)
+    show(ax, image)
+    ax.set(xlim=(-0.7, 1.7), ylim=(1.62, -0.62))
+    grid(ax, size, linewidth=0.8)
+    ax.add_patch(Rectangle(kernel[:2], 3 / size, 3 / size, color=prediction_color, alpha=0.35))
+    outline(ax, kernel, prediction_color)
+    outline(ax, prior, prior_color, linewidth=3)
+    outline(ax, (c_x - seen / 2, c_y - seen / 2, c_x + seen / 2, c_y + seen / 2), ink, linestyle=dashes)
+    write(ax, c_x, c_y - seen / 2, f'has seen {seen * pixels:.0f} pixels', ink, ha='center', va='center')
+    write(ax, 1.04, kernel[1], f'kernel\n{3 / size * pixels:.0f} pixels', prediction_color)
+    write(ax, -0.04, prior[1], f'prior\n{(prior[2] - prior[0]) * pixels:.0f} pixels', prior_color, ha='right')
+    write(ax, 0.5, 1.04, f'picture: {pixels} pixels', faint, ha='center')
+    return rendered(fig)

@@ -1,0 +1,132 @@
+"""The detector of demo.py, watched while it learns: the tutorial's pictures of a detector at work come from it."""
+import csv
+import os
+from functools import cache
+
+import torch
+from torch.utils.data import DataLoader
+
+import demo
+from datasets import PascalVOCDataset, collate_fn
+from model import SSD300
+from train import fit
+from utils import calculate_mAP, create_data_lists, load_checkpoint
+
+images_folder = os.path.dirname(os.path.abspath(__file__))
+data_folder = os.path.join(os.path.dirname(images_folder), 'demo', 'figures')  # not in the repository, nor these two:
+checkpoint_path = os.path.join(data_folder, 'checkpoint_ssd300.pth')
+snapshots_path = os.path.join(data_folder, 'snapshots.pth')
+learning_path = os.path.join(images_folder, 'learning.csv')  # train.py's log
+min_score_path = os.path.join(images_folder, 'min_score.csv')  # mAP without the detections below a score
+n_train = 200  # pictures: a few more than the demo's, which makes 200 iterations in its 4 epochs
+milestones = (0, 10, 25, 50, 100, 200)  # iterations after which we look what the detector finds
+n_watched = 12  # test pictures that we look at then
+min_scores = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def learn():
+    """
+    Train as demo.py does, and keep what the detector finds on its way. It takes a little longer than demo.py.
+    """
+    demo.draw_dataset(data_folder, n_train, demo.n_test)
+    create_data_lists(data_folder, None, data_folder, labels=demo.shapes)
+    watched = torch.stack([test_set()[i][0] for i in range(n_watched)])  # (12, 3, 300, 300)
+
+    torch.manual_seed(0)
+    model = SSD300(n_classes=len(demo.shapes) + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=demo.lr, betas=(0.9, 0.99), fused=True)
+    snapshots, n_steps = {0: find(model, watched)}, 0
+
+    def look(*_):
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps in milestones:
+            snapshots[n_steps] = find(model, watched)
+
+    optimizer.register_step_post_hook(look)
+    unfinished_path = os.path.join(data_folder, 'unfinished.pth')
+    fit(model, optimizer, PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True), unfinished_path, demo.epochs,
+        demo.batch_size, decay_lr_at=demo.decay_lr_at, print_freq=5, bfloat16=demo.faster_in_bfloat16())
+    torch.save(snapshots, snapshots_path)
+    os.replace(os.path.join(data_folder, 'unfinished.csv'), learning_path)
+    os.replace(unfinished_path, checkpoint_path)
+
+    rows = [(min_score, round(mean_average_precision(min_score), 4)) for min_score in min_scores]
+    with open(min_score_path, 'w', newline='') as file:
+        csv.writer(file, lineterminator='\n').writerows([('min_score', 'mAP'), *rows])
+
+
+@torch.no_grad()
+def find(model, images):
+    """
+    :param model: SSD300
+    :param images: its input, (N, 3, 300, 300)
+    :return: boxes, labels and scores of what it finds at eval.py's settings, see `SSD300.detect_objects`
+    """
+    return model.detect_objects(*model(images), min_score=0.01, max_overlap=0.45, top_k=200)
+
+
+def left_by_learn(path):
+    """
+    :param path: a file that `learn` writes
+    :return: the path, and the file is there
+    """
+    if not os.path.exists(path):
+        learn()
+    return path
+
+
+def test_set():
+    """
+    :return: the demo's test pictures, a PascalVOCDataset
+    """
+    return PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
+
+
+def snapshots():
+    """
+    :return: dict of iteration -> boxes, labels, scores: lists with a tensor for each picture that was watched
+    """
+    return torch.load(left_by_learn(snapshots_path), weights_only=True)
+
+
+@cache
+def detector():
+    """
+    :return: the trained SSD300, and its dict of label -> index
+    """
+    saved = load_checkpoint(left_by_learn(checkpoint_path))
+    return SSD300.from_checkpoint(saved).eval(), saved['label_map']
+
+
+@cache
+def evaluated():
+    """
+    :return: boxes, labels, scores of the trained detector's detections in the test pictures, and boxes, labels,
+        difficulties of their objects: lists with a tensor for each picture, as `calculate_mAP` takes them
+    """
+    lists = [[] for _ in range(6)]
+    for images, *objects in DataLoader(test_set(), batch_size=8, collate_fn=collate_fn):
+        for values, of_batch in zip(lists, (*find(detector()[0], images), *objects)):
+            values.extend(of_batch)
+    return lists
+
+
+def mean_average_precision(min_score):
+    """
+    :param min_score: detections with no higher score are left out
+    :return: mAP of the trained detector on the test pictures
+    """
+    *detections, true_boxes, true_labels, true_difficulties = evaluated()
+    kept = [scores > min_score for scores in detections[2]]
+    detections = [[values[of_picture] for values, of_picture in zip(tensors, kept)] for tensors in detections]
+    return calculate_mAP(*detections, true_boxes, true_labels, true_difficulties, detector()[1])[1]
+
+
+def read_table(path):
+    """
+    :param path: a .csv file that `learn` writes
+    :return: list of dicts of column -> number
+    """
+    with open(left_by_learn(path), newline='') as file:
+        return [{column: float(value) for column, value in row.items()} for row in csv.DictReader(file)]
