@@ -179,14 +179,14 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
     """
     stated_size, objects = read_objects(annotation_path)
     known = min(stated_size) > 0  # some tools leave 0 for a size they don't know
-    lies = known and orientation >= 5 and size == stated_size[::-1] != stated_size  # is for the picture as it is stored
-    if known and size not in (None, stated_size) and not lies:
+    as_stored = known and orientation >= 5 and size == stated_size[::-1] != stated_size
+    if known and size not in (None, stated_size) and not as_stored:
         raise UserError(f'{annotation_path} is for a picture of {stated_size[0]:g}x{stated_size[1]:g} pixels, '
                         f'but the picture has {size[0]}x{size[1]}: annotate it anew, or take it out of the split')
     width, height = size or (stated_size if known else (math.inf, math.inf))
     annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': []}
     for label, difficult, box in objects:
-        x_min, y_min, x_max, y_max = (edge - 1 for edge in (turn_box(box, size, orientation) if lies else box))
+        x_min, y_min, x_max, y_max = (edge - 1 for edge in (turn_box(box, size, orientation) if as_stored else box))
         clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
         if label not in label_map or label == 'background':
             annotation['dropped'].append(f"label '{label}' is not one of the labels")
@@ -357,9 +357,8 @@ def write_whole(*paths, mode='wb'):
         raise UserError(f'{", ".join(map(str, paths))} could not be written, and what was there before is as it was: '
                         f'{error.__context__ or error}') from None
     finally:
-        for temporary in temporaries:
-            if os.path.exists(temporary):
-                os.remove(temporary)
+        for temporary in filter(os.path.exists, temporaries):
+            os.remove(temporary)
 
 
 # -------------------------------------------------------------------------------------- Box coordinates and overlaps
@@ -556,30 +555,21 @@ def opened_image(path):
 
 def image_header(path):
     """
-    :param path: a picture file, of which only the header is read; errors as in `opened_image`
+    :param path: a picture file, of which little more than the header is read; errors as in `opened_image`
     :return: (width, height) in pixels, as `open_image` will have them; and EXIF's orientation: 1 if the picture is
         stored upright, 2 to 4 if it is upside down or mirrored, 5 to 8 if its rows are the upright picture's columns
     """
     with opened_image(path) as image:
         orientation = image.getexif().get(0x0112)
         orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
-        if image.format in ('JPEG', 'MPO') and not ends_with(path, b'\xff\xd9'):
-            image.load()  # it seems to be cut off: find out now, not in training
+        if image.format in ('JPEG', 'MPO'):
+            image.fp.seek(-2, os.SEEK_END)
+            if image.fp.read() != b'\xff\xd9':  # it seems to be cut off: find out now, not in training
+                image.load()
         if orientation >= 5 and image.format == 'TIFF':
             image.load()  # Pillow turns these upright by itself, old versions only now
             return image.size, orientation
         return image.size[::-1] if orientation >= 5 else image.size, orientation
-
-
-def ends_with(path, end):
-    """
-    :param path: a file
-    :param end: bytes
-    :return: whether the file ends with them
-    """
-    with open(path, 'rb') as file:
-        file.seek(-len(end), os.SEEK_END)
-        return file.read() == end
 
 
 def open_image(path):

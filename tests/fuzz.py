@@ -309,6 +309,10 @@ def make_picture(rng):
         options['compression'] = rng.choice([None, 'tiff_lzw', 'tiff_deflate', 'packbits'])
     file = io.BytesIO()
     image.save(file, format, **options)
+    try:
+        Image.open(file).load()
+    except OSError:  # old versions of Pillow can't read all that they have written
+        return make_picture(rng)
     return file.getvalue(), image, orientation
 
 

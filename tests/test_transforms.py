@@ -158,6 +158,13 @@ def test_pictures_of_any_mode(tmp_path, mode, color, expected):
     assert open_image(tmp_path / f'a.{suffix}').getpixel((3, 3)) == expected
 
 
+@pytest.mark.filterwarnings('error')
+def test_pixels_that_are_no_numbers_do_not_blacken_the_others():
+    for value in (float('nan'), float('inf'), float('-inf')):
+        image = to_rgb(Image.fromarray(np.array([[2, value, 1]], dtype=np.float32)))
+        assert [image.getpixel((x, 0))[0] for x in range(3)] == [255, 0, 127]
+
+
 def test_palette_transparency_is_white():
     image = Image.new('P', (5, 5), 0)
     image.putpalette([255, 0, 0, 0, 255, 0])
