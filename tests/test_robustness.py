@@ -160,10 +160,22 @@ def test_batch_sizes(folder, tmp_path, capsys, batch_size, n_batches):
 
 # ------------------------------------------------------------------------------------------- Processes, full disks
 
-def start_training(folder, workers=0, **settings):
+common_settings = {'pretrained': None, 'batch_size': 4, 'workers': 0, 'print_freq': 1, 'lr': 1e-5,
+                   'checkpoint_path': 'c.pth'}
+
+
+def train_here(monkeypatch, folder, **settings):
+    """Run train.py's main with a tiny network, in a folder with lists."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, 'SSD300', TinyDetector)
+    for name, value in {**common_settings, **settings}.items():
+        monkeypatch.setattr(train, name, value)
+    train.main()
+
+
+def start_training(folder, **settings):
     """Start train.py with a tiny network, in a folder with lists; the process."""
-    settings = {'pretrained': None, 'batch_size': 4, 'workers': workers, 'print_freq': 1, 'lr': 1e-5,
-                'checkpoint_path': 'c.pth', **settings}
+    settings = {**common_settings, **settings}
     program = ('import files, train\nfrom tiny import TinyDetector\ntrain.SSD300 = TinyDetector\n'
                + ''.join(f'train.{name} = {value!r}\n' for name, value in settings.items())
                + 'if __name__ == "__main__":\n    files.run(train.main)')
@@ -253,10 +265,10 @@ def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tm
     assert none_runs(list(workers), 10)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, monkeypatch):
     """A limit on the size of files stands in for the disk; training goes on when there is room again."""
     copy_lists(folder, tmp_path)
-    assert start_training(tmp_path, epochs=1).wait(60) == 0
+    train_here(monkeypatch, tmp_path, epochs=1)
     before = {name: (tmp_path / name).read_bytes() for name in ('c.pth', 'c.csv')}
     limit = len(before['c.pth']) // 2
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -268,7 +280,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path):
     assert 'File too large' in errors
     assert (tmp_path / 'c.pth').read_bytes() == before['c.pth'] and not (tmp_path / 'c.pth.tmp').exists()
     assert (tmp_path / 'c.csv').read_bytes().startswith(before['c.csv'])
-    assert start_training(tmp_path, epochs=2, checkpoint='c.pth').wait(60) == 0
+    train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
     assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
 
 
@@ -341,15 +353,14 @@ def test_training_does_not_overwrite_another_checkpoint(folder, tmp_path, monkey
         train.main()
 
 
-def test_training_goes_on_with_other_pictures(folder, tmp_path):
+def test_training_goes_on_with_other_pictures(folder, tmp_path, monkeypatch, capsys):
     """Of 40 pictures, 33 are left."""
     copy_lists(folder, tmp_path)
-    assert start_training(tmp_path, epochs=1).wait(60) == 0
+    train_here(monkeypatch, tmp_path, epochs=1)
     for name in ('TRAIN_images.json', 'TRAIN_objects.json'):
         (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text())[7:]))
-    process = start_training(tmp_path, epochs=2, checkpoint='c.pth')
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and errors == '' and 'epoch 1  batch 9/9' in output
+    train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
+    assert 'epoch 1  batch 9/9' in capsys.readouterr().out
     assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
 
 
