@@ -141,7 +141,7 @@ def vary(image, boxes, rng):
 
 # ------------------------------------------------------------------------------------------------------- Detections
 
-found_in = (2, 6, 10, 25, 26, 38)  # test pictures with detections
+found_in = (25, 70, 74, 6, 9, 71)  # test pictures with detections
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
 min_score = 0.35  # of the detections that are drawn, as in demo.py
 
