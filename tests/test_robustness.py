@@ -173,14 +173,33 @@ def train_here(monkeypatch, folder, **settings):
     train.main()
 
 
-def start_training(folder, **settings):
-    """Start train.py with a tiny network, in a folder with lists; the process."""
+def listen_to_ctrl_c():
+    """A shell's background processes, and what they start, do not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def start_training():
+    """A function that starts train.py with a tiny network, in a folder with lists; none outlives the test."""
+    started = []
+
+    def start(folder, **settings):
+        started.append(start_process(folder, settings))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def start_process(folder, settings):
+    """Start train.py with a tiny network; the process."""
     settings = {**common_settings, **settings}
     program = ('import files, train\nfrom tiny import TinyDetector\ntrain.SSD300 = TinyDetector\n'
                + ''.join(f'train.{name} = {value!r}\n' for name, value in settings.items())
                + 'if __name__ == "__main__":\n    files.run(train.main)')
     return subprocess.Popen([sys.executable, '-u', '-c', program], cwd=folder, stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.PIPE, start_new_session=True,
+                            stderr=subprocess.PIPE, start_new_session=True, preexec_fn=listen_to_ctrl_c,
                             env=no_gpu | {'PYTHONPATH': f'{root}:{root}/tests', 'OMP_NUM_THREADS': '1'})
 
 
@@ -210,7 +229,7 @@ def none_runs(pids, seconds):
 @pytest.mark.parametrize('progress, line', [
     ('epoch 0  batch 1/', 'Stopped. There is no checkpoint yet.\n'),
     ('epoch 2  batch 1/', 'Stopped. The last checkpoint is c.pth.\n')])
-def test_ctrl_c_names_the_last_checkpoint(folder, tmp_path, progress, line):
+def test_ctrl_c_names_the_last_checkpoint(folder, tmp_path, start_training, progress, line):
     copy_lists(folder, tmp_path)
     process = start_training(tmp_path, workers=2, epochs=10 ** 6)
     wait_for(process, progress)
@@ -224,7 +243,7 @@ def test_ctrl_c_names_the_last_checkpoint(folder, tmp_path, progress, line):
         assert load_checkpoint(tmp_path / 'c.pth')['epoch'] >= 1
 
 
-def test_no_worker_outlives_a_killed_training(folder, tmp_path):
+def test_no_worker_outlives_a_killed_training(folder, tmp_path, start_training):
     copy_lists(folder, tmp_path)
     process = start_training(tmp_path, workers=2, epochs=10 ** 6)
     wait_for(process, 'epoch 0  batch 2/')
@@ -234,7 +253,7 @@ def test_no_worker_outlives_a_killed_training(folder, tmp_path):
     assert len(workers) >= 2 and none_runs(workers, 30)
 
 
-def test_a_killed_worker_ends_training_in_one_line(folder, tmp_path):
+def test_a_killed_worker_ends_training_in_one_line(folder, tmp_path, start_training):
     copy_lists(folder, tmp_path)
     process = start_training(tmp_path, workers=2, epochs=10 ** 6)
     wait_for(process, 'epoch 0  batch 2/')
@@ -245,7 +264,7 @@ def test_a_killed_worker_ends_training_in_one_line(folder, tmp_path):
     assert errors.startswith('Error: a process that loads pictures was killed') and none_runs(workers, 10)
 
 
-def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tmp_path):
+def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tmp_path, start_training):
     copy_lists(folder, tmp_path)
     images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
     with open(images[0], 'rb') as file:
@@ -265,7 +284,7 @@ def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tm
     assert none_runs(list(workers), 10)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, start_training, monkeypatch):
     """A limit on the size of files stands in for the disk; training goes on when there is room again."""
     copy_lists(folder, tmp_path)
     train_here(monkeypatch, tmp_path, epochs=1)
