@@ -215,7 +215,7 @@ class PredictionConvolutions(nn.Module):
         """
         feats = (conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats)
         locs, classes_scores = [], []
-        for name, feat in zip(feature_maps, feats):
+        for name, feat in zip(feature_maps, feats, strict=True):
             loc = getattr(self, f'loc_{name}')(feat)  # (N, n_priors * 4, size, size)
             cl = getattr(self, f'cl_{name}')(feat)  # (N, n_priors * n_classes, size, size)
             # Reshaping follows the order of the dimensions, so the channels must come last, or predictions would land

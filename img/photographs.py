@@ -505,18 +505,18 @@ def draw_transforms():
                               distort=partial(photometric_distort, rng=rng))
 
     fig, axes = panels(2, 3, 4.05, row_heights=(1, 1.48))
-    for ax, drawn, title in zip(axes, (image, distorted), ('1  photograph', '2  distort')):
+    for ax, drawn, title in zip(axes, (image, distorted), ('photograph', '1  distort')):
         show(ax, drawn, title)
         outline_all(ax, fractional(boxes, image), object_color)
     dims = 3 * image.width // 4, 3 * image.height // 4
     canvas, on_canvas = resize(distorted, boxes, expanded, dims)
-    show(axes[2], canvas, '3  expand')
+    show(axes[2], canvas, '2  expand')
     outline_all(axes[2], on_canvas, object_color)
     scale = dims[0] / (expanded[2] - expanded[0])
     shown = torch.tensor(window) - torch.tensor(expanded[:2] * 2)  # the crop's window, from the canvas's corner
-    show_crop(axes[3], canvas, on_canvas * torch.tensor(dims * 2), (shown * scale).tolist(), '4  crop')
-    for ax, drawn, found, title in ((axes[4], resized, cropped, '5  resize'),
-                                    (axes[5], final, flipped, '6  flip')):
+    show_crop(axes[3], canvas, on_canvas * torch.tensor(dims * 2), (shown * scale).tolist(), '3  crop')
+    for ax, drawn, found, title in ((axes[4], resized, cropped, '4  resize'),
+                                    (axes[5], final, flipped, '5  flip')):
         show(ax, drawn, title)
         outline_all(ax, found, object_color)
     return rendered(fig)
@@ -543,8 +543,8 @@ def draw_min_score():
     rows = read_table(min_score_path)
     fig, [ax] = panels(1, 1, 3.4)
     ax.plot([row['min_score'] for row in rows], [row['mAP'] for row in rows], 'o-', color=prediction_color)
-    for row in rows[4::2]:
-        ax.annotate(f'{row["mAP"]:.2f}', (row['min_score'], row['mAP']), (4, 4), textcoords='offset points')
+    for row in rows[4:]:
+        ax.annotate(f'{row["mAP"]:.3f}', (row['min_score'], row['mAP']), (4, 4), textcoords='offset points')
     ax.set(xlabel='min_score', ylabel='mAP', ylim=(0, 1.1), xlim=(0, 1))
     return fig
 
@@ -585,7 +585,7 @@ def draw_receptive_field_prior():
     outline(ax, prior, prior_color, linewidth=3)
     outline(ax, (c_x - seen / 2, c_y - seen / 2, c_x + seen / 2, c_y + seen / 2), ink, linestyle=dashes)
     write(ax, c_x, c_y - seen / 2, f'has seen {seen * pixels:.0f} pixels', ink, ha='center', va='center')
-    write(ax, 1.04, kernel[1], f'kernel\n{3 / size * pixels:.0f} pixels', prediction_color)
+    write(ax, 1.04, kernel[1], f'3x3 tiles\n{3 / size * pixels:.0f} pixels', prediction_color)
     write(ax, -0.04, prior[1], f'prior\n{(prior[2] - prior[0]) * pixels:.0f} pixels', prior_color, ha='right')
     write(ax, 0.5, 1.04, f'picture: {pixels} pixels', faint, ha='center')
     return rendered(fig)
