@@ -9,7 +9,8 @@ import os
 
 from torchvision.datasets import VOCDetection
 
-from utils import UserError, create_data_lists, run, voc_labels
+from files import UserError, run
+from utils import create_data_lists, voc_labels
 
 voc07_path = 'VOCdevkit/VOC2007'  # folder with JPEGImages, Annotations and ImageSets; its splits trainval and test
 voc12_path = 'VOCdevkit/VOC2012'  # another such folder, whose trainval is added; or None

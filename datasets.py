@@ -7,7 +7,8 @@ import sys
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from utils import UserError, open_image, transform
+from files import UserError, open_image
+from utils import transform
 
 
 class PascalVOCDataset(Dataset):

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from datasets import PascalVOCDataset, collate_fn
 from detect import detect
 from eval import evaluate
+from files import open_image, run
 from model import SSD300
 from train import fit
-from utils import create_data_lists, load_checkpoint, open_image, run
+from utils import create_data_lists, load_checkpoint
 
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes

@@ -13,8 +13,9 @@ from functools import cache
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageSequence
 
+from files import UserError, is_picture, opened_image, run, to_rgb
 import pretrained
-from utils import UserError, is_picture, make_color_map, opened_image, run, to_input, to_rgb
+from utils import make_color_map, to_input
 
 img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
 checkpoint = None  # the weights, from train.py; None for torchvision's, trained on the 80 classes of COCO
@@ -125,7 +126,7 @@ def list_pictures(paths):
 
 def read_frames(path):
     """
-    :param path: a picture file; errors as in `utils.opened_image`
+    :param path: a picture file; errors as in `files.opened_image`
     :return: its frames as a list of PIL images in RGB, one unless it is an animated GIF, PNG or WebP; and what
         `Image.save` has to know to write them again
     """

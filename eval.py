@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from datasets import PascalVOCDataset, collate_fn, quiet_worker
+from files import UserError, run
 from pretrained import load_detector
 from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
-from utils import UserError, calculate_mAP, fast_in_bfloat16, run
+from utils import calculate_mAP, fast_in_bfloat16
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py; None for torchvision's, trained on COCO

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import VGG16_Weights
 
+from files import UserError, one_line
 from processes import mean_over_processes
-from utils import (UserError, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, download_weights,
-                   feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, one_line,
-                   xy_to_cxcy)
+from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, download_weights, feature_maps,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
 
 
 class VGGBase(nn.Module):

@@ -9,9 +9,10 @@ from collections import OrderedDict, defaultdict
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
+from files import UserError, one_line
 from model import SSD300
-from utils import (UserError, create_prior_boxes, download_weights, feature_maps, label_map, load_checkpoint,
-                   make_label_map, mean, one_line, priors_of_map, std)
+from utils import (create_prior_boxes, download_weights, feature_maps, label_map, load_checkpoint, make_label_map, mean,
+                   priors_of_map, std)
 
 coco_weights = SSD300_VGG16_Weights.COCO_V1
 coco_categories = coco_weights.meta['categories']  # 91, of which some are 'N/A'

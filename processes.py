@@ -11,7 +11,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from utils import UserError
+from files import UserError
 
 
 def join_processes():

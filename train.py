@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from datasets import EpochSampler, PascalVOCDataset, collate_fn, quiet_worker
+from files import UserError, run, write_whole
 from model import SSD300, MultiBoxLoss
 from pretrained import start_from_coco
 from processes import (gather_pictures, join_processes, leave_processes, mean_over_processes, n_processes,
                        process_number)
-from utils import (AverageMeter, UserError, adjust_learning_rate, clip_gradient, fast_in_bfloat16, load_checkpoint, run,
-                   save_checkpoint, write_whole)
+from utils import AverageMeter, adjust_learning_rate, clip_gradient, fast_in_bfloat16, load_checkpoint, save_checkpoint
 
 # Data
 data_folder = './'  # where create_data_lists.py wrote the lists

@@ -6,21 +6,18 @@ Boxes come in three forms, and names say which:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
     cxcy    center-size coordinates: (c_x, c_y, w, h)
     gcxgcy  a box as an offset from a prior: what the network predicts
-They are in pixels before `transform` and in fractions of the picture's width and height (0 to 1) after it.
+They are in pixels before `transform` and in fractions of the picture's width and height (0 to 1) after it. See
+"Definitions". The sections that are named here and below are those of README.md.
 """
 import json
 import math
 import os
 import random
-import sys
 import warnings
-import xml.etree.ElementTree as ET
 from collections import Counter, namedtuple
 from colorsys import hsv_to_rgb
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pickle import UnpicklingError
-from xml.parsers import expat
 
 import numpy as np
 import torch
@@ -28,38 +25,7 @@ import torchvision.transforms.functional as FT
 from PIL import Image, ImageOps
 from torchvision.ops import batched_nms, nms
 
-
-class UserError(Exception):
-    """Something the user can put right. Its message is one line; scripts print that line and exit with code 1."""
-
-
-def run(main):
-    """
-    Run a script's `main`, and turn what a user can put right into one line and a non-zero exit.
-
-    :param main: a function without arguments
-    """
-    try:
-        main()
-    except (UserError, OSError) as error:
-        # A data loader's worker wraps our line in a traceback of its own; the last line is still ours.
-        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        sys.exit('Error: ' + line.split('UserError: ')[-1])
-    except torch.cuda.OutOfMemoryError:
-        sys.exit('Error: the GPU ran out of memory: lower batch_size')
-    except RuntimeError as error:
-        if 'DataLoader worker' in str(error):
-            sys.exit('Error: a process that loads pictures was killed, perhaps for lack of memory: lower workers')
-        if not ('onnection' in str(error) and torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise
-        sys.exit('Error: another process ended or was killed; start all again, from the last checkpoint')
-    except KeyboardInterrupt as stop:
-        sys.exit(f'Stopped. {stop}'.strip())
-
-
-def one_line(error):
-    """:return: an error's message, in one line that is not too long"""
-    return ' '.join(str(error).split())[:300]
+from files import UserError, image_header, is_picture, read_objects, turn_box, write_whole
 
 
 # ----------------------------------------------------------------------------------------------------------- Labels
@@ -99,75 +65,13 @@ label_color_map = make_color_map(label_map)
 
 # ---------------------------------------------------------------------------------------- Annotations and data lists
 
-def read_objects(annotation_path):
-    """
-    Read an XML file in Pascal VOC's format.
-
-    :param annotation_path: the file
-    :return: the picture's (width, height) as the file states it, 0 if not; and a list of (label, difficult, box),
-        one for each object; box is the four edges as they stand there, in pixels from 1
-    :raises UserError: the file is missing, is no annotation, or has an object without a name or numeric box, or whose
-        `difficult` is neither 0 nor 1
-    """
-    try:
-        root = parse_xml(annotation_path)
-        if root.tag != 'annotation':
-            raise ValueError(f'its root is {root.tag}')
-        size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
-        objects = [read_object(node) for node in root.findall('object')]  # VOC 2012 nests 'part' boxes deeper
-        if len(objects) > 8732:
-            raise ValueError(f'it has {len(objects)} objects, more than there are priors')
-    except FileNotFoundError:
-        raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
-    except (expat.ExpatError, LookupError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): '
-                        'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
-    return size, objects
-
-
-def read_object(node):
-    """
-    :param node: the XML element of an object
-    :return: label, difficult (0 or 1), box, see `read_objects`, whose errors these are
-    """
-    label = ' '.join(node.find('name').text.split())
-    difficult = float(node.findtext('difficult', '').strip() or 0)
-    if label == '' or difficult not in (0, 1):
-        raise ValueError(f"an object's name is '{label}', its difficult is {difficult:g}")
-    return label, int(difficult), [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')]
-
-
-def parse_xml(path):
-    """
-    Like `ET.parse`, but refuse XML that defines entities of its own: a few lines of them can stand for gigabytes.
-
-    :param path: the XML file
-    :return: its root element
-    """
-    def refuse(*_):
-        raise ValueError('it defines or uses entities')
-
-    builder, parser = ET.TreeBuilder(), expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.EntityDeclHandler = parser.SkippedEntityHandler = refuse
-    with open(path, 'rb') as file:
-        parser.ParseFile(file)
-    return builder.close()
-
-
 def parse_annotation(annotation_path, label_map=label_map, size=None, orientation=1):
     """
     Read the objects from an XML file in Pascal VOC's format, and drop those that can't be right.
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may lie a pixel outside the picture, because some tools count
     from 0 or round up: it is clipped. A box that lies further outside, or is narrower or lower than a tenth of a pixel,
-    is wrong, and is dropped: to the network it would have no area.
-
-    Cameras store some pictures lying on their side, and say so in EXIF. Viewers, and we, turn them upright; some tools
-    for annotation don't. If the file states the size of the picture as it is stored, its boxes are turned upright. They
-    are taken to be upright already if both sizes are the same, in square pictures or those that are upside down or
-    mirrored (orientations 2 to 4), or if the file states no size.
+    is wrong, and is dropped: to the network it would have no area. Pictures that lie on their side: see `turn_box`.
 
     :param annotation_path: the XML file
     :param label_map: dict of label -> index
@@ -201,21 +105,6 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
             annotation['labels'].append(label_map[label])
             annotation['difficulties'].append(difficult)
     return annotation
-
-
-def turn_box(box, size, orientation):
-    """
-    :param box: boundary coordinates in a picture as it is stored, in pixels from 1
-    :param size: the picture's width and height when it is upright
-    :param orientation: 5 to 8, see `image_header`
-    :return: the box in the upright picture
-    """
-    y_min, x_min, y_max, x_max = box  # rows become columns; then mirror, from left to right, or from top to bottom
-    if orientation in (6, 7):
-        x_min, x_max = size[0] + 1 - x_max, size[0] + 1 - x_min
-    if orientation in (7, 8):
-        y_min, y_max = size[1] + 1 - y_max, size[1] + 1 - y_min
-    return [x_min, y_min, x_max, y_max]
 
 
 def picture_ids(folder, split, test_fraction):
@@ -331,36 +220,6 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     print(f'The lists are in {os.path.abspath(output_folder)}.')
 
 
-@contextmanager
-def write_whole(*paths, mode='wb'):
-    """
-    Open files for writing that replace `paths` only when all are complete: whatever interrupts the writing, a path is
-    either the old file or the new one.
-
-    :param paths: the files to write
-    :param mode: 'wb' for bytes, 'w' for text
-    :return: the open files, a list
-    :raises UserError: they can't be written
-    """
-    temporaries = [f'{path}.tmp' for path in paths]
-    try:
-        with ExitStack() as stack:
-            files = [stack.enter_context(open(temporary, mode, encoding=None if 'b' in mode else 'utf-8'))
-                     for temporary in temporaries]
-            yield files
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())  # on the disk, not just on its way there
-        for temporary, path in zip(temporaries, paths):
-            os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes the second of the first
-        raise UserError(f'{", ".join(map(str, paths))} could not be written, and what was there before is as it was: '
-                        f'{error.__context__ or error}') from None
-    finally:
-        for temporary in filter(os.path.exists, temporaries):
-            os.remove(temporary)
-
-
 # -------------------------------------------------------------------------------------- Box coordinates and overlaps
 
 def xy_to_cxcy(xy):
@@ -395,7 +254,7 @@ def find_intersection(set_1, set_2):
 
 def find_jaccard_overlap(set_1, set_2):
     """
-    Jaccard overlaps (intersection over union) of every box of one set with every box of another.
+    Jaccard overlaps of every box of one set with every box of another. See "Jaccard index".
 
     :param set_1: boxes in boundary coordinates, a tensor (..., n1, 4)
     :param set_2: boxes in boundary coordinates, a tensor (..., n2, 4)
@@ -410,9 +269,8 @@ def find_jaccard_overlap(set_1, set_2):
 
 # ------------------------------------------------------------------------------------------ Priors and their encoding
 
-# The six feature maps that predict, and the priors on each: the paper's section 2.2, and its authors' code, which gives
-# conv4_3 a scale of its own (0.1) and spaces the other five evenly from 0.2 to 0.9. Every tile also has an extra prior
-# of ratio 1, so its number of priors is one more than its number of aspect ratios.
+# The six feature maps that predict, and the priors on each: the paper's section 2.2, and its authors' code. Every tile
+# also has an extra prior of ratio 1, so its number of priors is one more than its number of aspect ratios.
 FeatureMap = namedtuple('FeatureMap', 'channels size scale ratios')
 feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
                 'conv7': FeatureMap(1024, 19, 0.2, (1, 2, 3, 1 / 2, 1 / 3)),
@@ -425,9 +283,7 @@ feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
 def create_prior_boxes():
     """
     The 8732 priors of SSD300: map by map, row by row, tile by tile, and within a tile ratio 1, the extra prior, then
-    the other ratios. The predictions come in the same order.
-
-    The extra prior's scale is between this map's and the next map's (their geometric mean); on the last map it is 1.
+    the other ratios. The predictions come in the same order. See "Priors".
 
     :return: priors in fractional center-size coordinates, a tensor (8732, 4)
     """
@@ -441,8 +297,7 @@ def priors_of_map(size, step, scale, extra_scale, ratios):
     """
     The priors of one feature map, row by row, tile by tile: see `create_prior_boxes`.
 
-    Widths and heights are clamped to at most 1, which changes 20 of the 8732 priors. The paper's wording suggests to
-    cut priors at the picture's edge; they are not, because published weights were trained with these.
+    Widths and heights are clamped to at most 1, but priors are not cut at the picture's edge. See "Which".
 
     :param size: tiles in a row, and rows, of the map
     :param step: distance between the centers of two tiles, as a fraction of the picture
@@ -459,9 +314,8 @@ def priors_of_map(size, step, scale, extra_scale, ratios):
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
     """
-    Encode boxes as offsets from priors: the center's shift in units of the prior's size, the size's ratio as a
-    logarithm. The factors 10 and 5 bring the four numbers to a similar spread; the paper's authors write them as
-    divisions by 'variances' of 0.1 and 0.2.
+    Encode boxes as offsets from priors (the paper's equation 2, with the factors 10 and 5 of its authors' code). See
+    "Predictions are relative to priors".
 
     :param cxcy: boxes in center-size coordinates, a tensor (..., 4)
     :param priors_cxcy: a prior for each box, in center-size coordinates, (..., 4)
@@ -498,10 +352,7 @@ def decimate(tensor, m):
 
 def non_maximum_suppression(boxes_xy, scores, groups, max_overlap):
     """
-    Of boxes that overlap too much, keep the best.
-
-    Within each group: take the box with the highest score, and keep it; strike out all boxes that overlap it by more
-    than `max_overlap`; take the best of those that are left; and so on until none is left. Boxes of different groups
+    Of boxes of a group that overlap too much, keep the best. See "Processing predictions". Boxes of different groups
     (classes, or pictures) never strike each other out.
 
     :param boxes_xy: boxes in boundary coordinates, a tensor (n, 4)
@@ -525,78 +376,6 @@ def non_maximum_suppression(boxes_xy, scores, groups, max_overlap):
 
 mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB pixels: what VGG-16 was trained with
 mean_color = tuple(round(255 * value) for value in mean)
-
-
-def is_picture(name):
-    """
-    :param name: of a file
-    :return: whether its extension is that of a picture that Pillow reads by itself
-    """
-    format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return format in Image.OPEN and format not in ('EPS', 'MPEG')
-
-
-@contextmanager
-def opened_image(path):
-    """
-    Open a picture file; the pixels are read when they are needed.
-
-    :param path: a file
-    :raises UserError: the file is missing, or is no picture that Pillow can read whole
-    """
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: check the path') from None
-    except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        raise UserError(f'{path} is not a picture that can be read: {one_line(error)}') from None
-
-
-def image_header(path):
-    """
-    :param path: a picture file, of which little more than the header is read; errors as in `opened_image`
-    :return: (width, height) in pixels, as `open_image` will have them; and EXIF's orientation: 1 if the picture is
-        stored upright, 2 to 4 if it is upside down or mirrored, 5 to 8 if its rows are the upright picture's columns
-    """
-    with opened_image(path) as image:
-        orientation = image.getexif().get(0x0112)
-        orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
-        if image.format in ('JPEG', 'MPO'):
-            image.fp.seek(-2, os.SEEK_END)
-            if image.fp.read() != b'\xff\xd9':  # it seems to be cut off: find out now, not in training
-                image.load()
-        if orientation >= 5 and image.format == 'TIFF':
-            image.load()  # Pillow turns these upright by itself, old versions only now
-            return image.size, orientation
-        return image.size[::-1] if orientation >= 5 else image.size, orientation
-
-
-def open_image(path):
-    """
-    :param path: a picture file; errors as in `opened_image`
-    :return: a PIL image in RGB, see `to_rgb`
-    """
-    with opened_image(path) as image:
-        return to_rgb(image)
-
-
-def to_rgb(image):
-    """
-    Bring a picture of any mode to 8-bit RGB, turned the way its EXIF orientation says.
-
-    :param image: a PIL image, which stays as it is
-    :return: a new PIL image in RGB
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # one channel of 16 or 32 bits: convert('RGB') would cut off all above 255
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        brightest = 65535 if image.mode[0] == 'I' else max(float(pixels.max()), 1e-6)
-        image = Image.fromarray((pixels * (255 / brightest)).clip(0, 255).astype(np.uint8))
-    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
-        image = image.convert('RGBA')  # what is transparent gets white behind it, as on a page
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
 
 
 def to_input(image):
@@ -732,8 +511,8 @@ def flip(image, boxes):
 
 def transform(image, boxes, labels, difficulties, split, rng=random):
     """
-    Prepare a picture for the network; for training, as a random variation of it (the paper's section 2.2, "Data
-    augmentation").
+    Prepare a picture for the network; for training, as a random variation of it (the paper's section 2.2). See
+    "Transforms".
 
     :param image: a PIL image in RGB
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
@@ -762,7 +541,7 @@ def transform(image, boxes, labels, difficulties, split, rng=random):
 
 def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map=label_map):
     """
-    Average precision of each class, and their mean, as Pascal VOC 2007 defines them.
+    Average precision of each class, and their mean, as Pascal VOC 2007 defines them. See "Evaluation".
 
     The arguments are lists with a tensor for each picture. Boxes are in boundary coordinates, all of one kind.
 

@@ -17,14 +17,14 @@ from skimage import data
 
 import examples
 from detect import detect, draw_objects, find_objects
+from files import open_image
 from model import MultiBoxLoss
 from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
 from trained import detector, evaluated, min_score_path, read_table, snapshots, test_set
 from utils import (average_precision, centers_inside, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, expand,
                    feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, match_detections, mean,
-                   non_maximum_suppression, open_image, photometric_distort, random_crop, resize, std, transform,
-                   xy_to_cxcy)
+                   non_maximum_suppression, photometric_distort, random_crop, resize, std, transform, xy_to_cxcy)
 
 # The objects of scikit-image's photographs, in boundary coordinates in pixels
 objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 290), 'helmet': (277, 344, 512, 512)},
@@ -141,7 +141,7 @@ def vary(image, boxes, rng):
 
 # ------------------------------------------------------------------------------------------------------- Detections
 
-found_in = (2, 6, 10, 25, 26, 38)  # test pictures with detections
+found_in = (25, 70, 74, 6, 9, 71)  # test pictures with detections
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
 min_score = 0.35  # of the detections that are drawn, as in demo.py
 

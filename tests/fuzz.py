@@ -28,9 +28,10 @@ root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [root, os.path.join(root, 'tests')]
 
 from detect import read_frames  # noqa: E402
+from files import UserError, image_header, open_image  # noqa: E402
 from tiny import TinyDetector  # noqa: E402
-from utils import (UserError, cxcy_to_gcxgcy, image_header, load_checkpoint, make_label_map, open_image,  # noqa: E402
-                   parse_annotation, save_checkpoint, transform, xy_to_cxcy)
+from utils import (cxcy_to_gcxgcy, load_checkpoint, make_label_map, parse_annotation, save_checkpoint,  # noqa: E402
+                   transform, xy_to_cxcy)
 
 n_annotations = 20_000
 n_pictures = 4_000

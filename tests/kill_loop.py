@@ -26,12 +26,12 @@ seed = 0  # of the moments of the kills
 
 # What each process runs: train.py with other settings
 program = '''
-import os, sys, train, utils
+import files, os, sys, train
 train.checkpoint_path, epochs = sys.argv[1:]
 train.epochs, train.pretrained, train.batch_size, train.workers, train.print_freq = int(epochs), None, 2, 1, 1
 train.checkpoint = train.checkpoint_path if os.path.exists(train.checkpoint_path) else None
 if __name__ == '__main__':
-    utils.run(train.main)
+    files.run(train.main)
 '''
 
 

@@ -16,12 +16,13 @@ from torchvision.models.detection.image_list import ImageList
 
 import detect
 import eval as eval_script
+from files import UserError
 import pretrained
 import train
 from demo import draw_picture
 from model import SSD300
 from pretrained import coco_detector, coco_index, from_torchvision, start_from_coco
-from utils import (UserError, cxcy_to_xy, find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_label_map,
+from utils import (cxcy_to_xy, find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_label_map,
                    non_maximum_suppression, to_input, voc_labels, xy_to_cxcy)
 
 per_tile = 4, 6, 6, 6, 4, 4

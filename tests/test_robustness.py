@@ -14,13 +14,14 @@ from conftest import draw_and_list, root
 from kill_loop import runs, workers_of
 from PIL import Image
 from test_processes import command, no_gpu
+from files import UserError, run
 from tiny import SpoiledPictures, TinyDetector
 from torch.utils.data import DataLoader
 
 import train
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from model import SSD300, MultiBoxLoss
-from utils import UserError, load_checkpoint, run, save_checkpoint
+from utils import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -194,9 +195,9 @@ def start_training():
 def start_process(folder, settings):
     """Start train.py with a tiny network; the process."""
     settings = {**common_settings, **settings}
-    program = ('import train, utils\nfrom tiny import TinyDetector\ntrain.SSD300 = TinyDetector\n'
+    program = ('import files, train\nfrom tiny import TinyDetector\ntrain.SSD300 = TinyDetector\n'
                + ''.join(f'train.{name} = {value!r}\n' for name, value in settings.items())
-               + 'if __name__ == "__main__":\n    utils.run(train.main)')
+               + 'if __name__ == "__main__":\n    files.run(train.main)')
     return subprocess.Popen([sys.executable, '-u', '-c', program], cwd=folder, stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.PIPE, start_new_session=True, preexec_fn=listen_to_ctrl_c,
                             env=no_gpu | {'PYTHONPATH': f'{root}:{root}/tests', 'OMP_NUM_THREADS': '1'})

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 
 import detect
 import eval as eval_script
+from files import UserError
 import train
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from demo import shapes
 from model import SSD300
-from utils import UserError, load_checkpoint, make_color_map, make_label_map, save_checkpoint
+from utils import load_checkpoint, make_color_map, make_label_map, save_checkpoint
 
 label_map = make_label_map(shapes)
 

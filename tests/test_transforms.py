@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from files import image_header, open_image, to_rgb
 import utils
 from demo import draw_background
-from utils import (centers_inside, expand, find_jaccard_overlap, flip, image_header, mean, open_image,
-                   photometric_distort, random_crop, resize, std, to_input, to_rgb, transform)
+from utils import (centers_inside, expand, find_jaccard_overlap, flip, mean, photometric_distort, random_crop, resize,
+                   std, to_input, transform)
 
 red, gray = (255, 0, 0), (120, 120, 120)
 

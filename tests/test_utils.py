@@ -24,13 +24,14 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms, box_convert, box_iou
 
 import create_data_lists as create_data_lists_script
+from files import UserError, image_header, open_image
 import utils
 from demo import draw_dataset
 from model import SSD300
-from utils import (UserError, calculate_mAP, create_data_lists, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, image_header, load_checkpoint, make_color_map, make_label_map,
-                   non_maximum_suppression, open_image, parse_annotation, picture_ids, read_split, save_checkpoint,
-                   voc_labels, xy_to_cxcy)
+from utils import (calculate_mAP, create_data_lists, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_color_map, make_label_map,
+                   non_maximum_suppression, parse_annotation, picture_ids, read_split, save_checkpoint, voc_labels,
+                   xy_to_cxcy)
 
 
 # ------------------------------------------------------------------------------------------------------------ Boxes
