@@ -161,7 +161,7 @@ def test_main_trains_evaluates_and_refuses_other_labels(voc_folder, tmp_path, mo
 
     other = tmp_path / 'other'
     shutil.copytree(voc_folder, other)
-    (other / 'label_map.json').write_text(json.dumps({'background': 0, 'dog': 1}))
+    (other / 'label_map.json').write_text(json.dumps(make_label_map(['cat', 'dog', 'cow'])))
     for script in (train, eval_script):
         monkeypatch.setattr(script, 'data_folder', str(other))
         with pytest.raises(UserError, match='dog'):
