@@ -42,15 +42,19 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     model.eval()
     device = model.priors_cxcy.device
     bfloat16 = fast_in_bfloat16(device) if bfloat16 is None else bfloat16
-    lists = [[] for _ in range(6)]  # boxes, labels and scores of the detections; boxes, labels and difficulties
+    # Of each batch: boxes, labels and scores of the detections; boxes, labels and difficulties of the objects. They are
+    # kept in one piece, because many small ones would be scattered all over the memory.
+    batches, counts = [[] for _ in range(6)], [[] for _ in range(6)]
     start = time.time()
     for images, *objects in tqdm(test_loader, desc='Evaluating', unit='batch', disable=process_number() > 0):
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
         found = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
-        for values, of_batch in zip(lists, (*found, *objects)):
-            values.extend(value.clone() for value in of_batch)  # not what a worker holds open for the batch
-    lists = gather_pictures([[value.cpu() for value in values] for values in lists])
+        for batch, count, values in zip(batches, counts, (*found, *objects)):
+            batch.append(torch.cat(values))
+            count.extend(map(len, values))
+    lists = gather_pictures([[values.clone() for values in torch.cat(batch).cpu().split(count)]
+                             for batch, count in zip(batches, counts)])
     seconds = time.time() - start
 
     label_map = test_loader.dataset.label_map
