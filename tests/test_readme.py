@@ -6,6 +6,7 @@ What the README shows runs as it stands there, and what it says of the code is t
 brings the line numbers in its links into the code up to date.
 """
 import ast
+import csv
 import doctest
 import math
 import os
@@ -247,6 +248,13 @@ def test_table_of_parameters_of_training():
     for names, values, _ in rows_of_table('| parameter | is |'):
         for name, value in zip(re.findall(r'`(\w+)`', names), [values] if '_at' in names else values.split(', ')):
             assert eval(value) == getattr(train, name), name
+
+
+def test_line_of_the_log_is_one_of_the_run_that_is_drawn():
+    line = re.search(r'^    epoch (\d+)  batch (\d+)/\d+  loss ([\d.]+) \(loc ([\d.]+), conf ([\d.]+)\)', readme, re.M)
+    with open(os.path.join(root, 'img', 'learning.csv'), newline='') as file:
+        rows = [list(row.values())[:5] for row in csv.DictReader(file)]
+    assert [float(value) for value in line.groups()] in [[round(float(value), 4) for value in row] for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------- What is to run
