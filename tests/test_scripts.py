@@ -324,7 +324,7 @@ def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
     shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / 'broken.jpg').write_text('no picture')
     (tmp_path / 'TRAIN_images.json').write_text(json.dumps([str(tmp_path / 'broken.jpg')] * 3))
-    program = ('import torch, train\nfrom utils import run\n'
+    program = ('import torch, train\nfrom files import run\n'
                'train.data_folder, train.checkpoint_path, train.pretrained, train.workers = ".", "c.pth", None, 1\n'
                'if __name__ == "__main__":\n    run(train.main)')
     result = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
