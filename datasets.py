@@ -13,7 +13,7 @@ from utils import transform
 
 class PascalVOCDataset(Dataset):
     """
-    Pictures with their objects, ready for the network.
+    Pictures with their objects, ready for the network. See "Inputs".
 
     :param data_folder: the folder with the lists
     :param split: 'TRAIN' for random variations of the training pictures, or 'TEST'
@@ -72,7 +72,7 @@ def read_list(data_folder, name):
 class EpochSampler(Sampler):
     """
     Shuffles the pictures anew in each epoch, and hands out a seed with each. Order and variations depend on nothing but
-    `seed` and the epoch: not on the number of workers, nor on whether training was interrupted before.
+    `seed` and the epoch: not on the number of workers, nor on whether training was interrupted before. See "Inputs".
 
     :param n: number of pictures
     :param seed: the seed of the training
