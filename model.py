@@ -327,7 +327,7 @@ class SSD300(nn.Module):
         :param checkpoint: what `utils.load_checkpoint` returned
         :param path: its file, for the error
         :return: the model as it was saved, on the CPU
-        :raises UserError: the weights do not fit SSD300 with the checkpoint's classes
+        :raises UserError: the weights do not fit SSD300 with the checkpoint's classes, or with `feature_maps`
         """
         model = cls(n_classes=len(checkpoint['label_map']))
         try:
@@ -335,6 +335,9 @@ class SSD300(nn.Module):
         except RuntimeError as error:
             raise UserError(f'{path} does not fit SSD300 with its classes {list(checkpoint["label_map"])}: '
                             f'{one_line(error)}') from None
+        if len(checkpoint['priors_cxcy']) != len(model.priors_cxcy):
+            raise UserError(f'{path} has {len(checkpoint["priors_cxcy"])} priors, but feature_maps in utils.py make '
+                            f'{len(model.priors_cxcy)}')
         model.priors_cxcy = checkpoint['priors_cxcy'].to(model.priors_cxcy)
         return model
 

@@ -352,7 +352,7 @@ def test_a_checkpoint_of_version_1_is_read():
 @pytest.mark.parametrize('change, line', [
     ({'version': 2}, 'has version 2, and is from a newer version of this project, which writes version 1'),
     ({'epoch': None}, "lacks ['epoch']"), ({'label_map': ['cat', 'dog']}, "lacks ['label_map']"),
-    ({'model': 3, 'optimizer': []}, "lacks ['model', 'optimizer']"), ({'priors_cxcy': torch.zeros(3, 4)}, 'is damaged'),
+    ({'model': 3, 'optimizer': []}, "lacks ['model', 'optimizer']"), ({'priors_cxcy': torch.zeros(8732, 3)}, 'is damaged'),
     ({'label_map': {'background': 0, 'cat': 9, 'dog': 2}}, 'is damaged')])
 def test_checkpoints_that_cannot_be_used_are_named(tmp_path, change, line):
     saved = load_checkpoint(kept_checkpoint)
@@ -360,6 +360,12 @@ def test_checkpoints_that_cannot_be_used_are_named(tmp_path, change, line):
     with pytest.raises(UserError, match='c.pth') as error:
         load_checkpoint(tmp_path / 'c.pth')
     assert line in str(error.value) and '\n' not in str(error.value)
+
+
+def test_another_number_of_priors_is_named():
+    saved = load_checkpoint(kept_checkpoint) | {'priors_cxcy': torch.rand(3, 4)}
+    with pytest.raises(UserError, match='c.pth has 3 priors, but feature_maps in utils.py make 8732'):
+        SSD300.from_checkpoint(saved, 'c.pth')
 
 
 def test_training_does_not_overwrite_another_checkpoint(folder, tmp_path, monkeypatch):
