@@ -352,7 +352,8 @@ def test_a_checkpoint_of_version_1_is_read():
 @pytest.mark.parametrize('change, line', [
     ({'version': 2}, 'has version 2, and is from a newer version of this project, which writes version 1'),
     ({'epoch': None}, "lacks ['epoch']"), ({'label_map': ['cat', 'dog']}, "lacks ['label_map']"),
-    ({'model': 3, 'optimizer': []}, "lacks ['model', 'optimizer']"), ({'priors_cxcy': torch.zeros(8732, 3)}, 'is damaged'),
+    ({'model': 3, 'optimizer': []}, "lacks ['model', 'optimizer']"),
+    ({'priors_cxcy': torch.zeros(8732, 3)}, 'is damaged'),
     ({'label_map': {'background': 0, 'cat': 9, 'dog': 2}}, 'is damaged')])
 def test_checkpoints_that_cannot_be_used_are_named(tmp_path, change, line):
     saved = load_checkpoint(kept_checkpoint)
