@@ -13,8 +13,8 @@ from functools import cache
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageSequence
 
-from files import UserError, is_picture, opened_image, run, to_rgb
 import pretrained
+from files import UserError, is_picture, opened_image, run, to_rgb
 from utils import make_color_map, to_input
 
 img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
@@ -30,7 +30,7 @@ show = False  # also open a window with each annotated picture
 @cache
 def load_detector(checkpoint):
     """
-    :param checkpoint: path of a checkpoint, or None for torchvision's weights, downloaded at the first time
+    :param checkpoint: path of a checkpoint, or None for torchvision's weights, downloaded the first time
     :return: SSD300 on the GPU, if there is one, and its dict of label -> index
     """
     model, label_map = pretrained.load_detector(checkpoint)

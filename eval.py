@@ -53,8 +53,9 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
         for batch, count, values in zip(batches, counts, (*found, *objects)):
             batch.append(torch.cat(values))
             count.extend(map(len, values))
+    # Cloned, because a view would take the whole piece along to other processes. Of few pictures, one may have none.
     lists = gather_pictures([[values.clone() for values in torch.cat(batch).cpu().split(count)] if batch else []
-                             for batch, count in zip(batches, counts)])  # of few pictures, a process may have none
+                             for batch, count in zip(batches, counts)])
     seconds = time.time() - start
 
     label_map = test_loader.dataset.label_map

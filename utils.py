@@ -683,7 +683,7 @@ def adjust_learning_rate(optimizer, scale):
 
 def clip_gradient(optimizer, max_norm):
     """
-    Scale the gradient down to a length of at most `max_norm`: insurance against a batch that would throw the weights.
+    Scale the gradient down to a length of at most `max_norm`, lest a single batch throw the weights off.
 
     :param optimizer: its parameters' gradients are changed in place
     :param max_norm: the largest length allowed
