@@ -8,6 +8,7 @@ themselves, which depend on the machine. Rows that need a GPU say so where there
 """
 import io
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -224,25 +225,28 @@ def objects(n_pictures, device):
 
 
 def our_step(batch_size, device, bfloat16, channels_last=True):
-    """A function that makes a training step of ours, and one that computes its loss only."""
+    """A function that makes a training step of ours."""
     model = SSD300(n_classes).to(device)
     if not channels_last:
         model = model.to(memory_format=torch.contiguous_format)
     criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 1e-5, 0.9, 5e-4)
     images, (boxes, labels) = torch.randn(batch_size, 3, 300, 300, device=device), objects(batch_size, 'cpu')
-    boxes, labels = [b.clone() for b in boxes], [l.clone() for l in labels]
-    locs = torch.randn(batch_size, 8732, 4, device=device, requires_grad=True)
-    scores = torch.randn(batch_size, 8732, n_classes, device=device, requires_grad=True)
     not_broken = torch.zeros((), device=device)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted = model(images)
         update(optimizer, criterion(*predicted, boxes, labels), None, not_broken)
+    return step
 
-    def loss():
-        criterion(locs, scores, boxes, labels).backward()
-    return step, loss
+
+def our_loss(batch_size, device):
+    """A function that computes the loss of such a step, and its gradient by the predictions."""
+    criterion = MultiBoxLoss(utils.create_prior_boxes()).to(device)
+    boxes, labels = objects(batch_size, 'cpu')
+    locs = torch.randn(batch_size, 8732, 4, device=device, requires_grad=True)
+    scores = torch.randn(batch_size, 8732, n_classes, device=device, requires_grad=True)
+    return lambda: criterion(locs, scores, boxes, labels).backward()
 
 
 def their_step(batch_size, device, bfloat16):
@@ -261,45 +265,59 @@ def their_step(batch_size, device, bfloat16):
     return step
 
 
-def alternate(functions, n, warm_up):
-    """The median time of each function. They take turns, so that a machine that slows down slows all of them."""
-    seconds = [[median_seconds(function, 1, 0) for function in functions] for _ in range(warm_up + n)]
-    return [statistics.median(column) for column in zip(*seconds[warm_up:])]
+def take_steps(connection, make_step, arguments):
+    """Take a step whenever the other process asks, and tell it the seconds and the most memory so far, in GiB."""
+    torch.backends.cudnn.benchmark = True
+    step = make_step(*arguments)
+    while connection.recv():
+        seconds = median_seconds(step, 1, 0)
+        connection.send((seconds, peak_memory() if gpu is None else torch.cuda.max_memory_allocated() / 2**30))
 
 
-def training_memory(make_step):
-    """The most memory on the GPU during a training step, in GiB, beyond what was taken before the model was made."""
-    if gpu is None:
-        return 0
-    taken = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    make_step()()
-    return (torch.cuda.max_memory_allocated() - taken) / 2**30
+def race(runners, n, warm_up):
+    """
+    Each runner steps in a process of its own, as in training: memory that other models used and left would make its
+    steps faster or slower. They take turns, so that a machine that slows down slows all of them.
+
+    :param runners: for each, a function that makes its step, and the arguments
+    :return: for each, the median seconds and the most memory
+    """
+    context = multiprocessing.get_context('spawn')
+    connections = []
+    for make_step, *arguments in runners:
+        connection, other_end = context.Pipe()
+        context.Process(target=take_steps, args=(other_end, make_step, arguments), daemon=True).start()
+        connections.append(connection)
+    measured = []
+    for _ in range(warm_up + n):
+        for connection in connections:
+            connection.send(True)
+            measured.append(connection.recv())
+    for connection in connections:
+        connection.send(False)
+    return [(statistics.median(seconds for seconds, _ in of_runner[warm_up:]), of_runner[-1][1])
+            for of_runner in (measured[i::len(runners)] for i in range(len(runners)))]
 
 
 def benchmark_training(device, batch_size, n):
     """A training step of ours and of torchvision's, in both precisions."""
     section(f'Training step on {device}: batch {batch_size}' + ' ' * 35 + 'ours           torchvision   ratio')
-    torch.backends.cudnn.benchmark = True
-    plain_step, _ = our_step(batch_size, device, False, channels_last=False)
     for bfloat16 in (False, True):
-        their_memory = training_memory(lambda: their_step(batch_size, device, bfloat16))
-        our_memory = training_memory(lambda: our_step(batch_size, device, bfloat16)[0])
-        step, loss = our_step(batch_size, device, bfloat16)
-        ours, theirs, plain, loss = alternate((step, their_step(batch_size, device, bfloat16), plain_step, loss),
-                                              n, 1 + n // 5)
+        (ours, our_memory), (theirs, their_memory), (plain, _), (loss, _) = race(
+            [(our_step, batch_size, device, bfloat16), (their_step, batch_size, device, bfloat16),
+             (our_step, batch_size, device, False, False), (our_loss, batch_size, device)], n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
             f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
         row('    of it the loss and its gradient', f'{100 * loss / ours:.2f}%')
         row('    against float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
             f'{plain / ours:.2f}x')
-        if device.type == 'cuda':
-            row('    peak memory', f'{our_memory:.2f} GiB', f'{their_memory:.2f} GiB',
-                f'{their_memory / our_memory:.2f}x')
-            peak = next((peak for name, peak in peaks.items() if name in torch.cuda.get_device_name()), None)
-            if bfloat16 and peak is not None:
-                row('    share of the peak of matrix multiplication',
-                    f'{100 * batch_size / ours * flop_per_image / peak:.0f}%')
+        row('    peak memory' + (' of the process' if device.type == 'cpu' else ''), f'{our_memory:.2f} GiB',
+            f'{their_memory:.2f} GiB', f'{their_memory / our_memory:.2f}x')
+        peak = next((peak for name, peak in peaks.items() if gpu is not None and name in torch.cuda.get_device_name()),
+                    None)
+        if device.type == 'cuda' and bfloat16 and peak is not None:
+            row('    share of the peak of matrix multiplication',
+                f'{100 * batch_size / ours * flop_per_image / peak:.0f}%')
 
 
 def benchmark_loader():
@@ -340,7 +358,7 @@ def main():
     benchmark_mAP()
     benchmark_transforms()
     benchmark_detection(torch.device('cpu'))
-    benchmark_training(torch.device('cpu'), 8, 3)
+    benchmark_training(torch.device('cpu'), 8, 7)
     if gpu is None:
         print('\nNo GPU here: training, its memory, the loader, and forward pass with detection on a GPU not measured.')
         return

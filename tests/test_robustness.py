@@ -14,12 +14,14 @@ from conftest import draw_and_list, root
 from kill_loop import runs, workers_of
 from PIL import Image
 from test_processes import command, no_gpu
-from files import UserError, run
 from tiny import SpoiledPictures, TinyDetector
+from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
+                                           FakeTensorMode)
 from torch.utils.data import DataLoader
 
 import train
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from files import UserError, run
 from model import SSD300, MultiBoxLoss
 from utils import load_checkpoint, save_checkpoint
 
@@ -112,6 +114,28 @@ def test_processes_stop_together(folder):
     for process in range(2):
         with open(os.path.join(folder, f'changes {process}.json')) as file:
             assert json.load(file) == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_loss_and_update_ask_for_no_value(device):
+    """Tensors without values stand for a GPU's, which come later: asking for one, or for a shape that depends on values,
+    would mean to wait, and fails here. So do tensors of two devices that meet."""
+    with FakeTensorMode():
+        criterion = MultiBoxLoss(torch.empty(8732, 4, device=device))
+        boxes, labels = [torch.empty(3, 4), torch.empty(0, 4)], [torch.empty(n, dtype=torch.long) for n in (3, 0)]
+        scores = torch.empty(2, 8732, 21, device=device)
+        layer = torch.nn.Linear(4, 4, device=device)
+        loss = criterion(layer(torch.empty(2, 8732, 4, device=device)), scores, boxes, labels)
+        assert loss.device.type == device and loss.shape == ()
+        if device == 'cpu':  # a backward pass needs a device that is there
+            for grad_clip in (None, 5.):
+                loss = criterion(layer(torch.empty(2, 8732, 4)), scores, boxes, labels)
+                broken = train.update(train.make_optimizer(layer, 1e-3, 0.9, 5e-4), loss, grad_clip, torch.zeros(()))
+                assert broken.shape == ()
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+        with pytest.raises(DynamicOutputShapeException):
+            scores[scores > 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
