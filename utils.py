@@ -366,8 +366,9 @@ def non_maximum_suppression(boxes_xy, scores, groups, max_overlap):
     # Groups are kept apart by moving each to a place of its own, (largest coordinate + 1) further on. Boxes left of 0
     # could then reach into another group, and in 32 bits the move would round overlaps.
     boxes_xy, scores = boxes_xy.double() - boxes_xy.min(), scores.double()
-    # batched_nms moves few boxes like this, but goes through many group by group. A GPU would wait for each group.
-    if boxes_xy.is_cuda:
+    # batched_nms moves few boxes like this, but goes through many group by group. A GPU would wait for each group, so
+    # there all are moved, unless they are very many: nms compares all pairs, and notes a bit for each, here half a GB.
+    if boxes_xy.is_cuda and len(boxes_xy) <= 65536:
         return nms(boxes_xy + (groups * (boxes_xy.max() + 1)).unsqueeze(1), scores, max_overlap)
     return batched_nms(boxes_xy, scores, groups, max_overlap)
 

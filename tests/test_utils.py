@@ -61,19 +61,35 @@ def test_encoding_equals_torchvisions_and_round_trips():
     torch.testing.assert_close(cxcy_to_xy(gcxgcy_to_cxcy(offsets, priors)), boxes, atol=1e-5, rtol=0)
 
 
-def test_suppression_equals_torchvisions():
-    for n in (1, 30, 2000):
-        boxes, scores, groups = random_boxes(n), torch.rand(n), torch.randint(0, 5, (n,))
+class OnGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU: runs on the CPU what is meant for GPUs."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize('kind', [torch.Tensor, OnGPU])
+def test_suppression_equals_torchvisions(kind):
+    for n, n_groups in ((1, 5), (30, 5), (2000, 5), (66000, 1300)):
+        boxes, scores, groups = random_boxes(n).as_subclass(kind), torch.rand(n), torch.randint(0, n_groups, (n,))
         expected = batched_nms(boxes.double(), scores.double(), groups, 0.45)
         assert torch.equal(non_maximum_suppression(boxes, scores, groups, 0.45), expected)
     nothing = torch.empty(0, dtype=torch.long)
-    assert non_maximum_suppression(torch.empty(0, 4), torch.empty(0), nothing, 0.5).shape == (0,)
+    assert non_maximum_suppression(torch.empty(0, 4).as_subclass(kind), torch.empty(0), nothing, 0.5).shape == (0,)
 
 
-def test_suppression_keeps_groups_apart_even_far_outside_the_picture():
+@pytest.mark.parametrize('kind', [torch.Tensor, OnGPU])
+def test_suppression_keeps_groups_apart_even_far_outside_the_picture(kind):
     """Were boxes only moved by (largest coordinate + 1), the second would come to lie on the first."""
-    boxes = torch.tensor([[0., 0., 1., 1.], [-2., -2., -1., -1.]])
+    boxes = torch.tensor([[0., 0., 1., 1.], [-2., -2., -1., -1.]]).as_subclass(kind)
     assert non_maximum_suppression(boxes, torch.tensor([.9, .8]), torch.tensor([0, 1]), 0.5).tolist() == [0, 1]
+
+
+def test_suppression_on_a_gpu_compares_all_pairs_of_not_too_many_boxes(monkeypatch):
+    calls = []
+    monkeypatch.setattr(utils, 'nms', lambda boxes, scores, max_overlap: calls.append(len(boxes)))
+    for n in (65536, 65537):
+        groups = torch.arange(n) // 50
+        non_maximum_suppression(random_boxes(n).as_subclass(OnGPU), torch.rand(n), groups, 0.45)
+    assert calls == [65536]
 
 
 # ----------------------------------------------------------------------------------------------------------- Labels
