@@ -266,12 +266,13 @@ def their_step(batch_size, device, bfloat16):
 
 
 def take_steps(connection, make_step, arguments):
-    """Take a step whenever the other process asks, and tell it the seconds and the most memory so far, in GiB."""
+    """Take a step whenever the other process asks; tell it the seconds, and the most memory so far, in GiB."""
     torch.backends.cudnn.benchmark = True
     step = make_step(*arguments)
     while connection.recv():
         seconds = median_seconds(step, 1, 0)
-        connection.send((seconds, peak_memory() if gpu is None else torch.cuda.max_memory_allocated() / 2**30))
+        on_gpu = 0 if gpu is None else torch.cuda.max_memory_allocated() / 2**30
+        connection.send((seconds, on_gpu or peak_memory()))
 
 
 def race(runners, n, warm_up):
@@ -287,6 +288,7 @@ def race(runners, n, warm_up):
     for make_step, *arguments in runners:
         connection, other_end = context.Pipe()
         context.Process(target=take_steps, args=(other_end, make_step, arguments), daemon=True).start()
+        other_end.close()  # here; should the process fail, waiting for it ends
         connections.append(connection)
     measured = []
     for _ in range(warm_up + n):
