@@ -118,8 +118,10 @@ def test_processes_stop_together(folder):
 
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 def test_loss_and_update_ask_for_no_value(device):
-    """Tensors without values stand for a GPU's, which come later: asking for one, or for a shape that depends on values,
-    would mean to wait, and fails here. So do tensors of two devices that meet."""
+    """
+    Tensors without values stand for a GPU's, which come later: asking for one, or for a shape that depends on values,
+    would mean to wait, and fails here. So do tensors of two devices that meet.
+    """
     with FakeTensorMode():
         criterion = MultiBoxLoss(torch.empty(8732, 4, device=device))
         boxes, labels = [torch.empty(3, 4), torch.empty(0, 4)], [torch.empty(n, dtype=torch.long) for n in (3, 0)]
