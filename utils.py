@@ -464,7 +464,8 @@ def centers_inside(boxes, window):
     """
     window = torch.as_tensor(window)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n_objects, 2)
-    return ((centers > window[..., :2]) & (centers < window[..., 2:])).all(dim=-1)  # (n_objects)
+    inside = (centers > window[..., :2]) & (centers < window[..., 2:])  # (n_objects, 2) or (n_windows, n_objects, 2)
+    return inside.all(dim=-1)  # (n_objects) or (n_windows, n_objects)
 
 
 def resize(image, boxes, window, dims=(300, 300), distort=None):
@@ -581,8 +582,8 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     object's detections, the one with the highest score is the hit, the others are false positives. Detections of
     difficult objects do not count at all.
 
-    :return: labels (n), scores (n) and hits (n) bool, by decreasing score, without the detections that do not count.
-        The arguments are those of `calculate_mAP`.
+    :return: labels (n_counted), scores (n_counted) and hits (n_counted) bool, by decreasing score, without the
+        detections that do not count. The arguments are those of `calculate_mAP`.
     """
     true_boxes, true_labels, difficult, true_pictures = concatenate(true_boxes, true_labels, true_difficulties)
     det_boxes, det_labels, scores, det_pictures = concatenate(det_boxes, det_labels, det_scores)
@@ -591,31 +592,31 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     # A key for each picture and class. With the objects sorted by key, those that a detection may belong to stand
     # together, from `first` on.
     n_classes = 1 + max((int(labels.max()) for labels in (det_labels, true_labels) if len(labels)), default=0)
-    det_keys = det_pictures * n_classes + det_labels
-    true_keys, order = (true_pictures * n_classes + true_labels).sort(stable=True)
+    det_keys = det_pictures * n_classes + det_labels  # (n)
+    true_keys, order = (true_pictures * n_classes + true_labels).sort(stable=True)  # (n_objects)
     true_boxes, difficult = true_boxes[order], difficult[order] > 0
-    first = torch.searchsorted(true_keys, det_keys)
-    counts = torch.searchsorted(true_keys, det_keys, right=True) - first  # objects that each detection may belong to
+    first = torch.searchsorted(true_keys, det_keys)  # (n)
+    counts = torch.searchsorted(true_keys, det_keys, right=True) - first  # (n), objects that each may belong to
 
     # Every pair of a detection and an object that it may belong to: numbered on, less the number at which the
     # detection's pairs begin, pairs count 0, 1, 2 ... through the detection's objects.
-    pair_dets = torch.arange(n).repeat_interleave(counts)
-    pair_objects = torch.arange(len(pair_dets)) + (first - counts.cumsum(0) + counts)[pair_dets]
-    overlaps = find_jaccard_overlap(det_boxes[pair_dets, None], true_boxes[pair_objects, None]).flatten()
+    pair_dets = torch.arange(n).repeat_interleave(counts)  # (n_pairs)
+    pair_objects = torch.arange(len(pair_dets)) + (first - counts.cumsum(0) + counts)[pair_dets]  # (n_pairs)
+    overlaps = find_jaccard_overlap(det_boxes[pair_dets, None], true_boxes[pair_objects, None]).flatten()  # (n_pairs)
 
     # The best pair of each detection, if its overlap is above 0.5; of equal overlaps, the first object
-    best_overlaps = torch.zeros(n).scatter_reduce(0, pair_dets, overlaps, 'amax')
-    best = (overlaps == best_overlaps[pair_dets]) & (overlaps > 0.5)
-    objects = torch.full((n,), n_objects).scatter_reduce(0, pair_dets[best], pair_objects[best], 'amin')
+    best_overlaps = torch.zeros(n).scatter_reduce(0, pair_dets, overlaps, 'amax')  # (n)
+    best = (overlaps == best_overlaps[pair_dets]) & (overlaps > 0.5)  # (n_pairs)
+    objects = torch.full((n,), n_objects).scatter_reduce(0, pair_dets[best], pair_objects[best], 'amin')  # (n)
 
     # By score, without the detections that do not count. The first of each object in this order is the hit; `n_objects`
     # is no object.
-    counted = (det_labels > 0) & ~torch.cat([difficult, difficult.new_zeros(1)])[objects]
-    order = scores.sort(descending=True, stable=True).indices
-    order = order[counted[order]]
+    counted = (det_labels > 0) & ~torch.cat([difficult, difficult.new_zeros(1)])[objects]  # (n)
+    order = scores.sort(descending=True, stable=True).indices  # (n)
+    order = order[counted[order]]  # (n_counted)
     firsts = torch.full((n_objects + 1,), n).scatter_reduce(0, objects[order], torch.arange(len(order)), 'amin')
-    firsts = firsts[:n_objects]
-    hits = torch.zeros(len(order), dtype=torch.bool)
+    firsts = firsts[:n_objects]  # (n_objects)
+    hits = torch.zeros(len(order), dtype=torch.bool)  # (n_counted)
     hits[firsts[firsts < n]] = True
     return det_labels[order], scores[order], hits
 

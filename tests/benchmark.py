@@ -315,11 +315,10 @@ def benchmark_training(device, batch_size, n):
             f'{plain / ours:.2f}x')
         row('    peak memory' + (' of the process' if device.type == 'cpu' else ''), f'{our_memory:.2f} GiB',
             f'{their_memory:.2f} GiB', f'{their_memory / our_memory:.2f}x')
-        peak = next((peak for name, peak in peaks.items() if gpu is not None and name in torch.cuda.get_device_name()),
-                    None)
-        if device.type == 'cuda' and bfloat16 and peak is not None:
-            row('    share of the peak of matrix multiplication',
-                f'{100 * batch_size / ours * flop_per_image / peak:.0f}%')
+        for name, peak in peaks.items() if device.type == 'cuda' and bfloat16 else ():
+            if name in torch.cuda.get_device_name():
+                row('    share of the peak of matrix multiplication',
+                    f'{100 * batch_size / ours * flop_per_image / peak:.0f}%')
 
 
 def benchmark_loader():

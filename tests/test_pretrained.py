@@ -16,10 +16,10 @@ from torchvision.models.detection.image_list import ImageList
 
 import detect
 import eval as eval_script
-from files import UserError
 import pretrained
 import train
 from demo import draw_picture
+from files import UserError
 from model import SSD300
 from pretrained import coco_detector, coco_index, from_torchvision, start_from_coco
 from utils import (cxcy_to_xy, find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_label_map,

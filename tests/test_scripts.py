@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 import detect
 import eval as eval_script
-from files import UserError
 import train
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from demo import shapes
+from files import UserError
 from model import SSD300
 from utils import load_checkpoint, make_color_map, make_label_map, save_checkpoint
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from files import image_header, open_image, to_rgb
 import utils
 from demo import draw_background
+from files import image_header, open_image, to_rgb
 from utils import (centers_inside, expand, find_jaccard_overlap, flip, mean, photometric_distort, random_crop, resize,
                    std, to_input, transform)
 

@@ -24,9 +24,9 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms, box_convert, box_iou
 
 import create_data_lists as create_data_lists_script
-from files import UserError, image_header, open_image
 import utils
 from demo import draw_dataset
+from files import UserError, image_header, open_image
 from model import SSD300
 from utils import (calculate_mAP, create_data_lists, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy,
                    find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_color_map, make_label_map,
