@@ -6,6 +6,7 @@ The whole pipeline, without a GPU or a download:
 draws a small data set in Pascal VOC's layout, lists it, trains SSD300 on it from random weights, measures the mean
 average precision on pictures it did not train on, and saves a sheet of detections.
 """
+import math
 import os
 import random
 import time
@@ -20,18 +21,17 @@ from detect import detect
 from eval import evaluate
 from files import open_image, run
 from model import SSD300
-from train import fit
+from train import fit, standardize
 from utils import create_data_lists, load_checkpoint
 
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
-hues = {'circle': (-30, 50), 'square': (180, 260), 'triangle': (70, 150)}  # of each, in degrees on the color wheel
-n_train = 180  # pictures to train on
+sides = (28, 200)  # of the smallest and the largest shapes, in pixels
+n_train = 320  # pictures to train on
 n_test = 80  # other pictures, to measure on
-epochs = 4  # times to go through the training pictures
-decay_lr_at = (3,)  # epochs from which the learning rate is a tenth
+epochs = 5  # times to go through the training pictures
 batch_size = 4  # pictures in a batch
-lr = 1.5e-4  # learning rate of AdamW, which needs far fewer iterations here than train.py's gradient descent
+lr = 1.5e-3  # the highest learning rate of AdamW, which needs far fewer steps here than train.py's gradient descent
 
 
 def random_color(rng, hue=(0, 360), saturation=(0, 50), lightness=(5, 40)):
@@ -76,7 +76,7 @@ def draw_shape(image, shape, box, difficult, rng):
         ImageDraw.Draw(mask).rectangle(box, fill)
     else:
         ImageDraw.Draw(mask).polygon([((x_min + x_max) // 2, y_min), (x_max, y_max), (x_min, y_max)], fill)
-    image.paste(random_color(rng, hues[shape], (60, 100), (60, 80)), mask=mask)
+    image.paste(random_color(rng, saturation=(60, 100), lightness=(60, 80)), mask=mask)
 
 
 def draw_picture(rng):
@@ -88,8 +88,10 @@ def draw_picture(rng):
     objects = []
     n_objects = rng.randint(1, 6)
     for _ in range(30):  # tries
-        side = rng.randint(28, 60)
-        width, height = side, round(side * rng.uniform(0.8, 1.25))
+        width = round(math.exp(rng.uniform(*map(math.log, sides))))  # as many from 28 to 56 as from 56 to 112
+        height = round(width * rng.uniform(0.8, 1.25))
+        if width >= image.width or height >= image.height:
+            continue
         x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
         box = (x, y, x + width - 1, y + height - 1)
         if any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for _, b, _ in objects):
@@ -135,22 +137,6 @@ def draw_dataset(folder, n_train, n_test, seed=0):
             ET.ElementTree(root).write(os.path.join(folder, 'Annotations', id + '.xml'))
 
 
-def faster_in_bfloat16():
-    """
-    Some processors multiply 16-bit numbers twice as fast as 32-bit ones, others far more slowly.
-
-    :return: whether a convolution like those of the network is faster in bfloat16 on this one
-    """
-    convolution, seconds = torch.nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last), {}
-    for dtype in (torch.float32, torch.bfloat16):
-        image = torch.rand(8, 256, 75, 75, dtype=dtype)
-        for _ in range(2):  # the first time is for warming up
-            start = time.time()
-            convolution.to(dtype)(image)
-            seconds[dtype] = time.time() - start
-    return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
 def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
     """
     Save one picture with the detections in many.
@@ -162,16 +148,34 @@ def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
     rows = -(-len(image_paths) // columns)
     sheet = Image.new('RGB', (columns * tile[0], rows * tile[1]), 'white')
     for i, image_path in enumerate(image_paths):
-        annotated = detect(open_image(image_path), min_score=0.35, max_overlap=0.45, top_k=200, detector=detector)
+        annotated = detect(open_image(image_path), min_score=0.5, max_overlap=0.45, top_k=200, detector=detector)
         annotated.thumbnail((tile[0] - 10, tile[1] - 10))
         sheet.paste(annotated, (i % columns * tile[0] + (tile[0] - annotated.width) // 2,
                                 i // columns * tile[1] + (tile[1] - annotated.height) // 2))
     sheet.save(path)
 
 
+def start(train_set, thin, device):
+    """
+    :param train_set: PascalVOCDataset
+    :param thin: see `SSD300`
+    :param device: where to train
+    :return: SSD300 with random weights, and its optimizer, for `epochs` epochs
+    """
+    model = SSD300(n_classes=len(train_set.label_map), thin=thin).to(device)
+    standardize(model, torch.stack([train_set[i, i][0] for i in range(16)]).to(device))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    # The learning rate rises from nearly nothing, because the first steps are rough, and then falls to nothing.
+    n_steps = epochs * math.ceil(len(train_set) / batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps + 1, pct_start=0.07, anneal_strategy='linear',
+                                                   cycle_momentum=False)
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    return model, optimizer
+
+
 def main():
     """Draw, list, train, evaluate, detect."""
-    start = time.time()
+    began = time.time()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     print(f'1. Drawing {n_train + n_test} pictures of shapes into {folder}')
     draw_dataset(folder, n_train, n_test)
@@ -179,14 +183,14 @@ def main():
     print('\n2. Listing pictures and objects, as create_data_lists.py does')
     create_data_lists(folder, None, folder, labels=shapes)
 
-    print(f'\n3. Training from random weights on {device}, as train.py does')
+    thin = 1 if device.type == 'cuda' else 4
+    what = 'the whole network' if thin == 1 else f'a thin network (every {thin}th channel, see README.md)'
+    print(f'\n3. Training {what} from random weights on {device}, as train.py does')
     torch.manual_seed(0)
-    model = SSD300(n_classes=len(shapes) + 1).to(device)
-    # These betas forget the first, rough steps.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+    model, optimizer = start(train_set, thin, device)
     checkpoint_path = os.path.join(folder, 'checkpoint_ssd300.pth')
-    fit(model, optimizer, PascalVOCDataset(folder, 'TRAIN', keep_difficult=True), checkpoint_path, epochs, batch_size,
-        decay_lr_at=decay_lr_at, print_freq=10, bfloat16=None if device.type == 'cuda' else faster_in_bfloat16())
+    fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, print_freq=10, grad_clip=10)
 
     print(f'\n4. Evaluating on {n_test} other pictures, as eval.py does')
     saved = load_checkpoint(checkpoint_path, device)
@@ -198,7 +202,7 @@ def main():
     sheet_path = os.path.join(folder, 'detections.png')
     save_sheet(sheet_path, test_set.images[:12], (model, saved['label_map']))
     print(f'''
-mAP {mean_average_precision:.3f} after {(time.time() - start) / 60:.1f} minutes. Look at {sheet_path}.
+mAP {mean_average_precision:.3f} after {(time.time() - began) / 60:.1f} minutes. Look at {sheet_path}.
 
 Next: read README.md beside the code, then
   - set checkpoint = '{checkpoint_path}' in detect.py, and run

@@ -15,7 +15,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageSequence
 
 import pretrained
 from files import UserError, is_picture, opened_image, run, to_rgb
-from utils import make_color_map, to_input
+from utils import make_color_map, transform
 
 img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
 checkpoint = None  # the weights, from train.py; None for torchvision's, trained on the 80 classes of COCO
@@ -38,6 +38,7 @@ def load_detector(checkpoint):
 
 
 @torch.no_grad()
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # as in eval.py
 def find_objects(images, min_score, max_overlap, top_k, model, label_map, suppress=None):
     """
     :param images: list of PIL images in RGB
@@ -47,7 +48,8 @@ def find_objects(images, min_score, max_overlap, top_k, model, label_map, suppre
     """
     names = {index: label for label, index in label_map.items()}
     unwanted = {'background', *(suppress or ())}
-    inputs = torch.stack([to_input(image.resize((300, 300), Image.Resampling.BILINEAR)) for image in images])
+    unknown = torch.empty(0, 4), torch.empty(0), torch.empty(0)  # boxes, labels, difficulties
+    inputs = torch.stack([transform(image, *unknown, 'TEST')[0] for image in images])  # (N, 3, 300, 300)
     predictions = model(inputs.to(model.priors_cxcy.device))  # (N, 8732, 4), (N, 8732, n_classes)
     results = []
     for image, boxes, labels, scores in zip(images, *model.detect_objects(*predictions, min_score, max_overlap, top_k)):

@@ -19,6 +19,9 @@ class UserError(Exception):
     """Something the user can put right. Its message is one line; scripts print that line and exit with code 1."""
 
 
+killed_worker = 'a process that loads pictures was killed, perhaps for lack of memory: lower workers'
+
+
 def run(main):
     """
     Run a script's `main`, and turn what a user can put right into one line and a non-zero exit.
@@ -34,8 +37,8 @@ def run(main):
     except torch.cuda.OutOfMemoryError:
         sys.exit('Error: the GPU ran out of memory: lower batch_size')
     except RuntimeError as error:
-        if 'DataLoader worker' in str(error):
-            sys.exit('Error: a process that loads pictures was killed, perhaps for lack of memory: lower workers')
+        if 'DataLoader worker (pid' in str(error):  # a signal brought the news: see `datasets.load_batches`
+            sys.exit(f'Error: {killed_worker}')
         if not ('onnection' in str(error) and torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise
         sys.exit('Error: another process ended or was killed; start all again, from the last checkpoint')

@@ -7,8 +7,11 @@ one for each prior: how the prior has to move and stretch to fit an object, and 
 how wrong they are; `SSD300.detect_objects` turns them into detections.
 
 Each class names the section of README.md that explains it. In the comments on shapes, N is the number of pictures in
-the batch. Boxes and priors: see utils.py.
+the batch; the numbers of channels are those of the whole network, of which a thin one has a part (see `thin_out`).
+Boxes and priors: see utils.py.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -234,9 +237,11 @@ class SSD300(nn.Module):
 
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
+    :param thin: keep only every thin-th channel of each layer, for a network that a laptop can train: see `thin_out`
+    :raises UserError: there is no such thin network
     """
 
-    def __init__(self, n_classes, pretrained=False):
+    def __init__(self, n_classes, pretrained=False, thin=1):
         super().__init__()
         self.n_classes = n_classes
 
@@ -250,6 +255,8 @@ class SSD300(nn.Module):
 
         # A buffer moves to the GPU along with the weights, but is not learned.
         self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)  # (8732, 4)
+
+        thin_out(self, thin)
 
         # Convolutions are faster when the values of a pixel lie next to each other in memory; the shapes stay the same.
         for part in (self.base, self.aux_convs, self.pred_convs):
@@ -288,39 +295,33 @@ class SSD300(nn.Module):
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
             long, scores (n). A picture without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0.
         """
-        N = len(predicted_scores)
-        boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
-        scores = predicted_scores.float().softmax(dim=2)[:, :, 1:].flatten(1)  # (N, 8732 * (n_classes - 1))
-        n_candidates = (scores > min_score).sum(dim=1)  # (N)
+        all_boxes, all_labels, all_scores = [], [], []
+        for locs, scores in zip(predicted_locs.float(), predicted_scores.float()):
+            boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, self.priors_cxcy))  # (8732, 4)
+            scores = scores.softmax(dim=1)[:, 1:]  # (8732, n_classes - 1), without the background
+            scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0)  # what is infinite or NaN is no box ...
+            scores = scores.nan_to_num(0).flatten()  # ... nor score; (8732 * (n_classes - 1)), for each prior and class
 
-        # Suppression goes down the scores and never looks back. So when a picture's best candidates alone leave top_k
-        # survivors, these are final, and the other candidates, perhaps 90,000, need not be looked at. Try with few.
-        n_best = 4 * top_k
-        while True:
-            n_best = min(n_best, scores.size(1))
-            best, at = scores.topk(n_best)  # (N, n_best), (N, n_best)
-            pictures, ranks = (best > min_score).nonzero(as_tuple=True)  # (n), (n)
-            at = at[pictures, ranks]  # (n)
-            labels = at % (self.n_classes - 1) + 1  # (n), without the background
-            candidates = boxes[pictures, at // (self.n_classes - 1)]  # (n, 4)
-            candidate_scores = best[pictures, ranks]  # (n)
-            groups = pictures * self.n_classes + labels  # (n), one for each class of each picture
-            kept = non_maximum_suppression(candidates, candidate_scores, groups, max_overlap)
-            n_kept = pictures[kept].bincount(minlength=N)  # (N)
-            if ((n_kept >= top_k) | (n_candidates <= n_best)).all():
-                break
-            n_best *= 8
+            # Suppression goes down the scores and never looks back. So when the best candidates alone leave top_k
+            # survivors, these are final, and the others, perhaps 90,000, need not be looked at. Try with few.
+            for n_best in (min(10 * top_k, len(scores)), len(scores)):
+                best_scores, best = scores.topk(n_best)  # (n_best), (n_best)
+                best_scores, best = best_scores[best_scores > min_score], best[best_scores > min_score]  # (n), (n)
+                candidates = boxes[best // (self.n_classes - 1)]  # (n, 4)
+                labels = best % (self.n_classes - 1) + 1  # (n)
+                kept = non_maximum_suppression(candidates, best_scores, labels, max_overlap)[:top_k]  # (n_kept)
+                if len(kept) == top_k or len(best) < n_best:
+                    break
 
-        # `kept` is sorted by score; sorting it by picture, stably, gives each picture's detections by score.
-        kept = kept[pictures[kept].sort(stable=True).indices]
-        kept = torch.cat([of_picture[:top_k] for of_picture in kept.split(n_kept.tolist())])
-        counts = n_kept.clamp(max=top_k).tolist()
-        detections = (candidates[kept].split(counts),  # N times (n, 4)
-                      labels[kept].split(counts),  # N times (n)
-                      candidate_scores[kept].split(counts))  # N times (n)
-        placeholder = boxes.new_tensor([[0., 0., 1., 1.]]), labels.new_zeros(1), scores.new_zeros(1)
-        return tuple([of_picture if len(of_picture) > 0 else nothing for of_picture in of_pictures]
-                     for of_pictures, nothing in zip(detections, placeholder))
+            if len(kept) > 0:
+                all_boxes.append(candidates[kept])  # (n_kept, 4)
+                all_labels.append(labels[kept])  # (n_kept)
+                all_scores.append(best_scores[kept])  # (n_kept)
+            else:
+                all_boxes.append(boxes.new_tensor([[0., 0., 1., 1.]]))  # (1, 4)
+                all_labels.append(labels.new_zeros(1))  # (1)
+                all_scores.append(scores.new_zeros(1))  # (1)
+        return all_boxes, all_labels, all_scores
 
     @classmethod
     def from_checkpoint(cls, checkpoint, path='the checkpoint'):
@@ -330,10 +331,11 @@ class SSD300(nn.Module):
         :return: the model as it was saved, on the CPU
         :raises UserError: the weights do not fit SSD300 with the checkpoint's classes, or with `feature_maps`
         """
-        model = cls(n_classes=len(checkpoint['label_map']))
         try:
+            thin = 64 // len(checkpoint['model']['base.conv1_1.bias'])  # the whole network has 64 channels there
+            model = cls(n_classes=len(checkpoint['label_map']), thin=thin)
             model.load_state_dict(checkpoint['model'])
-        except RuntimeError as error:
+        except (KeyError, TypeError, ZeroDivisionError, RuntimeError, UserError) as error:
             raise UserError(f'{path} does not fit SSD300 with its classes {list(checkpoint["label_map"])}: '
                             f'{one_line(error)}') from None
         if len(checkpoint['priors_cxcy']) != len(model.priors_cxcy):
@@ -341,6 +343,32 @@ class SSD300(nn.Module):
                             f'{len(model.priors_cxcy)}')
         model.priors_cxcy = checkpoint['priors_cxcy'].to(model.priors_cxcy)
         return model
+
+
+def thin_out(model, thin):
+    """
+    Keep every thin-th channel of every layer, and of the predictions' layers every thin-th input: with thin = 4 the
+    network needs about a fifteenth of the operations. See "A thin network".
+
+    :param model: SSD300, whose layers are replaced
+    :param thin: 1 (nothing changes), 2, 4, 8, 16, 32 or 64
+    :raises UserError: another number
+    """
+    if thin not in (1, 2, 4, 8, 16, 32, 64):
+        raise UserError(f'thin = {thin!r}: set it to 1 for the whole network, or to 2, 4, 8, 16, 32 or 64')
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            n_inputs = layer.in_channels
+            keeps_inputs = layer is model.base.conv1_1  # red, green and blue
+            keeps_outputs = layer in model.pred_convs.children()
+            m = (None if keeps_outputs else thin, None if keeps_inputs else thin, None, None)
+            weight, bias = decimate(layer.weight.detach(), m), decimate(layer.bias.detach(), m[:1])
+            layer.out_channels, layer.in_channels = weight.shape[:2]
+            # A sum over a quarter of the channels would spread half as much, and after fifteen layers nothing would be
+            # left of the picture: so weights grow by the square root of what their number shrank by.
+            layer.weight = nn.Parameter(weight * math.sqrt(n_inputs / layer.in_channels))
+            layer.bias = nn.Parameter(bias.clone())
+    model.rescale_factors = nn.Parameter(decimate(model.rescale_factors.detach(), (None, thin, None, None)).clone())
 
 
 class MultiBoxLoss(nn.Module):
@@ -414,7 +442,10 @@ class MultiBoxLoss(nn.Module):
         labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1]  # (N, n_objects)
         boxes, labels = (padded.to(priors_xy.device, non_blocking=True) for padded in (boxes, labels))
         real = labels > 0  # (N, n_objects)
-        overlap = find_jaccard_overlap(boxes, priors_xy).where(real.unsqueeze(2), -1)  # (N, n_objects, 8732)
+        # A few pictures at a time: the areas on the way to the overlaps take several times the memory of the overlaps,
+        # which in crowded pictures, with hundreds of objects in each, is a lot.
+        overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(4)])  # (N, n_objects, 8732)
+        overlap.masked_fill_(~real.unsqueeze(2), -1)
 
         # Each prior gets the object that it overlaps most.
         overlap_of_prior, object_of_prior = overlap.max(dim=1)  # (N, 8732), (N, 8732)
@@ -435,21 +466,23 @@ class MultiBoxLoss(nn.Module):
 def own_priors(overlap):
     """
     Give each object a prior of its own, the largest overlap first: where two objects overlap the same prior most, the
-    one that overlaps it more keeps it, and the other takes its next best.
+    one that overlaps it more keeps it, and the other takes its next best. Of equals, the first one in order wins: a
+    small object overlaps all priors that contain it equally.
 
-    :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732)
-    :return: the index of each object's prior, no two the same in a picture, (N, n_objects)
+    :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732); of what is no object, -1
+    :return: the index of each object's prior, no two the same in a picture, (N, n_objects); of what is no object, 0
     """
-    N, n_objects, _ = overlap.shape
-    # An object loses at most n_objects - 1 priors to others, so its n_objects best are choice enough.
-    overlap, priors = overlap.topk(n_objects, dim=2)  # (N, n_objects, n_objects), (N, n_objects, n_objects)
-    overlap, priors = overlap.flatten(1), priors.flatten(1)  # (N, n_objects * n_objects)
-    objects = torch.arange(n_objects, device=overlap.device).repeat_interleave(n_objects)  # (n_objects * n_objects)
-
-    own = priors.new_zeros(N, n_objects)  # (N, n_objects)
-    for _ in range(n_objects):
-        best = overlap.argmax(dim=1, keepdim=True)  # (N, 1)
-        object, prior = objects[best], priors.gather(1, best)  # (N, 1), (N, 1)
-        own = own.scatter(1, object, prior)  # (N, n_objects)
-        overlap = overlap.masked_fill((objects == object) | (priors == prior), -2)  # both are taken
-    return own
+    overlap = overlap.clone()
+    earlier = torch.ones(overlap.size(1), overlap.size(1), device=overlap.device).tril(-1) > 0  # (n_objects, n_objects)
+    while True:
+        # Each object asks for the prior that it overlaps most. `max` takes the first of equals.
+        asked_overlap, asked = overlap.max(dim=2)  # (N, n_objects), (N, n_objects)
+        # An object loses its prior to another (the last dimension) that asks for the same with a larger overlap ...
+        mine, others = asked_overlap.unsqueeze(2), asked_overlap.unsqueeze(1)  # (N, n_objects, 1), (N, 1, n_objects)
+        beaten = (others > mine) | (others == mine) & earlier  # (N, n_objects, n_objects)
+        same = asked.unsqueeze(2) == asked.unsqueeze(1)  # (N, n_objects, n_objects)
+        loses = (same & beaten).any(dim=2) & (asked_overlap >= 0)  # (N, n_objects)
+        if not loses.any():
+            return asked
+        # ... and asks for another in the next round.
+        overlap.scatter_(2, asked.unsqueeze(2), asked_overlap.masked_fill(loses, -1).unsqueeze(2))

@@ -3,16 +3,17 @@ Weights from elsewhere, brought into our SSD300: torchvision's SSD300, trained o
 used earlier implementation of this tutorial. Skip this file on a first reading.
 """
 import pickle
+import re
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
 from files import UserError, one_line
-from model import SSD300
-from utils import (create_prior_boxes, download_weights, feature_maps, label_map, load_checkpoint, make_label_map, mean,
-                   priors_of_map, std)
+from model import SSD300, thin_out
+from utils import (download_weights, feature_maps, label_map, load_checkpoint, make_label_map, mean, priors_of_map,
+                   std)
 
 coco_weights = SSD300_VGG16_Weights.COCO_V1
 coco_categories = coco_weights.meta['categories']  # 91, of which some are 'N/A'
@@ -33,13 +34,14 @@ def coco_default_boxes():
                       in zip(feature_maps.values(), steps, scales, scales[1:])])
 
 
-def from_torchvision(state_dict, classes=None):
+def from_torchvision(state_dict, classes=None, thin=1):
     """
     Build our SSD300 with the weights of torchvision's.
 
     :param state_dict: of a `torchvision.models.detection.ssd300_vgg16`
     :param classes: the indices of the classes to keep, 0 (background) first; None for all
-    :return: SSD300, which predicts what torchvision's model predicts
+    :param thin: keep only every thin-th channel, to train on from there: see `model.thin_out`
+    :return: SSD300, which predicts what torchvision's model predicts, if thin is 1
     :raises UserError: the weights are not those of such a model
     """
     try:
@@ -51,6 +53,7 @@ def from_torchvision(state_dict, classes=None):
     except (KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"these are not the weights of torchvision's ssd300_vgg16: {one_line(error)}") from None
     model.priors_cxcy = coco_default_boxes()
+    thin_out(model, thin)
     return model
 
 
@@ -135,17 +138,18 @@ def coco_index(label):
     return coco_categories.index(name) if name in coco_categories[1:] else None
 
 
-def start_from_coco(label_map):
+def start_from_coco(label_map, thin=1):
     """
     A detector for other classes that starts from COCO's: everything but the class scores, and of these the scores of
     the background and of those labels that COCO has.
 
     :param label_map: dict of label -> index of the classes to learn
+    :param thin: see `from_torchvision`
     :return: SSD300; and the labels that start anew, because COCO lacks them
     """
     known = {index: coco_index(label) for label, index in label_map.items() if coco_index(label) is not None}
-    coco = from_torchvision(download_coco(), [0, *known.values()])
-    model = SSD300(n_classes=len(label_map))
+    coco = from_torchvision(download_coco(), [0, *known.values()], thin)
+    model = SSD300(n_classes=len(label_map), thin=thin)
     model.priors_cxcy = coco.priors_cxcy
     ours, rows = model.state_dict(), [0, *known]
     for key, values in coco.state_dict().items():
@@ -161,32 +165,41 @@ def start_from_coco(label_map):
 # ---------------------------------------------------------------------- Checkpoints of the earlier implementation
 
 class StandIn:
-    """Takes the place of a module or an optimizer of a pickled checkpoint: it holds its values, and does nothing."""
+    """Takes the place of whatever a pickled model or optimizer names: it holds its values, and does nothing."""
+
+    dump_patches = False  # torch.load asks the class of a module
 
     def __setstate__(self, state):
-        self.__dict__.update(state if isinstance(state, dict) else {})
+        self.__dict__.update(state)
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Unpickles tensors and plain containers. Modules and optimizers become stand-ins; anything else is refused."""
+def make_dict(*_):
+    """Takes the place of a defaultdict, because `torch.load` with weights_only=True fills only plain ones."""
+    return {}
 
-    allowed = {('collections', 'OrderedDict'): OrderedDict, ('collections', 'defaultdict'): defaultdict,
-               ('builtins', 'dict'): dict, ('__builtin__', 'dict'): dict, ('builtins', 'set'): set,
-               ('__builtin__', 'set'): set,
-               ('torch._utils', '_rebuild_tensor'): torch._utils._rebuild_tensor,
-               ('torch._utils', '_rebuild_tensor_v2'): torch._utils._rebuild_tensor_v2,
-               ('torch._utils', '_rebuild_parameter'): torch._utils._rebuild_parameter,
-               ('torch', 'Size'): torch.Size}
+
+# What PyTorch began its files with before version 1.6
+old_format = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)
+
+# All that a checkpoint may name besides tensors and their parts, and what takes its place
+harmless = {
+    'builtins.dict': dict, 'builtins.set': set, 'collections.OrderedDict': OrderedDict,
+    'collections.defaultdict': make_dict,
+    'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
+    'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
+    **dict.fromkeys(('model.SSD300', 'model.VGGBase', 'model.AuxiliaryConvolutions', 'model.PredictionConvolutions',
+                     'torch.nn.modules.conv.Conv2d', 'torch.nn.modules.pooling.MaxPool2d', 'torch.optim.sgd.SGD',
+                     'torch.optim.adam.Adam', 'torch.nn.backends.thnn._get_thnn_function_backend'), StandIn)}
+
+
+class SafeUnpickler(pickle._Unpickler):  # the one in C takes gigabytes if a wrong bit makes an index large
+    """Unpickles what is harmless, and refuses all else."""
 
     def find_class(self, module, name):
-        if (module, name) in self.allowed:
-            return self.allowed[module, name]
-        if module == 'torch' and name in ('FloatStorage', 'LongStorage', 'DoubleStorage', 'HalfStorage', 'IntStorage',
-                                          'BoolStorage', 'ByteStorage'):
-            return getattr(torch, name)
-        if module == 'model' or module.startswith(('torch.nn.modules.', 'torch.optim.')):
-            return type(name, (StandIn,), {'__module__': module})
-        raise pickle.UnpicklingError(f'it calls {module}.{name}, which could be harmful')
+        path = f'{module}.{name}'.replace('__builtin__', 'builtins')  # Python 2's name
+        if path not in harmless:
+            raise pickle.UnpicklingError(f'GLOBAL {path} is refused')  # as torch.load says it, see `reason`
+        return harmless[path]
 
 
 class SafePickle:
@@ -199,32 +212,58 @@ class SafePickle:
         return SafeUnpickler(file, **options).load()
 
 
-def read_earlier_checkpoint(path, device='cpu'):
+def read_saved(path, device='cpu'):
     """
-    Read a checkpoint of the earlier implementation: a pickled dict of the epoch, the whole model and the optimizer, in
-    either format of torch.save. Nothing in it is run.
+    Read a file that torch.save wrote. Nothing in it is run: a model and its optimizer become stand-ins.
 
     :param path: the file
     :param device: where its tensors go
-    :return: what `utils.load_checkpoint` returns, without an optimizer: training starts anew from these weights
-    :raises UserError: it holds anything that could be harmful, or is no such checkpoint
+    :return: what was saved
+    :raises UserError: the file can't be read, or holds anything that could be harmful
     """
     try:
-        with warnings.catch_warnings():
-            with open(path, 'rb') as file:
-                zipped = file.read(4) == b'PK\x03\x04'
-            if zipped and 'constants.pkl' in torch._C.PyTorchFileReader(str(path)).get_all_records():
-                # torch.load would run it, and never ask the unpickler
-                raise pickle.UnpicklingError('it is a TorchScript program, which could be harmful')
-            warnings.simplefilter('ignore')  # that the source code of the pickled classes differs from ours
-            content = torch.load(path, map_location=device, weights_only=False, pickle_module=SafePickle)
+        with open(path, 'rb') as file:
+            is_old = file.read(len(old_format)) == old_format
+        # With weights_only=True, `torch.load` reads no module of the old format, not even one whose class is safe,
+        # because the source of the class stands beside it.
+        options = {'weights_only': False, 'pickle_module': SafePickle} if is_old else {'weights_only': True}
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(it, name) for name, it in harmless.items()]):
+            warnings.simplefilter('ignore')  # that the source differs from the stand-in's
+            return torch.load(path, map_location=device, **options)
+    except Exception as error:  # nearly anything, on a file that is damaged
+        raise UserError(f'{path} is damaged or no checkpoint: {reason(error)}; take one that train.py wrote') from None
+
+
+def reason(error):
+    """
+    :param error: what `torch.load` raised
+    :return: the reason in short, without its advice to run what is in the file
+    """
+    message = str(error).rpartition('WeightsUnpickler error:')[2].strip()
+    called = re.search(r'GLOBAL (\S+)', message)
+    if called:
+        return f'it calls {called[1]}, which could be harmful'
+    first_sentence = re.split(r'\.\s|\n', message)[0]
+    return one_line(f'{first_sentence} ({type(error).__name__})')
+
+
+def from_earlier(content, path):
+    """
+    :param content: a checkpoint of the earlier implementation: a dict of the epoch, the whole model and the optimizer
+    :param path: its file, for the error
+    :return: what `utils.load_checkpoint` returns, without an optimizer: training starts anew from these weights
+    :raises UserError: the model is another, or for other classes
+    """
+    try:
         state_dict = dict(named_tensors(content['model']))
-        priors = vars(content['model']).get('priors_cxcy', create_prior_boxes())
-        if len(state_dict['pred_convs.cl_conv11_2.bias']) != 4 * len(label_map):
-            raise ValueError('it does not detect the 20 classes of VOC')
-    except Exception as error:  # nearly anything, on a file that is no such checkpoint
-        raise UserError(f'{path} was not loaded: it is damaged or no checkpoint: {one_line(error)}. '
-                        'Take one that train.py wrote') from None
+        n_classes = len(state_dict['pred_convs.cl_conv11_2.bias']) // 4
+        priors = content['model'].priors_cxcy.view(-1, 4)
+    except Exception as error:  # nearly anything may stand in the place of a tensor
+        raise UserError(f'{path} holds a model that is not the SSD300 of the earlier implementation: {reason(error)}; '
+                        'take a checkpoint that train.py wrote') from None
+    if n_classes != len(label_map):
+        raise UserError(f'{path} is a checkpoint of the earlier implementation for {n_classes - 1} classes, and does '
+                        f'not say which: of these, only those for the {len(label_map) - 1} of VOC can be used')
     return {'epoch': content.get('epoch', 0), 'label_map': label_map, 'model': state_dict, 'priors_cxcy': priors}
 
 

@@ -7,6 +7,9 @@ Many GPUs: several processes, each with a GPU of its own, that train or evaluate
 Skip this file on a first reading: with plain `python train.py` there is one process, and nothing here does anything.
 """
 import os
+from datetime import timedelta
+from functools import wraps
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -30,7 +33,8 @@ def join_processes():
                         f'"torchrun --nproc_per_node={torch.cuda.device_count()}"')
     if gpu:
         torch.cuda.set_device(index)
-    dist.init_process_group('nccl' if gpu and dist.is_nccl_available() else 'gloo')
+    # They wait for each other up to two hours, not PyTorch's 10 minutes: one may be downloading 528 MB, on a slow line.
+    dist.init_process_group('nccl' if gpu and dist.is_nccl_available() else 'gloo', timeout=timedelta(hours=2))
     return torch.device('cuda', index) if gpu else torch.device('cpu')
 
 
@@ -62,16 +66,50 @@ def mean_over_processes(tensor):
     return tensor
 
 
-def gather_pictures(lists):
+def gather_objects(value):
     """
-    :param lists: lists with an item for each picture that this process had; of n processes, process i had the pictures
-        i, i + n, i + 2n, ...
-    :return: lists with the items of all pictures, in order, the same in each process
+    :param value: anything that can be pickled; few large tensors take far less time than many small ones
+    :return: list of what each process gave, by their numbers, the same in each process
     """
-    n = n_processes()
-    if n == 1:
-        return lists
-    parts = [None] * n
-    dist.all_gather_object(parts, lists)
-    n_pictures = sum(len(part[0]) for part in parts)
-    return [[parts[i % n][k][i // n] for i in range(n_pictures)] for k in range(len(lists))]
+    values = [value] * n_processes()
+    if n_processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather_pictures(pieces, counts):
+    """
+    :param pieces: tensors (n, ...), each with the values of several pictures that this process had, one after the
+        other; of n processes, process i had the pictures i, i + n, i + 2n, ...
+    :param counts: how many values belong to each picture
+    :return: list with a tensor for each picture of all processes, in order, on the CPU, the same in each process
+    """
+    mine = torch.cat(pieces).cpu() if pieces else torch.empty(0)  # of few pictures, a process may have none
+    parts = [values.split(counts) for values, counts in gather_objects((mine, counts))]
+    # The first picture of each process, then the second of each; the last time, some have none left.
+    return [picture for pictures in zip_longest(*parts) for picture in pictures if picture is not None]
+
+
+def first_process_first(function):
+    """
+    For a function that downloads a file: the first process of each machine calls it while the others wait; then they
+    call it, too, and find the file on their disk.
+
+    :param function: the function; what it raises in a first process as UserError is raised in all processes
+    :return: the function to call in its place, in all processes
+    """
+    @wraps(function)
+    def in_turn(*args):
+        if n_processes() == 1:
+            return function(*args)
+        first, result, failure = os.environ['LOCAL_RANK'] == '0', None, None
+        if first:
+            try:
+                result = function(*args)
+            except UserError as error:
+                failure = str(error)
+        failures = list(filter(None, gather_objects(failure)))  # the others wait here
+        if failures:
+            raise UserError(failures[0])
+        return result if first else function(*args)
+    return in_turn

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import random
-import warnings
+import sys
 from collections import Counter, namedtuple
 from colorsys import hsv_to_rgb
 from functools import partial
@@ -23,9 +23,10 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as FT
 from PIL import Image, ImageOps
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import batched_nms
 
 from files import UserError, image_header, is_picture, read_objects, turn_box, write_whole
+from processes import first_process_first
 
 
 # ----------------------------------------------------------------------------------------------------------- Labels
@@ -74,7 +75,7 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
     is wrong, and is dropped: to the network it would have no area. Pictures that lie on their side: see `turn_box`.
 
     :param annotation_path: the XML file
-    :param label_map: dict of label -> index
+    :param label_map: dict of label -> index; or None, to take all labels, and leave them names
     :param size: the picture's width and height when it is upright, if known
     :param orientation: how it is stored, see `image_header`
     :return: dict of boxes (boundary coordinates in pixels), labels (indices), difficulties (0 or 1), one of each per
@@ -92,7 +93,7 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
     for label, difficult, box in objects:
         x_min, y_min, x_max, y_max = (edge - 1 for edge in (turn_box(box, size, orientation) if as_stored else box))
         clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
-        if label not in label_map or label == 'background':
+        if label == 'background' or (label_map is not None and label not in label_map):
             annotation['dropped'].append(f"label '{label}' is not one of the labels")
         elif not all(map(math.isfinite, box)):
             annotation['dropped'].append(f'{label} {box} is not finite')
@@ -102,7 +103,7 @@ def parse_annotation(annotation_path, label_map=label_map, size=None, orientatio
             annotation['dropped'].append(f'{label} {box} has no area')
         else:
             annotation['boxes'].append(clipped)
-            annotation['labels'].append(label_map[label])
+            annotation['labels'].append(label if label_map is None else label_map[label])
             annotation['difficulties'].append(difficult)
     return annotation
 
@@ -133,29 +134,73 @@ def picture_ids(folder, split, test_fraction):
         raise UserError(f'{list_path} is no list of names: {error}') from None
 
 
-def read_split(folder, ids, label_map):
+def find_pictures(folder, ids):
     """
-    Read some pictures' annotations, from a folder in Pascal VOC's layout: Annotations, JPEGImages.
-
-    :param folder: the folder, for example VOCdevkit/VOC2007
+    :param folder: a folder in Pascal VOC's layout, with the pictures in JPEGImages
     :param ids: the names of the pictures, see `picture_ids`
-    :param label_map: dict of label -> index
-    :return: list of (path of the picture, its annotation), see `parse_annotation`
-    :raises UserError: something is missing or unreadable, see `parse_annotation` and `image_header`
+    :return: dict of name -> path of the picture; names without a picture are not in it
+    :raises UserError: a name has several pictures, for example cat.jpg and cat.png
     """
     image_folder = os.path.join(os.path.abspath(folder), 'JPEGImages')
-    names = os.listdir(image_folder) if os.path.isdir(image_folder) else []
-    image_names = {os.path.splitext(name)[0]: name for name in names if is_picture(name)}
+    paths = {id: [] for id in ids}
+    for name in sorted(os.listdir(image_folder)) if os.path.isdir(image_folder) else []:
+        id = os.path.splitext(name)[0]
+        if id in paths and is_picture(name):
+            paths[id].append(os.path.join(image_folder, name))
+    ambiguous = [found for found in paths.values() if len(found) > 1]
+    if ambiguous:
+        raise UserError(f'{" and ".join(ambiguous[0])} differ only in the extension, so it is not clear which of them '
+                        f'the splits or annotations of {folder} mean: keep one, and move the other elsewhere or rename '
+                        f'it; there are {len(ambiguous)} such names')
+    return {id: found[0] for id, found in paths.items() if found}
 
-    pictures = []
+
+def read_split(folder, split, ids, label_map):
+    """
+    Read some pictures' annotations, from a folder in Pascal VOC's layout: Annotations, JPEGImages. A picture is left
+    out if it, or its annotation, is missing or can't be read. More than a few of them mean that something else is
+    wrong, with the folder or its download: then the first ten are printed, and an error is raised.
+
+    :param folder: the folder, for example VOCdevkit/VOC2007
+    :param split: 'trainval' or 'test'
+    :param ids: the names of the split's pictures, see `picture_ids`
+    :param label_map: see `parse_annotation`
+    :return: list of (path of the picture, its annotation), see `parse_annotation`; and a reason for each picture that
+        was left out
+    :raises UserError: more than a tenth of the pictures can't be read; or see `find_pictures`
+    """
+    image_paths = find_pictures(folder, ids)
+    pictures, left_out = [], []
     for id in ids:
-        if id not in image_names:
-            raise UserError(f'{os.path.join(image_folder, id)}.* is missing: the splits or annotations of {folder} '
-                            'name this picture')
-        image_path = os.path.join(image_folder, image_names[id])
-        annotation_path = os.path.join(folder, 'Annotations', id + '.xml')
-        pictures.append((image_path, parse_annotation(annotation_path, label_map, *image_header(image_path))))
-    return pictures
+        try:
+            if id not in image_paths:
+                raise UserError(f'{os.path.join(folder, "JPEGImages", id)}.* is missing: the splits or annotations of '
+                                f'{folder} name this picture')
+            annotation_path = os.path.join(folder, 'Annotations', id + '.xml')
+            annotation = parse_annotation(annotation_path, label_map, *image_header(image_paths[id]))
+            pictures.append((image_paths[id], annotation))
+        except (UserError, OSError) as error:
+            left_out.append(str(error))
+    if 10 * len(left_out) > len(ids):
+        print('\n'.join(left_out[:10]), file=sys.stderr)
+        raise UserError(f"{len(left_out)} of the {len(ids)} pictures in {folder}'s split {split} can't be read, more "
+                        'than a tenth (the first are named above), so no lists were written: check that the folder is '
+                        'the right one, and complete, or mend these pictures')
+    return pictures, left_out
+
+
+def number_labels(splits):
+    """
+    Make a label map of all labels that occur, sorted, and put indices in the place of the names.
+
+    :param splits: dict of 'TRAIN' and 'TEST' -> list of (path of a picture, its annotation, with labels as names)
+    :return: dict of label -> index
+    """
+    annotations = [annotation for pictures in splits.values() for _, annotation in pictures]
+    label_map = make_label_map(sorted({label for annotation in annotations for label in annotation['labels']}))
+    for annotation in annotations:
+        annotation['labels'] = [label_map[label] for label in annotation['labels']]
+    return label_map
 
 
 def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, test_fraction=0.2):
@@ -164,7 +209,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     read: TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json, label_map.json.
 
     Training takes the trainval splits, without pictures that have no object. The test takes the first folder's test
-    split with all its pictures: a detection on an empty picture is a false positive, and has to count.
+    split, also those pictures: a detection on an empty picture is a false positive, and has to count.
 
     :param voc07_path: folder with the splits trainval and test
     :param voc12_path: folder with another split trainval, or None
@@ -173,29 +218,41 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     :param test_fraction: see `picture_ids`
     :raises UserError: see `picture_ids` and `read_split`; or no object of these labels was found for training
     """
-    parts = [('TEST', voc07_path, picture_ids(voc07_path, 'test', test_fraction))]
+    label_map = None if labels is None else make_label_map(labels)
+    parts = [('TEST', voc07_path, 'test', picture_ids(voc07_path, 'test', test_fraction))]
     for folder in filter(None, (voc07_path, voc12_path)):
-        parts.append(('TRAIN', folder, picture_ids(folder, 'trainval', test_fraction if folder == voc07_path else 0)))
-    if labels is None:
-        labels = sorted({label for _, folder, ids in parts for id in ids
-                         for label, _, _ in read_objects(os.path.join(folder, 'Annotations', id + '.xml'))[1]}
-                        - {'background'})
-    label_map, splits = make_label_map(labels), {'TRAIN': [], 'TEST': []}
-    for split, folder, ids in parts:
-        splits[split] += read_split(folder, ids, label_map)
-
-    dropped = [f'{image_path}: {reason}' for pictures in splits.values()
-               for image_path, annotation in pictures for reason in annotation['dropped']]
-    empty = sum(not annotation['boxes'] for _, annotation in splits['TRAIN'])
-    splits['TRAIN'] = [picture for picture in splits['TRAIN'] if picture[1]['boxes']]
-    if not splits['TRAIN']:
-        raise UserError(f'no object with one of the labels {list(labels)} in the training pictures of {voc07_path}: '
-                        'set the labels that its annotations use')
-
+        ids = picture_ids(folder, 'trainval', test_fraction if folder == voc07_path else 0)
+        parts.append(('TRAIN', folder, 'trainval', ids))
+    splits, left_out = {'TRAIN': [], 'TEST': []}, []
+    for name, *part in parts:
+        pictures, reasons = read_split(*part, label_map)
+        splits[name] += pictures
+        left_out += reasons
+    if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
+        which = 'no object' if labels is None else f'no object with one of the labels {list(labels)}'
+        raise UserError(f'{which} in the training pictures of {voc07_path}: set the labels that its annotations use')
     if not splits['TEST']:
         raise UserError(f'no picture for the test in {voc07_path}: list some in ImageSets/Main/test.txt, or, without '
                         'ImageSets, raise test_fraction')
+    label_map = label_map or number_labels(splits)
 
+    dropped = [f'{image_path}: {reason}' for pictures in splits.values()
+               for image_path, annotation in pictures for reason in annotation['dropped']]
+    n_empty = sum(not annotation['boxes'] for _, annotation in splits['TRAIN'])
+    splits['TRAIN'] = [picture for picture in splits['TRAIN'] if picture[1]['boxes']]
+    write_lists(splits, label_map, output_folder)
+    print_summary(splits, label_map, left_out, n_empty, dropped)
+    print(f'The lists are in {os.path.abspath(output_folder)}.')
+
+
+def write_lists(splits, label_map, output_folder):
+    """
+    Write the five files that `create_data_lists` names, all together, or none.
+
+    :param splits: dict of 'TRAIN' and 'TEST' -> list of (path of a picture, its annotation)
+    :param label_map: dict of label -> index
+    :param output_folder: where they go
+    """
     contents = {'label_map.json': label_map}
     for split, pictures in splits.items():
         contents[f'{split}_images.json'] = [image_path for image_path, _ in pictures]
@@ -206,6 +263,17 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         for file, content in zip(files, contents.values()):
             json.dump(content, file)
 
+
+def print_summary(splits, label_map, left_out, n_empty, dropped):
+    """
+    Print how many pictures and objects the lists have, and what they lack.
+
+    :param splits: dict of 'TRAIN' and 'TEST' -> list of (path of a picture, its annotation)
+    :param label_map: dict of label -> index
+    :param left_out: a line for each picture that can't be read
+    :param n_empty: how many training pictures without objects were left out
+    :param dropped: a line for each dropped box
+    """
     counts = {split: Counter(label for _, annotation in pictures for label in annotation['labels'])
               for split, pictures in splits.items()}
     print(f'{"":20}{"train":>10}{"test":>10}')
@@ -215,9 +283,10 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         print(f'{row:20}{count("TRAIN"):10}{count("TEST"):10}')
     for label, index in list(label_map.items())[1:]:
         print(f'  {label:18}{counts["TRAIN"][index]:10}{counts["TEST"][index]:10}')
-    print(f'Left out {empty} training pictures without objects, and dropped {len(dropped)} boxes:')
+    print(f'Left out {n_empty} training pictures without objects, and dropped {len(dropped)} boxes:')
     print('\n'.join('  ' + line for line in dropped) or '  none')
-    print(f'The lists are in {os.path.abspath(output_folder)}.')
+    print(f"Left out {len(left_out)} pictures that can't be read, or whose annotation can't:")
+    print('\n'.join('  ' + line for line in left_out) or '  none')
 
 
 # -------------------------------------------------------------------------------------- Box coordinates and overlaps
@@ -350,27 +419,21 @@ def decimate(tensor, m):
 
 # ------------------------------------------------------------------------------------------ Non-maximum suppression
 
-def non_maximum_suppression(boxes_xy, scores, groups, max_overlap):
+def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     """
-    Of boxes of a group that overlap too much, keep the best. See "Processing predictions". Boxes of different groups
-    (classes, or pictures) never strike each other out.
+    Of boxes of a class that overlap too much, keep the best. See "Processing predictions".
 
-    :param boxes_xy: boxes in boundary coordinates, a tensor (n, 4)
+    :param boxes_xy: boxes in fractional boundary coordinates, a tensor (n, 4)
     :param scores: (n)
-    :param groups: the group of each box, integers, (n)
+    :param labels: the class of each box, integers, (n); boxes of different classes never strike each other out
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that were kept, by decreasing score
     """
-    if boxes_xy.numel() == 0:
-        return groups.new_empty(0)
-    # Groups are kept apart by moving each to a place of its own, (largest coordinate + 1) further on. Boxes left of 0
-    # could then reach into another group, and in 32 bits the move would round overlaps.
-    boxes_xy, scores = boxes_xy.double() - boxes_xy.min(), scores.double()
-    # batched_nms moves few boxes like this, but goes through many group by group. A GPU would wait for each group, so
-    # there all are moved, unless they are very many: nms compares all pairs, and notes a bit for each, here half a GB.
-    if boxes_xy.is_cuda and len(boxes_xy) <= 65536:
-        return nms(boxes_xy + (groups * (boxes_xy.max() + 1)).unsqueeze(1), scores, max_overlap)
-    return batched_nms(boxes_xy, scores, groups, max_overlap)
+    # batched_nms keeps classes apart by moving each to a place of its own, (largest coordinate + 1) further on. A box
+    # left of 0 could then reach into another class, and behind an enormous box, or in 32 bits, the move would round
+    # small boxes away. So the boxes are moved and cut to a range that is wide, but not too wide for 64 bits.
+    boxes_xy = boxes_xy.double().clamp(-1e5, 1e5) + 1e5
+    return batched_nms(boxes_xy, scores.double(), labels, max_overlap)
 
 
 # ------------------------------------------------------------------------------------------------------- Transforms
@@ -694,6 +757,7 @@ def clip_gradient(optimizer, max_norm):
     return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
 
 
+@first_process_first
 def download_weights(weights, remedy):
     """
     :param weights: published weights of torchvision, which are downloaded if they are not on this machine
@@ -743,14 +807,11 @@ def load_checkpoint(path, device='cpu'):
     """
     if not os.path.isfile(path):
         raise UserError(f'no checkpoint at {path}: train one with "python train.py", or set the right path')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the error says it
-            content = torch.load(path, map_location=device, weights_only=True)
-    except Exception:  # nearly anything, on a file that holds more than tensors and plain values
-        from pretrained import read_earlier_checkpoint  # here, because pretrained.py builds on this file
-        return read_earlier_checkpoint(path, device)
+    from pretrained import StandIn, from_earlier, read_saved  # here, because pretrained.py builds on this file
+    content = read_saved(path, device)
     content = content if isinstance(content, dict) else {}
+    if isinstance(content.get('model'), StandIn):
+        return from_earlier(content, path)
     version = content.get('version', checkpoint_version)
     if isinstance(version, int) and version > checkpoint_version:
         raise UserError(f'{path} has version {version}, and is from a newer version of this project, which writes '

@@ -143,7 +143,7 @@ def vary(image, boxes, rng):
 
 found_in = (25, 70, 74, 6, 9, 71)  # test pictures with detections
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
-min_score = 0.35  # of the detections that are drawn, as in demo.py
+min_score = 0.5  # of the detections that are drawn, as in demo.py
 
 
 @figure('detections.png')

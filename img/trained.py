@@ -18,23 +18,22 @@ checkpoint_path = os.path.join(data_folder, 'checkpoint_ssd300.pth')
 snapshots_path = os.path.join(data_folder, 'snapshots.pth')
 learning_path = os.path.join(images_folder, 'learning.csv')  # train.py's log
 min_score_path = os.path.join(images_folder, 'min_score.csv')  # mAP without the detections below a score
-n_train = 200  # pictures: a few more than the demo's, which makes 200 iterations in its 4 epochs
-milestones = (0, 10, 25, 50, 100, 200)  # iterations after which we look what the detector finds
+milestones = (0, 25, 50, 100, 200, 400)  # iterations after which we look what the detector finds
 n_watched = 12  # test pictures that we look at then
 min_scores = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def learn():
     """
-    Train as demo.py does, and keep what the detector finds on its way. It takes a little longer than demo.py.
+    Train as demo.py does without a GPU, and keep what the detector finds on its way.
     """
-    demo.draw_dataset(data_folder, n_train, demo.n_test)
+    demo.draw_dataset(data_folder, demo.n_train, demo.n_test)
     create_data_lists(data_folder, None, data_folder, labels=demo.shapes)
     watched = torch.stack([test_set()[i][0] for i in range(n_watched)])  # (12, 3, 300, 300)
 
     torch.manual_seed(0)
-    model = SSD300(n_classes=len(demo.shapes) + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=demo.lr, betas=(0.9, 0.99), fused=True)
+    train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
+    model, optimizer = demo.start(train_set, thin=4, device='cpu')
     snapshots, n_steps = {0: find(model, watched)}, 0
 
     def look(*_):
@@ -45,8 +44,7 @@ def learn():
 
     optimizer.register_step_post_hook(look)
     unfinished_path = os.path.join(data_folder, 'unfinished.pth')
-    fit(model, optimizer, PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True), unfinished_path, demo.epochs,
-        demo.batch_size, decay_lr_at=demo.decay_lr_at, print_freq=5, bfloat16=demo.faster_in_bfloat16())
+    fit(model, optimizer, train_set, unfinished_path, demo.epochs, demo.batch_size, print_freq=5, grad_clip=10)
     torch.save(snapshots, snapshots_path)
     os.replace(os.path.join(data_folder, 'unfinished.csv'), learning_path)
     os.replace(unfinished_path, checkpoint_path)

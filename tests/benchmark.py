@@ -35,6 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import utils  # noqa: E402
 from datasets import EpochSampler, PascalVOCDataset, collate_fn  # noqa: E402
 from demo import draw_background  # noqa: E402
+from detect import detect  # noqa: E402
 from model import SSD300, MultiBoxLoss  # noqa: E402
 from train import make_optimizer, train, update  # noqa: E402
 
@@ -109,6 +110,16 @@ def benchmark_detection(device):
             {'bbox_regression': locs, 'cls_logits': scores}, priors, [(300, 300)] * 8)) / 8
         row(f'  a picture with {n:,} candidates', f'{1000 * ours:.2f} ms', f'{1000 * theirs:.2f} ms',
             f'{theirs / ours:.1f}x')
+
+
+def benchmark_one_picture():
+    """detect.py's time for a picture of 500x375, on the CPU, without loading and saving."""
+    section('A picture of 500x375 in detect.py, on the CPU')
+    image, _ = photograph()
+    for thin in (1, 4):
+        detector = SSD300(n_classes, thin=thin).eval(), utils.label_map
+        seconds = median_seconds(lambda: detect(image, 0.4, 0.45, 200, detector=detector), 10)
+        row(f'  thin = {thin}', f'{1000 * seconds:.0f} ms')
 
 
 @torch.no_grad()
@@ -216,34 +227,33 @@ def benchmark_transforms():
 
 # ---------------------------------------------------------------------------------------------------------- Training
 
-def objects(n_pictures, device):
-    """Boxes and labels, three objects a picture."""
+def objects(n_pictures, device, n_objects=3):
+    """Boxes and labels, so many objects a picture."""
     rng = torch.Generator().manual_seed(0)
-    corners = torch.rand(n_pictures, 3, 2, generator=rng) * 0.6
-    boxes = torch.cat([corners, corners + 0.1 + 0.3 * torch.rand(n_pictures, 3, 2, generator=rng)], dim=2)
-    return list(boxes.to(device)), list(torch.randint(1, n_classes, (n_pictures, 3), generator=rng).to(device))
+    corners = torch.rand(n_pictures, n_objects, 2, generator=rng) * 0.6
+    boxes = torch.cat([corners, corners + 0.1 + 0.3 * torch.rand(n_pictures, n_objects, 2, generator=rng)], dim=2)
+    return list(boxes.to(device)), list(torch.randint(1, n_classes, (n_pictures, n_objects), generator=rng).to(device))
 
 
-def our_step(batch_size, device, bfloat16, channels_last=True):
+def our_step(batch_size, device, bfloat16, channels_last=True, thin=1):
     """A function that makes a training step of ours."""
-    model = SSD300(n_classes).to(device)
+    model = SSD300(n_classes, thin=thin).to(device)
     if not channels_last:
         model = model.to(memory_format=torch.contiguous_format)
     criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 1e-5, 0.9, 5e-4)
     images, (boxes, labels) = torch.randn(batch_size, 3, 300, 300, device=device), objects(batch_size, 'cpu')
-    not_broken = torch.zeros((), device=device)
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted = model(images)
-        update(optimizer, criterion(*predicted, boxes, labels), None, not_broken)
+        update(optimizer, criterion(*predicted, boxes, labels))
     return step
 
 
-def our_loss(batch_size, device):
+def our_loss(batch_size, device, n_objects):
     """A function that computes the loss of such a step, and its gradient by the predictions."""
     criterion = MultiBoxLoss(utils.create_prior_boxes()).to(device)
-    boxes, labels = objects(batch_size, 'cpu')
+    boxes, labels = objects(batch_size, 'cpu', n_objects)
     locs = torch.randn(batch_size, 8732, 4, device=device, requires_grad=True)
     scores = torch.randn(batch_size, 8732, n_classes, device=device, requires_grad=True)
     return lambda: criterion(locs, scores, boxes, labels).backward()
@@ -305,12 +315,16 @@ def benchmark_training(device, batch_size, n):
     """A training step of ours and of torchvision's, in both precisions."""
     section(f'Training step on {device}: batch {batch_size}' + ' ' * 35 + 'ours           torchvision   ratio')
     for bfloat16 in (False, True):
-        (ours, our_memory), (theirs, their_memory), (plain, _), (loss, _) = race(
+        (ours, our_memory), (theirs, their_memory), (plain, _), (thin, thin_memory), (loss, _), (loss_of_many, _) = race(
             [(our_step, batch_size, device, bfloat16), (their_step, batch_size, device, bfloat16),
-             (our_step, batch_size, device, False, False), (our_loss, batch_size, device)], n, 1 + n // 5)
+             (our_step, batch_size, device, False, False), (our_step, batch_size, device, bfloat16, True, 4),
+             (our_loss, batch_size, device, 3), (our_loss, batch_size, device, 40)], n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
             f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
-        row('    of it the loss and its gradient', f'{100 * loss / ours:.2f}%')
+        row('    of it the loss and its gradient, 3 objects a picture', f'{100 * loss / ours:.2f}%')
+        row('    the same with 40 objects a picture', f'{100 * loss_of_many / ours:.2f}%')
+        row('    with thin = 4, and against the whole network', f'{batch_size / thin:.2f} images/s',
+            f'{thin_memory:.2f} GiB', f'{ours / thin:.1f}x')
         row('    against float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
             f'{plain / ours:.2f}x')
         row('    peak memory' + (' of the process' if device.type == 'cpu' else ''), f'{our_memory:.2f} GiB',
@@ -359,6 +373,7 @@ def main():
     benchmark_mAP()
     benchmark_transforms()
     benchmark_detection(torch.device('cpu'))
+    benchmark_one_picture()
     benchmark_training(torch.device('cpu'), 8, 7)
     if gpu is None:
         print('\nNo GPU here: training, its memory, the loader, and forward pass with detection on a GPU not measured.')

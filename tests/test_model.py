@@ -1,10 +1,13 @@
 """The network, its loss and its detections."""
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_boxes
+from conftest import random_boxes, root
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VGG16_Weights
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_iou
@@ -25,12 +28,12 @@ def ssd():
 
 # ---------------------------------------------------------------------------------------------------------- Network
 
-def test_shapes_of_all_maps(ssd):
-    with torch.no_grad():
-        conv4_3, conv7 = ssd.base(torch.rand(2, 3, 300, 300))
-        maps = (conv4_3, conv7, *ssd.aux_convs(conv7))
-        assert [tuple(m.shape) for m in maps] == [(2, f.channels, f.size, f.size) for f in feature_maps.values()]
-        locs, scores = ssd(torch.rand(2, 3, 300, 300))
+def test_shapes_of_all_maps():
+    ssd, images = SSD300(n_classes=21).to('meta'), torch.empty(2, 3, 300, 300, device='meta')  # shapes without values
+    conv4_3, conv7 = ssd.base(images)
+    maps = (conv4_3, conv7, *ssd.aux_convs(conv7))
+    assert [tuple(m.shape) for m in maps] == [(2, f.channels, f.size, f.size) for f in feature_maps.values()]
+    locs, scores = ssd(images)
     assert locs.shape == (2, 8732, 4) and scores.shape == (2, 8732, 21)
 
 
@@ -45,19 +48,72 @@ def test_state_dict_has_the_names_that_other_weights_use(ssd):
     assert ssd.base.conv6.weight.shape == (1024, 512, 3, 3) and ssd.base.conv7.weight.shape == (1024, 1024, 1, 1)
 
 
-def test_random_start_keeps_the_signal_alive(ssd):
+@pytest.mark.parametrize('thin', [1, 2, 4])
+def test_random_start_keeps_the_signal_alive(thin):
+    network = SSD300(n_classes=3, thin=thin)
     with torch.no_grad():
-        conv4_3, conv7 = ssd.base(torch.randn(1, 3, 300, 300))
+        conv4_3, conv7 = network.base(torch.randn(1, 3, 300, 300))
     assert 0.1 < conv4_3.std() < 10 and 0.1 < conv7.std() < 10
-    assert all((layer.bias == 0).all() for layer in ssd.modules() if isinstance(layer, torch.nn.Conv2d))
+    assert all((layer.bias == 0).all() for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
 
 
-def test_a_picture_without_features_has_finite_predictions_and_gradients(ssd):
+def test_a_thin_network_keeps_every_fourth_channel():
+    torch.manual_seed(5)
+    whole = SSD300(n_classes=3)
+    torch.manual_seed(5)
+    thin = SSD300(n_classes=3, thin=4)
+    assert thin.state_dict().keys() == whole.state_dict().keys()
+    for (key, few), all_of_them in zip(thin.state_dict().items(), whole.state_dict().values()):
+        if key == 'rescale_factors':
+            assert few.shape == (1, 128, 1, 1) and (few == 20).all()
+        elif key == 'base.conv1_1.weight':
+            assert torch.equal(few, all_of_them[::4])  # it still sees red, green and blue
+        elif key.startswith('pred_convs'):
+            assert torch.equal(few, 2 * all_of_them[:, ::4] if key.endswith('weight') else all_of_them)
+        else:
+            assert torch.equal(few, 2 * all_of_them[::4, ::4] if key.endswith('weight') else all_of_them[::4]), key
+    with torch.no_grad():
+        locs, scores = thin(torch.rand(2, 3, 300, 300))
+    assert locs.shape == (2, 8732, 4) and scores.shape == (2, 8732, 3)
+
+
+def test_a_thin_network_needs_a_fifteenth_of_the_operations():
+    counts = []
+    for thin in (1, 4):
+        network = SSD300(n_classes=21, thin=thin).to('meta')
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, 3, 300, 300, device='meta'))
+        counts.append(counter.get_total_flops())
+    assert 13 < counts[0] / counts[1] < 16
+
+
+@pytest.mark.parametrize('thin', [0, 3, 128, None, 'a lot'])
+def test_other_thin_networks_do_not_exist(thin):
+    with pytest.raises(UserError, match='thin = .*set it to'):
+        SSD300(n_classes=3, thin=thin)
+
+
+@pytest.mark.parametrize('thin', [1, 2, 4, 64])
+def test_a_checkpoint_knows_how_thin_it_is(thin):
+    network = SSD300(n_classes=3, thin=thin)
+    saved = {'label_map': {'background': 0, 'a': 1, 'b': 2}, 'model': network.state_dict(),
+             'priors_cxcy': network.priors_cxcy}
+    loaded = SSD300.from_checkpoint(saved)
+    assert all(torch.equal(loaded.state_dict()[key], values) for key, values in saved['model'].items())
+    assert loaded.base.conv7.out_channels == 1024 // thin and loaded.pred_convs.cl_conv7.out_channels == 18
+
+
+def test_weights_without_a_first_layer_are_no_checkpoint():
+    with pytest.raises(UserError, match='c.pth does not fit'):
+        SSD300.from_checkpoint({'label_map': {'background': 0, 'a': 1}, 'model': {}}, 'c.pth')
+
+
+def test_a_picture_without_features_has_finite_predictions_and_gradients():
+    ssd = SSD300(n_classes=3, thin=16)
     locs, scores = ssd(torch.zeros(1, 3, 300, 300))  # biases are 0, so all features are 0, and so is their norm
     (locs.sum() + scores.sum()).backward()
     assert locs.isfinite().all() and scores.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in ssd.parameters() if p.grad is not None)
-    ssd.zero_grad()
+    assert all(p.grad.isfinite().all() for p in ssd.parameters())
 
 
 def test_fully_connected_layer_as_convolution():
@@ -99,6 +155,10 @@ def test_pretrained_weights_go_where_they_belong(tmp_path, monkeypatch):
     assert torch.equal(base.conv5_3.bias, vgg['features.28.bias'])
     assert torch.equal(base.conv6.weight, vgg['classifier.0.weight'].view(4096, 512, 7, 7)[::4, :, ::3, ::3])
     assert torch.equal(base.conv7.weight[:, :, 0, 0], vgg['classifier.3.weight'][::4, ::4])
+
+    thin = SSD300(n_classes=3, pretrained=True, thin=4)
+    assert torch.equal(thin.base.conv2_1.weight, 2 * vgg['features.5.weight'][::4, ::4])
+    assert torch.equal(thin.base.conv7.weight[:, :, 0, 0], 2 * vgg['classifier.3.weight'][::16, ::16])
 
     vgg['features.5.weight'] = torch.randn(128, 64, 5, 5)
     with pytest.raises(RuntimeError, match='conv2_1.weight'):
@@ -226,19 +286,110 @@ def test_two_objects_that_want_the_same_prior_both_stay():
     assert true_classes[0, next_best] == 7
 
 
-def test_every_object_gets_a_prior_of_its_own():
-    """Against the plain algorithm: the largest overlap of all first, until each object has one."""
+def small_boxes(n):
+    """Fractional boundary coordinates of n boxes with sides from 0.02 to 0.08, which lie inside several priors."""
+    sides = 0.02 + 0.06 * torch.rand(n, 2)
+    corners = torch.rand(n, 2) * (1 - sides)
+    return torch.cat([corners, corners + sides], dim=1)
+
+
+@pytest.mark.parametrize('some_boxes', [random_boxes, small_boxes])
+def test_every_object_gets_a_prior_of_its_own(some_boxes):
+    """Against the plain algorithm: of all overlaps the largest first, of equals the first, until each has one."""
     priors_xy = cxcy_to_xy(create_prior_boxes())
     for n_objects in (1, 2, 5, 12, 30):
-        boxes = random_boxes(n_objects)
+        boxes = some_boxes(n_objects)
         boxes[n_objects // 2:] = boxes[:n_objects - n_objects // 2] + 1e-3 * torch.rand(n_objects - n_objects // 2, 4)
-        overlap = box_iou(boxes, priors_xy)
-        found, left = own_priors(overlap[None])[0].tolist(), overlap.clone()
+        boxes[-1] = boxes[0]
+        overlap = find_jaccard_overlap(boxes, priors_xy)
+        left, plain = overlap.clone(), [None] * n_objects
         for _ in range(n_objects):
-            object, prior = divmod(left.argmax().item(), 8732)
-            assert overlap[object, prior] == overlap[object, found[object]]
-            left[object], left[:, found[object]] = -1, -1
-        assert len(set(found)) == n_objects
+            row, prior = divmod(left.argmax().item(), 8732)
+            plain[row] = prior
+            left[row], left[:, prior] = -1, -1
+        before = overlap.clone()
+        assert own_priors(overlap[None])[0].tolist() == plain and len(set(plain)) == n_objects
+        assert torch.equal(overlap, before)
+
+
+def test_of_priors_that_overlap_an_object_equally_the_first_wins():
+    """Whether its picture is alone in the batch, or beside another with many objects."""
+    priors = create_prior_boxes()
+    criterion, n_ties = MultiBoxLoss(priors), 0
+    for n_others in range(1, 31):
+        small, others = small_boxes(1), random_boxes(n_others)
+        overlap = find_jaccard_overlap(small, cxcy_to_xy(priors))[0]
+        n_ties += (overlap == overlap.max()).sum() > 1
+        for boxes in ([small], [small, others], [others, small]):
+            _, true_classes = criterion.match(boxes, [torch.full((len(b),), 2) for b in boxes])
+            positive = true_classes[-1 if len(boxes[0]) > 1 or boxes[0] is others else 0].nonzero().flatten()
+            assert positive.tolist() == [overlap.argmax()]
+    assert n_ties > 15
+
+
+def test_confidence_loss_of_small_objects_equals_a_plain_computation():
+    """Picture by picture, as the earlier implementation computes it: of equal priors, the first is an object's best."""
+    priors_xy, boxes, labels = cxcy_to_xy(create_prior_boxes()), [], []
+    while len(boxes) < 5:
+        candidates = small_boxes(len(boxes) + 1)
+        if len(find_jaccard_overlap(candidates, priors_xy).argmax(dim=1).unique()) == len(candidates):
+            boxes.append(candidates)
+            labels.append(torch.randint(1, 4, (len(candidates),)))
+    scores, total, n_positive = 3 * torch.randn(5, 8732, 4), 0., 0
+    for picture in range(5):
+        overlap = find_jaccard_overlap(boxes[picture], priors_xy)  # (n_objects, 8732)
+        best, of_prior = overlap.max(dim=0)
+        for row, prior in enumerate(overlap.argmax(dim=1)):
+            best[prior], of_prior[prior] = 1, row
+        classes = labels[picture][of_prior].where(best >= 0.5, 0)
+        losses = F.cross_entropy(scores[picture], classes, reduction='none')
+        n = (classes > 0).sum().item()
+        total += losses[classes > 0].sum() + losses[classes == 0].sort(descending=True).values[:3 * n].sum()
+        n_positive += n
+    _, conf_loss = MultiBoxLoss(create_prior_boxes()).parts(torch.zeros(5, 8732, 4), scores, boxes, labels)
+    torch.testing.assert_close(conf_loss, total / n_positive)
+
+
+@pytest.mark.parametrize('alpha, neg_pos_ratio, threshold', [(0., 3, 0.5), (2.5, 3, 0.5), (1., 1, 0.5), (1., 3, 0.7)])
+def test_parameters_of_the_loss(alpha, neg_pos_ratio, threshold):
+    """alpha multiplies the localization loss, and nothing else."""
+    boxes, labels = scenes_without_conflicts(2)
+    locs, scores = torch.randn(2, 8732, 4), torch.randn(2, 8732, 21)
+    criterion = MultiBoxLoss(create_prior_boxes(), threshold, neg_pos_ratio, alpha)
+    true_boxes, true_classes = criterion.match(boxes, labels)
+    positive = true_classes > 0
+    overlap = [find_jaccard_overlap(b, cxcy_to_xy(create_prior_boxes())) for b in boxes]
+    expected = torch.stack([(o >= threshold).any(dim=0) for o in overlap])
+    assert (positive & ~expected).sum() <= sum(map(len, boxes)) and (expected & ~positive).sum() == 0
+    offsets = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), criterion.priors_cxcy)
+    loc_loss = F.smooth_l1_loss(locs[positive], offsets[positive], reduction='sum') / positive.sum()
+    losses = F.cross_entropy(scores.permute(0, 2, 1), true_classes, reduction='none')
+    conf_loss = losses[positive].sum()
+    for picture in range(2):
+        n = neg_pos_ratio * positive[picture].sum()
+        conf_loss += losses[picture][~positive[picture]].sort(descending=True).values[:n].sum()
+    loss = criterion(locs, scores, boxes, labels)
+    torch.testing.assert_close(loss, conf_loss / positive.sum() + alpha * loc_loss)
+
+
+crowd = '''
+import resource, torch
+from model import MultiBoxLoss
+from utils import create_prior_boxes
+criterion = MultiBoxLoss(create_prior_boxes())
+corners, sides = torch.rand(32, 300, 2) * 0.9, 0.02 + 0.08 * torch.rand(32, 300, 2)
+boxes, labels = list(torch.cat([corners, corners + sides], dim=2)), list(torch.ones(32, 300, dtype=torch.long))
+criterion.match(boxes[:1], [labels[0]])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+criterion.match(boxes, labels)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+'''
+
+
+def test_matching_a_crowd_needs_less_than_a_gigabyte():
+    """32 pictures with 300 objects each."""
+    result = subprocess.run([sys.executable, '-c', crowd], cwd=root, capture_output=True, text=True, check=True)
+    assert 1024 * int(result.stdout) < 1e9
 
 
 def test_identical_objects_each_get_a_prior():
@@ -301,7 +452,7 @@ def detect_plainly(predictor, locs, scores, min_score, max_overlap, top_k):
     return pictures
 
 
-@pytest.mark.parametrize('spread, top_k, min_score', [(1., 5, 0.2), (1., 200, 0.3), (0., 200, 0.05), (30., 5, 0.3)])
+@pytest.mark.parametrize('spread, top_k, min_score', [(1., 5, 0.2), (1., 200, 0.3), (0., 200, 0.05), (10., 5, 0.3)])
 def test_detections_equal_the_plain_algorithm(spread, top_k, min_score):
     """Scattered boxes, boxes exactly on priors, and boxes far outside; few candidates needed, and all of them."""
     predictor = _Predictor(n_classes=4)
@@ -313,6 +464,46 @@ def test_detections_equal_the_plain_algorithm(spread, top_k, min_score):
         assert ours[2][i].tolist() == pytest.approx(all_scores)
         torch.testing.assert_close(ours[0][i], boxes)
         assert 0 < len(labels) <= top_k
+
+
+def some_predictions(n_pictures):
+    """Offsets and scores of 4 classes; about a twentieth of the priors find something."""
+    locs, scores = torch.randn(n_pictures, 8732, 4), 2 * torch.randn(n_pictures, 8732, 4)
+    scores[:, :, 0] += 5
+    return locs, scores
+
+
+def test_a_picture_does_not_depend_on_the_others():
+    """Nor on how large a box is decoded in another, or in another class."""
+    predictor, (locs, scores) = _Predictor(n_classes=4), some_predictions(2)
+    alone = [values[0] for values in SSD300.detect_objects(predictor, locs[:1], scores[:1], 0.2, 0.45, 200)]
+    assert 20 < len(alone[1]) <= 200
+    locs[1, 7, 2:], scores[1, 7] = 200, torch.tensor([0., 20., 0., 0.])  # e^40 priors wide
+    together = [values[0] for values in SSD300.detect_objects(predictor, locs, scores, 0.2, 0.45, 200)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
+
+    locs[0, 7], scores[0, 7] = locs[1, 7], scores[1, 7]
+    boxes, labels, all_scores = (values[0] for values in SSD300.detect_objects(predictor, locs, scores, 0.2, 0.45, 200))
+    assert labels[0] == 1 and boxes[0, 2] > 1e15
+    kept = alone[1] != 1
+    assert torch.equal(boxes[labels != 1], alone[0][kept][:(labels != 1).sum()]) and (labels != 1).sum() > 10
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf'), 1e30])
+def test_an_infinite_prediction_gives_no_box(value):
+    predictor, (locs, scores) = _Predictor(n_classes=4), some_predictions(1)
+    scores[0, 7] = torch.tensor([0., 20., 0., 0.])
+    locs[0, 7, 2] = value
+    boxes, _, all_scores = SSD300.detect_objects(predictor, locs, scores, 0.2, 0.45, 200)
+    assert boxes[0].isfinite().all() and len(boxes[0]) > 20
+    locs[0, 7], scores[0, 7, 1] = 0, value
+    boxes, _, all_scores = SSD300.detect_objects(predictor, locs, scores, 0.2, 0.45, 200)
+    assert all_scores[0].isfinite().all() and len(boxes[0]) > 20
+    scores[0, 1000:4000, 1] = value
+    with_many, _, _ = SSD300.detect_objects(predictor, locs, scores, 0.2, 0.45, 200)
+    assert with_many[0].isfinite().all() and len(with_many[0]) > 20
+    boxes, labels, _ = SSD300.detect_objects(predictor, torch.full_like(locs, value), scores, 0.2, 0.45, 200)
+    assert boxes[0].isfinite().all()
 
 
 def test_candidates_that_all_overlap_are_searched_to_the_end():

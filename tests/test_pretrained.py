@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -195,45 +196,70 @@ def test_with_the_file_in_place_no_network_is_touched(theirs, tmp_path, monkeypa
         coco_detector(['triceratops'])
 
 
-# In a process of its own, because the earlier implementation's module has our module's name
-write_earlier = '''
-import importlib.util, sys, torch
-from torch import nn
-sys.path.insert(0, sys.argv[1])
-spec = importlib.util.spec_from_file_location('ours', sys.argv[1] + '/model.py')
-ours = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ours)
+@pytest.mark.parametrize('location', ['cpu', 'cuda:0'])
+@pytest.mark.parametrize('version', ['1.0.1', '1.4.0'])
+def test_checkpoints_written_by_old_versions_of_pytorch(tmp_path, version, location):
+    """Files of tests/earlier/write.py. They name the device once, for all tensors, and so are easily made a GPU's."""
+    with open(os.path.join(root, 'tests', f'earlier_torch_{version}.pth'), 'rb') as file:
+        content = file.read()
+    assert len(content) < 100_000 and content.count(b'X\3\0\0\0cpu') == 1
+    path = tmp_path / 'c.pth.tar'
+    path.write_bytes(content.replace(b'X\3\0\0\0cpu', b'X' + bytes([len(location), 0, 0, 0]) + location.encode()))
+    saved = load_checkpoint(path)
+    assert set(saved) == {'epoch', 'label_map', 'model', 'priors_cxcy'}
+    assert saved['epoch'] == 7 and saved['label_map'] == make_label_map(voc_labels)
+    model = SSD300.from_checkpoint(saved)
+    for i, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        assert (parameter == i).all(), name
+    assert torch.equal(model.priors_cxcy, torch.arange(4.).expand(8732, 4))
 
-model = type(sys)('model')
-sys.modules['model'] = model
-for name in ('VGGBase', 'AuxiliaryConvolutions', 'PredictionConvolutions', 'SSD300'):
-    setattr(model, name, type(name, (nn.Module,), {'__module__': 'model'}))
 
-torch.manual_seed(3)
-source = ours.SSD300(n_classes=21)
-whole = model.SSD300()
-for name, layers in source.named_children():
-    part = getattr(model, type(layers).__name__)()
-    for layer_name, layer in layers.named_children():
-        setattr(part, layer_name, layer)
-    setattr(whole, name, part)
-whole.rescale_factors = source.rescale_factors
-whole.priors_cxcy = source.priors_cxcy
-whole.n_classes = 21
-optimizer = torch.optim.SGD([{'params': [whole.rescale_factors], 'lr': 2e-3}], lr=1e-3, momentum=0.9)
-whole.rescale_factors.sum().backward()
-optimizer.step()
-for zipped in (False, True):
-    torch.save({'epoch': 7, 'model': whole, 'optimizer': optimizer}, f'earlier_{zipped}.pth.tar',
-               _use_new_zipfile_serialization=zipped)
-torch.save(ours.SSD300.state_dict(source), 'weights.pth')
-'''
+def change_earlier(path, old, new):
+    """Write the checkpoint of PyTorch 1.0.1 with some bytes replaced."""
+    with open(os.path.join(root, 'tests', 'earlier_torch_1.0.1.pth'), 'rb') as file:
+        content = file.read()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.mark.parametrize('old, new, line', [
+    (b'cmodel\nVGGBase\n', b'cos\nsystem\n', 'it calls os.system, which could be harmful; take one'),
+    (b'ctorch.nn.backends.thnn\n_get_thnn_function_backend\n', b'cbuiltins\neval\n', 'it calls builtins.eval, which'),
+    (b'\n\0\0\0pred_convs', b'\n\0\0\0else_convs', "not the SSD300 of the earlier implementation: 'pred_convs"),
+    (b'priors_cxcy', b'priors_else', "not the SSD300 of the earlier implementation: 'StandIn'")])
+def test_an_earlier_checkpoint_that_cannot_be_used_is_named(tmp_path, old, new, line):
+    change_earlier(tmp_path / 'c.pth', old, new)
+    with pytest.raises(UserError, match='c.pth') as error:
+        load_checkpoint(tmp_path / 'c.pth')
+    assert line in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_wrong_bit_in_an_earlier_checkpoint_takes_no_memory(tmp_path):
+    change_earlier(tmp_path / 'c.pth', b'r\0\1\0\0', b'r\0\1\0\4')  # where to remember an object: at 256, or 2^26 more
+    tracemalloc.start()
+    load_checkpoint(tmp_path / 'c.pth')
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
+def test_an_earlier_checkpoint_for_other_classes_is_named():
+    content = pretrained.read_saved(os.path.join(root, 'tests', 'earlier_torch_1.0.1.pth'))
+    content['model']._modules['pred_convs']._modules['cl_conv11_2']._parameters['bias'] = torch.zeros(4 * 3)
+    with pytest.raises(UserError, match='c.pth is a checkpoint of the earlier implementation for 2 classes') as error:
+        pretrained.from_earlier(content, 'c.pth')
+    assert '\n' not in str(error.value)
 
 
 @pytest.fixture(scope='module')
 def earlier_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp('earlier')
-    subprocess.run([sys.executable, '-c', write_earlier, root], cwd=folder, check=True)
+    torch.manual_seed(3)
+    model = SSD300(n_classes=21)
+    torch.save(model.state_dict() | {'priors_cxcy': model.priors_cxcy}, folder / 'weights.pth')
+    # In a process of its own, because the earlier implementation's module has our module's name
+    subprocess.run([sys.executable, os.path.join(root, 'tests', 'earlier', 'write.py'), 'earlier_True.pth.tar',
+                    'weights.pth', 'earlier_False.pth.tar'], cwd=folder, check=True)
     return folder
 
 
@@ -242,6 +268,7 @@ def test_checkpoints_of_the_earlier_implementation(earlier_folder, zipped):
     saved = load_checkpoint(earlier_folder / f'earlier_{zipped}.pth.tar')
     assert saved['epoch'] == 7 and saved['label_map'] == make_label_map(voc_labels) and 'optimizer' not in saved
     expected = torch.load(earlier_folder / 'weights.pth', weights_only=True)
+    assert torch.equal(saved['priors_cxcy'], expected.pop('priors_cxcy'))
     model = SSD300.from_checkpoint(saved)
     assert all(torch.equal(model.state_dict()[key], expected[key]) for key in expected)
     reference = SSD300(21)
@@ -270,6 +297,6 @@ def test_scripts_take_earlier_checkpoints(earlier_folder, voc_folder, tmp_path, 
     saved = load_checkpoint(tmp_path / 'a.pth')
     assert saved['epoch'] == 0  # training starts anew, from these weights
     before = torch.load(earlier_folder / 'weights.pth', weights_only=True)
-    torch.testing.assert_close(saved['model'], before, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(saved['model'] | {'priors_cxcy': saved['priors_cxcy']}, before, atol=1e-4, rtol=1e-3)
     with pytest.raises(UserError, match='a.pth exists'):
         train.main()

@@ -10,8 +10,13 @@ import sys
 import pytest
 import torch
 from conftest import draw_and_list, root
+from tiny import TinyDetector
+from torch.utils.data import DataLoader
 
-from datasets import EpochSampler
+import processes
+import train
+from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from eval import evaluate
 from model import SSD300
 
 no_gpu = os.environ | {'CUDA_VISIBLE_DEVICES': ''}
@@ -41,7 +46,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(folder):
     torch.testing.assert_close(losses[1][0], losses[2][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(losses[1], losses[2], rtol=2e-3, atol=0)  # rounding grows from step to step
     assert weights[1].keys() == weights[2].keys()
-    start = SSD300(n_classes=4).state_dict()
+    start = SSD300(n_classes=4, thin=8).state_dict()
     for key in start:  # what training changed is the same, to the rounding of 32-bit sums
         changed, different = (weights[1][key] - start[key]).norm(), (weights[1][key] - weights[2][key]).norm()
         assert different <= 0.05 * changed + 1e-6 * start[key].norm(), key
@@ -53,8 +58,90 @@ def test_two_processes_evaluate_like_one(folder):
         subprocess.run(command(n, 'evaluate', folder), check=True, env=no_gpu)
     results = {(i, n): json.load(open(os.path.join(folder, f'results {i} of {n}.json')))
                for n in (1, 2) for i in range(n)}
-    assert results[0, 1][1] > 0.001
-    assert all(result == results[0, 1] for result in results.values())
+    many, one = results[0, 1]
+    assert many[1] > 0.001 and many != one
+    assert all(result == [many, one] for result in results.values())
+
+
+@pytest.mark.parametrize('counts', [[[2, 0, 3], [1, 4], [0, 2]], [[2], [], []], [[0, 0], [0, 0], [0]]])
+def test_values_of_pictures_come_together_in_order(monkeypatch, counts):
+    """Of three processes; each hands over one tensor, not one a picture."""
+    pieces = [[torch.full((count,), i + 3. * k) for k, count in enumerate(of_process)]
+              for i, of_process in enumerate(counts)]
+    sent = []
+
+    def all_gather_object(values, value):
+        sent.append(value)
+        assert len(values) == 3
+        values[:] = [(torch.cat(tensors) if tensors else torch.empty(0), count)
+                     for tensors, count in zip(pieces, counts)]
+    monkeypatch.setattr(processes, 'n_processes', lambda: 3)
+    monkeypatch.setattr(processes.dist, 'all_gather_object', all_gather_object)
+    expected = [tensor for k in range(3) for tensors in pieces for tensor in tensors[k:k + 1]]
+    for tensors, count in zip(pieces, counts):
+        gathered = processes.gather_pictures(tensors, count)
+        assert len(gathered) == len(expected) and all(map(torch.equal, gathered, expected))
+    assert all(isinstance(values, torch.Tensor) and len(values) == sum(count) for values, count in sent)
+
+
+def test_an_evaluation_exchanges_few_large_tensors(folder, monkeypatch):
+    sent = []
+
+    def all_gather_object(values, value):
+        sent.append(value)
+        values[:] = [value, value]
+    monkeypatch.setattr(processes, 'n_processes', lambda: 2)
+    monkeypatch.setattr(processes.dist, 'get_rank', lambda: 0)
+    monkeypatch.setattr(processes.dist, 'all_gather_object', all_gather_object)
+    dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+    dataset.split = 'TEST'
+    evaluate(DataLoader(dataset, 8, collate_fn=collate_fn), TinyDetector(4))
+    assert len(dataset) == 40 and len(tensors_in(sent)) == 6
+
+
+def tensors_in(value):
+    """All tensors in lists and tuples, however deep."""
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def test_the_first_process_downloads_and_its_failure_is_everybodys(tmp_path):
+    result = subprocess.run(command(2, 'download', tmp_path), capture_output=True, text=True, env=no_gpu, timeout=120)
+    assert result.returncode != 0
+    assert (tmp_path / 'log').read_text() == '0 downloads\n0 fails\n'
+    assert all((tmp_path / f'weights {i}').read_text() == '{"bias": 1}' for i in range(2))
+    line = 'Error: the download or reading of weights.pth failed (the line is cut): put that file into '
+    assert result.stderr.count(line) == 2
+
+
+def test_processes_wait_for_a_long_download(monkeypatch):
+    options = []
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setattr(processes.torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(processes.dist, 'init_process_group', lambda *_, **given: options.append(given))
+    processes.join_processes()
+    assert options[0]['timeout'].total_seconds() >= 528e6 / 100e3  # at 100 kB/s
+
+
+def test_processes_exchange_only_gradients(folder, tmp_path, monkeypatch):
+    """No priors at each step, and no copies of the gradients."""
+    networks, plain = [], train.DistributedDataParallel
+
+    def remember(*args, **options):
+        networks.append(plain(*args, **options))
+        return networks[-1]
+    monkeypatch.setattr(train, 'DistributedDataParallel', remember)
+    monkeypatch.setattr(train, 'n_processes', lambda: 2)
+    processes.dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meeting', rank=0, world_size=1)
+    try:
+        model = TinyDetector(4)
+        train.fit(model, train.make_optimizer(model, 1e-3, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', True),
+                  str(tmp_path / 'c.pth'), 1, 8)
+    finally:
+        processes.leave_processes()
+    [network] = networks
+    assert list(network.buffers()) and not network.will_sync_module_buffers() and network.gradient_as_bucket_view
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 7])

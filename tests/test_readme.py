@@ -289,7 +289,7 @@ def test_detection_from_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir('demo')
     Image.new('RGB', (120, 80)).save('photo.jpg')
-    model = SSD300(n_classes=3)
+    model = SSD300(n_classes=3, thin=4)
     save_checkpoint('demo/checkpoint_ssd300.pth', 0, model, torch.optim.SGD(model.parameters(), lr=1),
                     make_label_map(['cat', 'person']), 0)
     exec(block, {})
@@ -332,10 +332,11 @@ def test_other_peoples_weights():
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_exported_networks_compute_the_same(tmp_path, monkeypatch):
+@pytest.mark.parametrize('thin', [1, 4])
+def test_exported_networks_compute_the_same(tmp_path, monkeypatch, thin):
     (block,) = section('Deployment')[1]
     (tmp_path / 'demo').mkdir()
-    model = SSD300(n_classes=4).eval()
+    model = SSD300(n_classes=4, thin=thin).eval()
     save_checkpoint(str(tmp_path / 'demo' / 'checkpoint_ssd300.pth'), 0, model,
                     torch.optim.SGD(model.parameters(), lr=1), make_label_map(['a', 'b', 'c']), 0)
     monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from kill_loop import runs, workers_of
 from PIL import Image
 from test_processes import command, no_gpu
 from tiny import SpoiledPictures, TinyDetector
-from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException,
-                                           FakeTensorMode)
 from torch.utils.data import DataLoader
 
+import datasets
+import eval as eval_script
 import train
-from datasets import EpochSampler, PascalVOCDataset, collate_fn
-from files import UserError, run
+from datasets import EpochSampler, PascalVOCDataset, collate_fn, load_batches
+from files import UserError, killed_worker, run
 from model import SSD300, MultiBoxLoss
 from utils import load_checkpoint, save_checkpoint
 
@@ -35,10 +36,10 @@ def folder(tmp_path_factory):
 # --------------------------------------------------------------------------------------------------------- Numbers
 
 def copies(optimizer):
-    """Of the weights and their momentum."""
-    tensors = {id(p): p for group in optimizer.param_groups for p in group['params']}
-    momenta = {(id(p), 'momentum'): state['momentum_buffer'] for p, state in optimizer.state.items()}
-    return {key: tensor.detach().clone() for key, tensor in (tensors | momenta).items()}
+    """Of the weights, and of what the optimizer remembers of each."""
+    weights = {id(p): p for group in optimizer.param_groups for p in group['params']}
+    memories = {(id(p), name): values for p, state in optimizer.state.items() for name, values in state.items()}
+    return {key: tensor.detach().clone() for key, tensor in (weights | memories).items() if tensor is not None}
 
 
 def spoil(monkeypatch, how, n):
@@ -57,10 +58,17 @@ def spoil(monkeypatch, how, n):
     monkeypatch.setattr(MultiBoxLoss, 'parts', parts)
 
 
-@pytest.mark.parametrize('how, grad_clip', [('nan', None), ('inf', 5.), ('1e38', None), ('loss', 5.),
-                                            ('gradient', None), ('gradient', 5.)])
-def test_no_step_is_taken_after_a_loss_that_is_no_number(folder, tmp_path, monkeypatch, how, grad_clip):
-    """Two batches are fine, the third is not, and seven more follow before anybody looks."""
+optimizers = {'train.py': lambda model: train.make_optimizer(model, 1e-3, 0.9, 5e-4),
+              'fused SGD': lambda model: torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=True),
+              'AdamW': lambda model: torch.optim.AdamW(model.parameters(), 1e-3),
+              'Adagrad': lambda model: torch.optim.Adagrad(model.parameters(), 1e-3)}
+
+
+@pytest.mark.parametrize('how, grad_clip, kind', [
+    ('nan', None, 'train.py'), ('inf', 5., 'AdamW'), ('1e38', None, 'fused SGD'), ('loss', 5., 'train.py'),
+    ('loss', None, 'Adagrad'), ('gradient', None, 'AdamW'), ('gradient', 5., 'train.py')])
+def test_no_step_is_taken_with_a_loss_that_is_no_number(folder, tmp_path, monkeypatch, how, grad_clip, kind):
+    """Two batches are fine, the third is not."""
     path = str(tmp_path / 'c.pth')
     dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     sampler = EpochSampler(40, seed=0)
@@ -71,90 +79,39 @@ def test_no_step_is_taken_after_a_loss_that_is_no_number(folder, tmp_path, monke
     else:
         spoil(monkeypatch, how, 3)
     model = TinyDetector(4)
-    optimizer = train.make_optimizer(model, 1e-3, 0.9, 5e-4)
+    optimizer = optimizers[kind](model)
     save_checkpoint(path, 0, model, optimizer, dataset.label_map, seed=0)
     with open(path, 'rb') as file:
         checkpoint = file.read()
-    before = []  # each step
-    optimizer.register_step_pre_hook(lambda *_: before.append(copies(optimizer)))
+    after = []  # each step
+    optimizer.register_step_post_hook(lambda *_: after.append(copies(optimizer)))
     with pytest.raises(UserError) as error:
         train.fit(model, optimizer, dataset, path, 2, batch_size=4, start_epoch=1, grad_clip=grad_clip)
     names = ', '.join(os.path.basename(dataset.images[index]) for index in third)
-    what = {'nan': 'loss became nan', 'gradient': 'gradient became infinite'}
+    what = {'nan': 'loss became nan', 'gradient': 'gradient became infinite or NaN'}
     assert f'the {what.get(how, "loss became ")}' in str(error.value)
     assert f'in epoch 1, batch 3, with the pictures {names}. ' in str(error.value) and '\n' not in str(error.value)
 
-    assert len(before) == 10
-    after = copies(optimizer)
-    assert len(after) == 4 and all(torch.equal(after[key], before[2][key]) for key in after)
-    assert all(tensor.isfinite().all() for tensor in after.values())
-    assert not any(torch.equal(before[1][key], before[2][key]) for key in after)
+    assert len(after) == 2
+    now = copies(optimizer)
+    assert len(now) >= 4 and all(torch.equal(now[key], after[1][key]) for key in now)
+    assert all(tensor.isfinite().all() for tensor in now.values())
+    assert not any(torch.equal(after[0][key], after[1][key]) for key in now)
     with open(path, 'rb') as file:
         assert file.read() == checkpoint
 
 
-def test_a_broken_first_step_is_followed_by_no_other(folder, monkeypatch):
-    """The optimizer has no momentum yet."""
-    spoil(monkeypatch, 'loss', 1)
-    model = TinyDetector(4)
-    before = {key: values.clone() for key, values in model.state_dict().items()}
-    with pytest.raises(UserError, match='batch 1, '):
-        train.fit(model, train.make_optimizer(model, 1e-3, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN'), 'c.pth', 1, 8)
-    assert all(torch.equal(values, before[key]) for key, values in model.state_dict().items())
-
-
 def test_processes_stop_together(folder):
-    """Of two processes, the second has the picture; both say so, and neither changes its weights after it."""
+    """Of two processes, the second has the picture, and says so; neither changes its weights after it."""
     result = subprocess.run(command(2, 'spoiled', folder), capture_output=True, text=True, env=no_gpu)
     assert result.returncode != 0
     dataset, sampler = PascalVOCDataset(folder, 'TRAIN'), EpochSampler(40, 0, process=1, n_processes=2)
     names = ', '.join(os.path.basename(dataset.images[index]) for index, _ in list(sampler)[4:8])
-    line = f'Error: the loss became nan in epoch 0, batch 2, with the pictures {names}. '
-    assert result.stderr.count(line) == 2
+    assert result.stderr.count(f'Error: the loss became nan in epoch 0, batch 2, with the pictures {names}. ') == 1
+    assert result.stderr.count('Error: the gradient or the loss of another process became infinite or NaN') == 1
     for process in range(2):
         with open(os.path.join(folder, f'changes {process}.json')) as file:
-            assert json.load(file) == [True, False, False, False, False]
-
-
-@pytest.mark.parametrize('device', ['cpu', 'meta'])
-def test_loss_and_update_ask_for_no_value(device):
-    """
-    Tensors without values stand for a GPU's, which come later: asking for one, or for a shape that depends on values,
-    would mean to wait, and fails here. So do tensors of two devices that meet.
-    """
-    with FakeTensorMode():
-        criterion = MultiBoxLoss(torch.empty(8732, 4, device=device))
-        boxes, labels = [torch.empty(3, 4), torch.empty(0, 4)], [torch.empty(n, dtype=torch.long) for n in (3, 0)]
-        locs, scores = torch.empty(2, 8732, 4, device=device), torch.empty(2, 8732, 21, device=device)
-        layer = torch.nn.Linear(4, 4, device=device)
-        loss = criterion(layer(locs), scores, boxes, labels)
-        assert loss.device.type == device and loss.shape == ()
-        if device == 'cpu':  # 'meta' has no optimizer
-            for grad_clip in (None, 5.):
-                loss = criterion(layer(locs), scores, boxes, labels)
-                broken = train.update(train.make_optimizer(layer, 1e-3, 0.9, 5e-4), loss, grad_clip, torch.zeros(()))
-                assert broken.shape == ()
-        with pytest.raises(DataDependentOutputException):
-            loss.item()
-        with pytest.raises(DynamicOutputShapeException):
-            scores[scores > 0]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-def test_an_update_does_not_wait_for_the_gpu():
-    model = TinyDetector(4).cuda()
-    optimizer = train.make_optimizer(model, 1e-3, 0.9, 5e-4)
-    broken = torch.zeros((), device='cuda')
-    for value in (0., float('nan'), 0.):
-        before = copies(optimizer)
-        with_value = torch.full((2, 3, 300, 300), value, device='cuda')
-        torch.cuda.set_sync_debug_mode('error')
-        try:
-            broken = train.update(optimizer, sum(p.mean() for p in model(with_value)), 5., broken)
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
-        changed = [not torch.equal(tensor, before[key]) for key, tensor in copies(optimizer).items() if key in before]
-        assert all(changed) if broken.item() == 0 else not any(changed)
+            assert json.load(file) == [True]  # one step was taken
 
 
 @pytest.mark.parametrize('max_norm', [0.1, 100.])
@@ -163,7 +120,7 @@ def test_clipping_shortens_the_gradient_to_at_most_its_limit(folder, max_norm):
     for grad_clip in (None, max_norm):
         torch.manual_seed(0)
         model = TinyDetector(4)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1., fused=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.)
         before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
         train_loader = DataLoader(PascalVOCDataset(folder, 'TRAIN'), 4, sampler=EpochSampler(4, seed=0),
                                   collate_fn=collate_fn)
@@ -292,6 +249,125 @@ def test_a_killed_worker_ends_training_with_our_line(folder, tmp_path, start_tra
     assert none_runs(workers, 10)
 
 
+news_of_a_death = [
+    RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
+    RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly'),
+    RuntimeError('Pin memory thread exited unexpectedly'), RuntimeError('received 0 items of ancdata'),
+    RuntimeError('Invalid data received'), ConnectionResetError(104, 'Connection reset by peer'),
+    ConnectionRefusedError(111, 'Connection refused'), BrokenPipeError(32, 'Broken pipe'),
+    FileNotFoundError(2, 'No such file or directory'), OSError('got end of file during message'), EOFError(),
+    EOFError('unexpected EOF')]
+
+
+def last_line(function):
+    """The line that ends a script whose main this function is."""
+    with pytest.raises(SystemExit) as stop:
+        run(function)
+    return stop.value.code
+
+
+@pytest.fixture
+def fail_to_load(monkeypatch):
+    """A function that lets all data loaders with workers fail with an error, at the second batch."""
+    monkeypatch.setattr(datasets.time, 'sleep', lambda _: None)
+
+    def fail(error):
+        loaded, plain = [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data
+
+        def next_data(self):
+            loaded.append(1)
+            if len(loaded) == 2:
+                raise error
+            return plain(self)
+        monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, '_next_data', next_data)
+    return fail
+
+
+class FakeLoader(list):
+    """Batches, and an error in the place of one."""
+
+    num_workers = 1
+
+    def __iter__(self):
+        for batch in list.__iter__(self):
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+@pytest.mark.parametrize('error', news_of_a_death, ids=lambda error: f'{type(error).__name__} {error}')
+def test_a_killed_worker_is_named_however_the_news_comes(monkeypatch, error):
+    monkeypatch.setattr(datasets.time, 'sleep', lambda _: None)
+    batches = load_batches(FakeLoader([1, error]))
+    assert next(batches) == 1
+    assert last_line(lambda: next(batches)) == f'Error: {killed_worker}' and 'lower workers' in killed_worker
+
+
+def test_training_and_evaluation_name_a_killed_worker(folder, tmp_path, fail_to_load):
+    def fit():
+        model = TinyDetector(4)
+        train.fit(model, train.make_optimizer(model, 1e-3, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', True),
+                  str(tmp_path / 'c.pth'), 1, 4, workers=1)
+
+    def evaluate():
+        eval_script.evaluate(DataLoader(PascalVOCDataset(folder, 'TEST'), 1, collate_fn=collate_fn, num_workers=1),
+                             TinyDetector(4))
+
+    for script in (fit, evaluate):
+        fail_to_load(ConnectionResetError(104, 'Connection reset by peer'))
+        assert last_line(script) == f'Error: {killed_worker}'
+
+
+def test_the_signal_that_a_worker_was_killed_ends_in_the_same_line(monkeypatch):
+    """It comes while the last batch is worked on; or after other news, and does not interrupt the end."""
+    def work():
+        for _ in load_batches(FakeLoader([1, 2])):
+            raise news_of_a_death[0]
+
+    def signal_comes(_):
+        raise news_of_a_death[0]
+
+    assert last_line(work) == f'Error: {killed_worker}'
+    monkeypatch.setattr(datasets.time, 'sleep', signal_comes)
+    with pytest.raises(UserError, match=killed_worker):
+        list(load_batches(FakeLoader([EOFError()])))
+
+
+class Unlucky(torch.utils.data.Dataset):
+    """Its only picture can't be loaded."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        raise self.error
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_errors_of_workers_that_live_keep_their_lines(workers):
+    def load(error):
+        return lambda: list(load_batches(DataLoader(Unlucky(error), num_workers=workers)))
+
+    assert last_line(load(UserError('a.jpg is broken'))) == 'Error: a.jpg is broken'
+    assert last_line(load(PermissionError(13, 'Permission denied', 'a.jpg'))).endswith("denied: 'a.jpg'")
+    with pytest.raises(RuntimeError, match='shapes do not fit'):
+        run(load(RuntimeError('shapes do not fit')))
+
+
+def test_errors_from_elsewhere_keep_their_lines():
+    def read_checkpoint():
+        for _ in load_batches(FakeLoader([1])):
+            raise FileNotFoundError(2, 'No such file or directory', 'c.pth')
+
+    assert last_line(read_checkpoint) == "Error: [Errno 2] No such file or directory: 'c.pth'"
+    many = RuntimeError('Too many open files. Please increase the limit\nusing `ulimit -n`')
+    line = last_line(lambda: list(load_batches(FakeLoader([many]))))
+    assert line == 'Error: Too many open files. Please increase the limit using `ulimit -n`'
+
+
 def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tmp_path, start_training):
     copy_lists(folder, tmp_path)
     images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
@@ -341,6 +417,27 @@ def test_an_error_without_a_message_is_still_a_line():
 
 
 # ----------------------------------------------------------------------------------------------------- Checkpoints
+
+def test_training_does_not_keep_the_checkpoint_it_went_on_from(folder, tmp_path, monkeypatch):
+    """It is read to the CPU, and when training begins, the model's weights are the only ones."""
+    copy_lists(folder, tmp_path)
+    train_here(monkeypatch, tmp_path, epochs=1)
+    loaded, seen = [], []
+
+    def load(*args):
+        saved = load_checkpoint(*args)
+        assert torch.device(*args[1:] or ['cpu']) == torch.device('cpu')
+        loaded.extend(weakref.ref(tensor) for tensor in saved['model'].values())
+        return saved
+
+    def fit(model, optimizer, *_, **__):
+        seen.append([ref() is None for ref in loaded])
+        assert all(optimizer.state[p]['momentum_buffer'].any() for p in model.parameters())
+    monkeypatch.setattr(train, 'load_checkpoint', load)
+    monkeypatch.setattr(train, 'fit', fit)
+    train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
+    assert seen == [[True, True]]
+
 
 kept_checkpoint = os.path.join(root, 'tests', 'checkpoint_version_1.pth')
 

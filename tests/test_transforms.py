@@ -48,11 +48,11 @@ def test_boxes_stay_on_their_objects(monkeypatch, split):
 
 
 def test_expand():
-    rng, picture = random.Random(0), (0., 0., 100., 50.)
+    rng, picture = random.Random(0), (10., 20., 110., 70.)
     scales = []
     for _ in range(2000):
         x_min, y_min, x_max, y_max = expand(picture, rng)
-        assert x_min <= 0 and y_min <= 0 and x_max >= 100 - 1e-9 and y_max >= 50 - 1e-9
+        assert x_min <= 10 and y_min <= 20 and x_max >= 110 - 1e-9 and y_max >= 70 - 1e-9
         assert (x_max - x_min) / (y_max - y_min) == pytest.approx(2)
         scales.append((x_max - x_min) / 100)
     assert 1 <= min(scales) < 1.01 and 3.99 < max(scales) <= 4 and np.mean(scales) == pytest.approx(2.5, abs=.1)
@@ -94,6 +94,18 @@ def test_random_crop_meets_the_minimum_overlap(min_overlap):
         assert find_jaccard_overlap(torch.tensor([crop]), boxes).item() >= min_overlap
 
 
+def test_random_crop_draws_the_minimum_overlaps_of_the_paper():
+    offered = []
+
+    class Remember(random.Random):
+        def choice(self, options):
+            offered.append(options)
+            return super().choice(options)
+
+    random_crop((0., 0., 100., 100.), torch.tensor([[10., 10., 90., 90.]]), Remember(0))
+    assert all(set(options) == {0., .1, .3, .5, .7, .9, None} and len(options) == 7 for options in offered) and offered
+
+
 def test_objects_whose_center_is_cut_off_are_left_out(monkeypatch):
     monkeypatch.setattr(utils, 'random_crop', lambda window, boxes, rng: (0., 0., 50., 50.))
     monkeypatch.setattr(utils, 'expand', lambda window, rng: window)
@@ -120,6 +132,25 @@ def test_photometric_distortion_varies_colors_within_bounds():
     brightness = np.array([sum(result) for result in results]) / 300
     assert 0.2 < brightness.min() < 0.6 and 1.4 < brightness.max() < 2.3
     assert image.getpixel((0, 0)) == (100, 150, 50)
+
+
+def test_each_distortion_is_drawn_half_of_the_time_from_its_whole_range(monkeypatch):
+    ranges = {'adjust_brightness': (.5, 1.5), 'adjust_contrast': (.5, 1.5), 'adjust_saturation': (.5, 1.5),
+              'adjust_hue': (-18 / 255, 18 / 255)}
+    drawn, rng, image, n = [], random.Random(0), Image.new('RGB', (2, 2)), 2000
+    for name in ranges:
+        monkeypatch.setattr(utils.FT, name, lambda image, value, name=name: (drawn.append((name, value)), image)[1])
+    firsts = set()
+    for _ in range(n):
+        n_before = len(drawn)
+        photometric_distort(image, rng)
+        firsts.update(name for name, _ in drawn[n_before:n_before + 1])
+    assert firsts == set(ranges)  # in random order
+    for name, (low, high) in ranges.items():
+        values = [value for other, value in drawn if other == name]
+        assert 0.45 < len(values) / n < 0.55
+        assert low <= min(values) < low + (high - low) / 50 and high - (high - low) / 50 < max(values) <= high
+        assert np.mean(values) == pytest.approx((low + high) / 2, abs=(high - low) / 20)
 
 
 @pytest.mark.parametrize('split', ['TRAIN', 'TEST'])

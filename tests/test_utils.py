@@ -26,7 +26,7 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 import create_data_lists as create_data_lists_script
 import utils
 from demo import draw_dataset
-from files import UserError, image_header, open_image
+from files import UserError, image_header, open_image, run
 from model import SSD300
 from utils import (calculate_mAP, create_data_lists, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy,
                    find_jaccard_overlap, gcxgcy_to_cxcy, load_checkpoint, make_color_map, make_label_map,
@@ -61,35 +61,23 @@ def test_encoding_equals_torchvisions_and_round_trips():
     torch.testing.assert_close(cxcy_to_xy(gcxgcy_to_cxcy(offsets, priors)), boxes, atol=1e-5, rtol=0)
 
 
-class OnGPU(torch.Tensor):
-    """A tensor that says that it is on a GPU: runs on the CPU what is meant for GPUs."""
-    is_cuda = True
+def test_suppression_equals_torchvisions():
+    for n, n_classes in ((0, 5), (1, 5), (30, 5), (2000, 5), (20000, 90)):
+        boxes, scores, labels = random_boxes(n), torch.rand(n), torch.randint(0, n_classes, (n,))
+        expected = batched_nms(boxes.double(), scores.double(), labels, 0.45)
+        assert torch.equal(non_maximum_suppression(boxes, scores, labels, 0.45), expected)
 
 
-@pytest.mark.parametrize('kind', [torch.Tensor, OnGPU])
-def test_suppression_equals_torchvisions(kind):
-    for n, n_groups in ((1, 5), (30, 5), (2000, 5), (66000, 1300)):
-        boxes, scores, groups = random_boxes(n).as_subclass(kind), torch.rand(n), torch.randint(0, n_groups, (n,))
-        expected = batched_nms(boxes.double(), scores.double(), groups, 0.45)
-        assert torch.equal(non_maximum_suppression(boxes, scores, groups, 0.45), expected)
-    nothing = torch.empty(0, dtype=torch.long)
-    assert non_maximum_suppression(torch.empty(0, 4).as_subclass(kind), torch.empty(0), nothing, 0.5).shape == (0,)
-
-
-@pytest.mark.parametrize('kind', [torch.Tensor, OnGPU])
-def test_suppression_keeps_groups_apart_even_far_outside_the_picture(kind):
+def test_suppression_keeps_classes_apart_even_far_outside_the_picture():
     """Were boxes only moved by (largest coordinate + 1), the second would come to lie on the first."""
-    boxes = torch.tensor([[0., 0., 1., 1.], [-2., -2., -1., -1.]]).as_subclass(kind)
+    boxes = torch.tensor([[0., 0., 1., 1.], [-2., -2., -1., -1.]])
     assert non_maximum_suppression(boxes, torch.tensor([.9, .8]), torch.tensor([0, 1]), 0.5).tolist() == [0, 1]
 
 
-def test_suppression_on_a_gpu_compares_all_pairs_of_not_too_many_boxes(monkeypatch):
-    calls = []
-    monkeypatch.setattr(utils, 'nms', lambda boxes, scores, max_overlap: calls.append(len(boxes)))
-    for n in (65536, 65537):
-        groups = torch.arange(n) // 50
-        non_maximum_suppression(random_boxes(n).as_subclass(OnGPU), torch.rand(n), groups, 0.45)
-    assert calls == [65536]
+def test_suppression_beside_an_enormous_box():
+    boxes = torch.tensor([[-1e17, -1e17, 1e17, 1e17], [.1, .1, .2, .2], [.11, .1, .2, .2], [.5, .5, .6, .6]])
+    labels = torch.tensor([1, 90, 90, 90])
+    assert non_maximum_suppression(boxes, torch.tensor([.9, .8, .7, .6]), labels, 0.5).tolist() == [0, 1, 3]
 
 
 # ----------------------------------------------------------------------------------------------------------- Labels
@@ -209,7 +197,7 @@ def boxes_of(folder, size, box):
     """The boxes of a data set's only picture, when its annotation states this size, or None, and this box."""
     size = '' if size is None else '<size><width>{}</width><height>{}</height></size>'.format(*size)
     (folder / 'Annotations/a.xml').write_text(annotation(('dog', box, ''), size=size))
-    [(_, parsed)] = read_split(str(folder), ['a'], make_label_map(['dog']))
+    [(_, parsed)], _ = read_split(str(folder), 'test', ['a'], make_label_map(['dog']))
     return parsed['boxes']
 
 
@@ -275,6 +263,114 @@ def test_lists(tmp_path, capsys):
     assert f'{"objects":20}{n_objects:10}' in printed
 
 
+def make_voc_folder(folder, n_train, n_test):
+    """A folder in VOC layout with pictures of 20x20 pixels, each of a dog; trainval_00.jpg, ..., test_00.jpg, ..."""
+    for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        (folder / name).mkdir(parents=True)
+    size = '<size><width>20</width><height>20</height></size>'
+    for split, n in (('trainval', n_train), ('test', n_test)):
+        ids = [f'{split}_{i:02}' for i in range(n)]
+        (folder / f'ImageSets/Main/{split}.txt').write_text('\n'.join(ids))
+        for id in ids:
+            Image.new('RGB', (20, 20)).save(folder / f'JPEGImages/{id}.jpg')
+            (folder / f'Annotations/{id}.xml').write_text(annotation(('dog', (2, 2, 9, 9), ''), size=size))
+
+
+def list_names(folder):
+    """The names of the listed pictures, without extension: for training, for the test."""
+    return [[os.path.splitext(os.path.basename(path))[0] for path in json.loads((folder / name).read_text())]
+            for name in ('TRAIN_images.json', 'TEST_images.json')]
+
+
+def cut_picture(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize('labels', [('dog',), None])
+def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, labels):
+    make_voc_folder(tmp_path, 50, 20)
+    pictures, annotations = tmp_path / 'JPEGImages', tmp_path / 'Annotations'
+    cut_picture(pictures / 'trainval_03.jpg')
+    (annotations / 'trainval_05.xml').unlink()
+    (pictures / 'trainval_07.jpg').unlink()
+    (annotations / 'trainval_09.xml').write_text('<annotation>')
+    (annotations / 'trainval_11.xml').write_text(annotation(size='<size><width>7</width><height>9</height></size>'))
+    cut_picture(pictures / 'test_00.jpg')
+    (annotations / 'test_01.xml').unlink()
+    (annotations / 'test_01.xml').mkdir()
+    text = (annotations / 'test_00.xml').read_text().replace('dog', 'cat')  # the only cat is in a picture left out
+    (annotations / 'test_00.xml').write_text(text)
+
+    create_data_lists(str(tmp_path), None, str(tmp_path), labels)
+    assert list_names(tmp_path) == [[f'trainval_{i:02}' for i in range(50) if i not in (3, 5, 7, 9, 11)],
+                                    [f'test_{i:02}' for i in range(2, 20)]]
+    assert json.loads((tmp_path / 'label_map.json').read_text()) == {'background': 0, 'dog': 1}
+    assert len(json.loads((tmp_path / 'TRAIN_objects.json').read_text())) == 45
+    _, lines = capsys.readouterr().out.split("Left out 7 pictures that can't be read, or whose annotation can't:\n")
+    expected = (r'test_00\.jpg is not a picture .*truncated', r'Errno.*test_01\.xml',
+                r'trainval_03\.jpg is not a picture .*truncated', r'trainval_05\.xml is missing',
+                r'trainval_07\.\* is missing', r'trainval_09\.xml is not an annotation',
+                r'trainval_11\.xml is for a picture of 7x9 pixels')
+    for line, pattern in zip(lines.splitlines(), expected):
+        assert re.search(pattern, line), line
+    assert lines.count('\n') == 8 and lines.splitlines()[7].startswith('The lists are in')
+
+
+@pytest.mark.parametrize('labels', [('dog',), None])
+def test_more_than_a_tenth_of_a_split_that_cannot_be_read_is_an_error(tmp_path, capsys, labels):
+    """Each split of each folder counts by itself."""
+    make_voc_folder(tmp_path / '07', 100, 20)
+    make_voc_folder(tmp_path / '12', 110, 0)
+    folders = str(tmp_path / '07'), str(tmp_path / '12')
+    for i in range(11):
+        cut_picture(tmp_path / f'12/JPEGImages/trainval_{i:02}.jpg')
+    create_data_lists(*folders, str(tmp_path), labels)  # exactly a tenth
+    assert len(list_names(tmp_path)[0]) == 199
+    before = {path.name: path.read_bytes() for path in tmp_path.glob('*.json')}
+    capsys.readouterr()
+
+    (tmp_path / '12/Annotations/trainval_11.xml').unlink()
+    with pytest.raises(UserError, match="12 of the 110 pictures in .*/12's split trainval can't be read") as error:
+        create_data_lists(*folders, str(tmp_path), labels)
+    assert '\n' not in str(error.value)
+    out, err = capsys.readouterr()
+    assert out == '' and err.count('\n') == 10
+    assert re.findall(r'trainval_(\d+)\.jpg is not a picture', err) == [f'{i:02}' for i in range(10)]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_one_broken_picture_of_three_is_an_error_in_one_line(tmp_path, capsys):
+    make_voc_folder(tmp_path, 3, 2)
+    cut_picture(tmp_path / 'JPEGImages/trainval_01.jpg')
+    with pytest.raises(SystemExit, match=r"^Error: 1 of the 3 pictures in .* split trainval can't be read") as end:
+        run(lambda: create_data_lists(str(tmp_path), None, str(tmp_path)))
+    assert '\n' not in end.value.code and 'trainval_01.jpg is not' in capsys.readouterr().err
+    assert not list(tmp_path.glob('*.json'))
+
+
+def test_a_folder_without_annotations_is_named_where_all_labels_are_taken(tmp_path):
+    make_voc_folder(tmp_path, 3, 2)
+    shutil.rmtree(tmp_path / 'Annotations')
+    with pytest.raises(UserError, match="2 of the 2 pictures in .* split test can't be read"):
+        create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
+
+
+@pytest.mark.parametrize('extension', ['.png', '.PNG'])
+def test_two_pictures_of_one_name_are_an_error_if_a_split_names_them(tmp_path, extension):
+    make_voc_folder(tmp_path, 3, 2)
+    for name in ('unused.jpg', 'unused' + extension):
+        Image.new('RGB', (20, 20)).save(tmp_path / 'JPEGImages' / name)
+    (tmp_path / 'JPEGImages/trainval_01.txt').write_text('no picture')
+    create_data_lists(str(tmp_path), None, str(tmp_path))
+    assert len(list_names(tmp_path)[0]) == 3
+
+    Image.new('RGB', (20, 20)).save(tmp_path / f'JPEGImages/trainval_01{extension}')
+    with pytest.raises(UserError, match=r'keep one') as error:
+        create_data_lists(str(tmp_path), None, str(tmp_path))
+    paths = [os.path.join(str(tmp_path), 'JPEGImages', f'trainval_01{suffix}') for suffix in ('.jpg', extension)]
+    assert all(path in str(error.value) for path in paths) and '\n' not in str(error.value)
+
+
 def test_lists_of_two_folders_and_unknown_labels(tmp_path, capsys):
     draw_dataset(str(tmp_path / '07'), 3, 2)
     draw_dataset(str(tmp_path / '12'), 4, 0, seed=1)
@@ -284,6 +380,10 @@ def test_lists_of_two_folders_and_unknown_labels(tmp_path, capsys):
     assert "label 'circle' is not one of the labels" in capsys.readouterr().out
     with pytest.raises(UserError, match='dragon'):
         create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=('dragon',))
+    for path in (tmp_path / '07/Annotations').iterdir():
+        path.write_text('<annotation></annotation>')
+    with pytest.raises(UserError, match='no object in the training pictures of .*07'):
+        create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=None)
 
 
 def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
@@ -302,7 +402,7 @@ def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
 
 @pytest.mark.parametrize('breakage', ['picture', 'cut picture', 'annotation', 'no picture', 'size', 'disk full',
                                       'disk full later'])
-def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, breakage):
+def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys, breakage):
     draw_dataset(str(tmp_path), 3, 1)
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square', 'circle', 'triangle'))
     before = {path.name: path.read_bytes() for path in tmp_path.glob('*.json')}
@@ -325,8 +425,9 @@ def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, breakage):
             if len(written) == {'disk full': 1, 'disk full later': 3}[breakage]:
                 raise OSError(28, 'No space left on device')
         monkeypatch.setattr(utils.os, 'fsync', fsync)
-    with pytest.raises(UserError, match='No space left on device' if 'disk' in breakage else 'test_0000'):
+    with pytest.raises(UserError, match='No space left on device' if 'disk' in breakage else '1 of the 1 pictures'):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square',))
+    assert 'disk' in breakage or 'test_0000' in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
@@ -476,10 +577,19 @@ def test_mAP_equals_a_plain_count():
     assert 0.05 < mean < 0.95
 
 
+# ------------------------------------------------------------------------------------------------- Training helpers
+
+@pytest.mark.parametrize('capability, expected', [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
+def test_bfloat16_is_fast_on_gpus_from_ampere_on(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
+    assert utils.fast_in_bfloat16(torch.device('cuda')) is expected
+    assert utils.fast_in_bfloat16(torch.device('cpu')) is False
+
+
 # ------------------------------------------------------------------------------------------------------ Checkpoints
 
 def test_checkpoint_round_trip(tmp_path):
-    model, path = SSD300(n_classes=3), str(tmp_path / 'c.pth')
+    model, path = SSD300(n_classes=3, thin=16), str(tmp_path / 'c.pth')
     model.priors_cxcy = model.priors_cxcy * 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     save_checkpoint(path, 4, model, optimizer, {'background': 0, 'a': 1, 'b': 2}, seed=7)
@@ -504,7 +614,7 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, 'save', interrupted)
-    model = SSD300(n_classes=2)
+    model = SSD300(n_classes=2, thin=64)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(str(path), 0, model, torch.optim.SGD(model.parameters(), lr=1), {}, 0)
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['c.pth']
@@ -545,7 +655,7 @@ class Program(torch.nn.Module):
 @pytest.mark.filterwarnings('ignore')
 def test_a_program_is_refused(tmp_path, capfd):
     torch.jit.script(Program()).save(str(tmp_path / 'c.pth'))
-    with pytest.raises(UserError, match='program, which could be harmful'):
+    with pytest.raises(UserError, match='TorchScript'):
         load_checkpoint(str(tmp_path / 'c.pth'))
     assert 'harm' not in capfd.readouterr().out
 
@@ -561,6 +671,26 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content):
     with pytest.raises(UserError, match='c.pth') as error:
         load_checkpoint(str(path))
     assert '\n' not in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = str(tmp_path / 'c.pth')
+    model = torch.nn.Linear(2, 2)
+    model.priors_cxcy = torch.zeros(3, 4)
+    save_checkpoint(path, 0, model, torch.optim.SGD(model.parameters(), lr=1), {'background': 0, 'cat': 1}, 0)
+    with open(path, 'rb') as file:
+        content = file.read()
+    damages = (content[:len(content) // 2], content[:100], content.replace(b'OrderedDict', b'OrderedEict'),
+               content.replace(b'}q', b'\xfdq', 1))
+    for damaged, reason in zip(damages, ('', '', 'it calls collections.OrderedEict, which could be harmful',
+                                         'Unsupported operand 253'), strict=True):
+        with open(path, 'wb') as file:
+            file.write(damaged)
+        with pytest.raises(UserError) as error:
+            load_checkpoint(path)
+        message = str(error.value)
+        assert message.startswith(f'{path} is damaged or no checkpoint: {reason}') and '\n' not in message
+        assert message.endswith('; take one that train.py wrote') and 'weights_only' not in message
 
 
 def test_a_missing_checkpoint_says_how_to_make_it(tmp_path):

@@ -12,14 +12,22 @@ class TinyDetector(SSD300):
 
     :param n_classes: number of classes, background included
     :param pretrained: not supported
+    :param thin: not supported
     """
 
-    def __init__(self, n_classes, pretrained=False):
-        assert not pretrained
+    def __init__(self, n_classes, pretrained=False, thin=1):
+        assert not pretrained and thin == 1
         nn.Module.__init__(self)
         self.n_classes = n_classes
         self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)  # (8732, 4)
         self.head = nn.Linear(3, 8732 * (4 + n_classes))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, path='the checkpoint'):
+        """See `SSD300.from_checkpoint`, which looks at a layer that is missing here."""
+        model = cls(n_classes=len(checkpoint['label_map']))
+        model.load_state_dict(checkpoint['model'])
+        return model
 
     def forward(self, image):
         """

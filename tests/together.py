@@ -4,10 +4,12 @@ What tests/test_processes.py starts, alone or in several processes under torchru
     python tests/together.py train FOLDER BATCH_SIZE EPOCHS
     python tests/together.py evaluate FOLDER
     python tests/together.py spoiled FOLDER
+    python tests/together.py download FOLDER
 """
 import json
 import os
 import sys
+import time
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from model import SSD300  # noqa: E402
 from processes import join_processes, leave_processes, n_processes, process_number  # noqa: E402
 from tiny import SpoiledPictures, TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
+from utils import download_weights  # noqa: E402
 
 
 class RandomDetector(nn.Module):
@@ -59,28 +62,65 @@ def train_spoiled(folder):
             json.dump([not torch.equal(a, b) for a, b in zip(weights, weights[1:])], file)
 
 
+class SlowWeights:
+    """
+    In place of torchvision's: a file is "downloaded" in a second, and a line is left whenever somebody begins to.
+
+    :param folder: of the file
+    :param broken: whether the download fails
+    """
+
+    url = 'weights.pth'
+
+    def __init__(self, folder, broken):
+        self.path, self.log, self.broken = os.path.join(folder, 'weights'), os.path.join(folder, 'log'), broken
+
+    def get_state_dict(self, **_):
+        if self.broken or not os.path.exists(self.path):
+            with open(self.log, 'a') as log:
+                log.write(f'{process_number()} {"fails" if self.broken else "downloads"}\n')
+            time.sleep(1)
+            if self.broken:
+                raise OSError('the line is cut')
+            with open(self.path, 'w') as file:
+                file.write('{"bias": 1}')
+        with open(self.path) as file:
+            return json.load(file)
+
+
+def download(folder):
+    """Get weights that can be had, write them, and then weights that can't."""
+    with open(os.path.join(folder, f'weights {process_number()}'), 'w') as file:
+        json.dump(download_weights(SlowWeights(folder, broken=False), 'do without'), file)
+    download_weights(SlowWeights(folder, broken=True), 'do without')
+
+
+def evaluate_first(folder, n_pictures):
+    """:return: what `evaluate` returns for the first pictures of the training set"""
+    test_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+    test_set.split = 'TEST'
+    del test_set.images[n_pictures:], test_set.objects[n_pictures:]
+    test_set.objects[1:2] = [{'boxes': [], 'labels': [], 'difficulties': []}]
+    return evaluate(DataLoader(test_set, 4, sampler=range(process_number(), len(test_set), n_processes()),
+                               collate_fn=collate_fn), RandomDetector())
+
+
 def main():
     what, folder = sys.argv[1:3]
     device = join_processes()
     if what == 'train':
         batch_size, epochs = map(int, sys.argv[3:])
         torch.manual_seed(0)
-        model = SSD300(n_classes=4).to(device)
-        for name, layer in model.base.named_children():
-            if name.startswith(('conv1', 'conv2', 'conv3', 'conv4')):
-                layer.requires_grad_(False)  # most of the time goes there; the other layers are test enough
+        model = SSD300(n_classes=4, thin=8).to(device)
         print(f'process {process_number()} is {os.getpid()}', flush=True)
         fit(model, make_optimizer(model, 1e-5, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
             os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1)
     elif what == 'spoiled':
         train_spoiled(folder)
+    elif what == 'download':
+        download(folder)
     else:
-        test_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
-        test_set.split = 'TEST'
-        del test_set.images[39:], test_set.objects[39:]  # a number that two can't share evenly
-        loader = DataLoader(test_set, 4, sampler=range(process_number(), len(test_set), n_processes()),
-                            collate_fn=collate_fn)
-        results = evaluate(loader, RandomDetector())
+        results = [evaluate_first(folder, 39), evaluate_first(folder, 1)]  # numbers that two can't share evenly
         with open(os.path.join(folder, f'results {process_number()} of {n_processes()}.json'), 'w') as file:
             json.dump(results, file)
     leave_processes()
