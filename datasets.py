@@ -1,17 +1,23 @@
-"""The data set: pictures and objects from the lists that create_data_lists.py wrote, and how they make a batch."""
+"""
+The data set: pictures and objects from the lists that create_data_lists.py wrote, their random variations for training,
+and how they make a batch.
+"""
 import json
 import os
 import random
-import sys
-import time
-from contextlib import suppress
+from functools import partial
 
+import numpy as np
 import torch
+import torchvision.transforms.functional as FT
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
-from files import UserError, killed_worker, one_line, open_image
-from utils import transform
+from files import UserError, open_image
+from utils import find_jaccard_overlap, mean, std
 
+
+# --------------------------------------------------------------------------------------------------------- The data set
 
 class PascalVOCDataset(Dataset):
     """
@@ -71,6 +77,8 @@ def read_list(data_folder, name):
         raise UserError(f'{path} is damaged ({error}): run "python create_data_lists.py" again') from None
 
 
+# -------------------------------------------------------------------------------------------------------------- Batches
+
 class EpochSampler(Sampler):
     """
     Shuffles the pictures anew in each epoch, and hands out a seed with each. Order and variations depend on nothing but
@@ -109,32 +117,166 @@ def collate_fn(batch):
     return torch.stack(images), list(boxes), list(labels), list(difficulties)
 
 
-def load_batches(loader):
-    """
-    Go through the batches of a data loader. When one of its workers is killed, the news comes as a signal, which
-    PyTorch turns into a RuntimeError wherever the main process is at that moment (see `files.run`); or earlier, as
-    nearly any error of the connection to the worker, which is caught here.
+# ----------------------------------------------------------------------------------------------------------- Transforms
 
-    :param loader: DataLoader
-    :return: its batches, one after the other
-    :raises UserError: a worker was killed, or there are too many open files
-    """
-    batches = iter(loader)  # outside of what follows: that workers can't be started is another error
-    try:
-        yield from batches
-    except (OSError, EOFError, RuntimeError) as error:
-        if loader.num_workers == 0 or str(error).startswith('Caught '):  # an error in the loading of a picture
-            raise
-        if 'Too many open files' in str(error):
-            raise UserError(one_line(error)) from None
-        with suppress(RuntimeError):
-            time.sleep(0.5)  # the signal comes in this time, and not in the middle of tidying up
-        raise UserError(killed_worker) from None
+mean_color = tuple(round(255 * value) for value in mean)
 
 
-def quiet_worker(_):
+def to_input(image):
     """
-    Let a data loader's worker not print that the main process hung up on it, which happens when the user stops
-    training. Errors in pictures are not printed here, but handed over to the main process.
+    :param image: a PIL image in RGB, 300x300
+    :return: the network's input: a tensor (3, 300, 300), RGB from 0 to 1, then normalized
     """
-    sys.excepthook = lambda *_: None
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 300, 300), from 0 to 255
+    return FT.normalize(pixels.float().contiguous(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
+
+
+def photometric_distort(image, rng=random):
+    """
+    Vary brightness, contrast, saturation and hue, each with a chance of 0.5, in random order.
+
+    :param image: a PIL image in RGB
+    :param rng: the source of random numbers
+    :return: a PIL image
+    """
+    distortions = [(FT.adjust_brightness, 0.5, 1.5), (FT.adjust_contrast, 0.5, 1.5), (FT.adjust_saturation, 0.5, 1.5),
+                   (FT.adjust_hue, -18 / 255, 18 / 255)]  # hue: a fraction of the color wheel's full turn
+    rng.shuffle(distortions)
+    for distort, low, high in distortions:
+        if rng.random() < 0.5:
+            image = distort(image, rng.uniform(low, high))
+    return image
+
+
+# Zooming out and in moves no pixels at first. `expand` and `random_crop` only choose a window: a rectangle
+# (x_min, y_min, x_max, y_max) in the picture's pixels that may reach beyond the picture. `resize` then draws what the
+# window shows, in one pass over those pixels that are really seen, and only these are distorted.
+
+def expand(window, rng=random):
+    """
+    Zoom out: a window up to 4 times as wide and high, somewhere around the old one. The network learns small objects.
+
+    :param window: boundary coordinates in pixels
+    :param rng: the source of random numbers
+    :return: the larger window
+    """
+    x_min, y_min, x_max, y_max = window
+    scale = rng.uniform(1, 4)
+    width, height = scale * (x_max - x_min), scale * (y_max - y_min)
+    left = x_min - rng.uniform(0, width - (x_max - x_min))
+    top = y_min - rng.uniform(0, height - (y_max - y_min))
+    return left, top, left + width, top + height
+
+
+def random_crop(window, boxes, rng=random):
+    """
+    Zoom in: a random smaller window, in which the center of at least one object lies, and which overlaps some object by
+    a minimum drawn anew whenever 50 tries did not meet it. The network learns large and cut objects.
+
+    :param window: boundary coordinates in pixels
+    :param boxes: objects, boundary coordinates in pixels, a tensor (n_objects, 4)
+    :param rng: the source of random numbers
+    :return: the smaller window, or the same where no crop was drawn or there is no object
+    """
+    x_min, y_min, x_max, y_max = window
+    while len(boxes) > 0:
+        min_overlap = rng.choice([0., .1, .3, .5, .7, .9, None])  # None: no crop
+        if min_overlap is None:
+            break
+        # All 50 tries at once: sides from 0.3 to 1 of the window's, placed anywhere inside it
+        draws = torch.tensor([rng.random() for _ in range(50 * 4)]).view(50, 4)
+        sizes = torch.tensor([x_max - x_min, y_max - y_min])  # (2)
+        sides = (0.3 + 0.7 * draws[:, :2]) * sizes  # (50, 2)
+        corners = torch.tensor([x_min, y_min]) + draws[:, 2:] * (sizes - sides)  # (50, 2)
+        crops = torch.cat([corners, corners + sides], dim=1)  # (50, 4)
+
+        aspect_ratios = sides[:, 0] / sides[:, 1]  # (50)
+        good = (aspect_ratios >= 0.5) & (aspect_ratios <= 2)
+        good &= find_jaccard_overlap(crops, boxes).max(dim=1).values >= min_overlap
+        good &= centers_inside(boxes, crops.unsqueeze(1)).any(dim=1)
+        if good.any():
+            return tuple(crops[good.nonzero()[0, 0]].tolist())  # the first that is good
+    return window
+
+
+def centers_inside(boxes, window):
+    """
+    :param boxes: boundary coordinates, a tensor (n_objects, 4)
+    :param window: boundary coordinates of the same kind: 4 numbers; or many windows, a tensor (n_windows, 1, 4)
+    :return: whether each box's center is inside the window, a bool tensor (n_objects) or (n_windows, n_objects)
+    """
+    window = torch.as_tensor(window)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n_objects, 2)
+    inside = (centers > window[..., :2]) & (centers < window[..., 2:])  # (n_objects, 2) or (n_windows, n_objects, 2)
+    return inside.all(dim=-1)  # (n_objects) or (n_windows, n_objects)
+
+
+def resize(image, boxes, window, dims=(300, 300), distort=None):
+    """
+    Draw what a window shows of a picture; beyond the picture it shows the ImageNet mean.
+
+    :param image: a PIL image in RGB
+    :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
+    :param window: boundary coordinates in pixels, it must show some of the picture
+    :param dims: width and height to draw
+    :param distort: a function from PIL image to PIL image for what is drawn of the picture, the mean beyond excepted
+    :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)
+    """
+    x_min, y_min, x_max, y_max = window
+    scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)
+    # The part of the picture that the window shows, and the whole pixels where it is drawn
+    part = max(x_min, 0), max(y_min, 0), min(x_max, image.width), min(y_max, image.height)
+    left, top = (min(round((part[0] - x_min) * scale_x), dims[0] - 1),
+                 min(round((part[1] - y_min) * scale_y), dims[1] - 1))
+    right, bottom = (max(round((part[2] - x_min) * scale_x), left + 1),
+                     max(round((part[3] - y_min) * scale_y), top + 1))
+    drawn = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=part)
+    if distort is not None:
+        drawn = distort(drawn)
+    canvas = Image.new('RGB', dims, mean_color)
+    canvas.paste(drawn, (left, top))
+
+    # The boxes follow the pixels, from the part to where it was drawn
+    scales = torch.tensor([(right - left) / (part[2] - part[0]), (bottom - top) / (part[3] - part[1])]).repeat(2)  # (4)
+    boxes = (boxes - torch.tensor(part[:2] * 2)) * scales + torch.tensor([left, top] * 2)  # (n_objects, 4)
+    return canvas, (boxes / torch.tensor(dims * 2)).clamp(0, 1)
+
+
+def flip(image, boxes):
+    """
+    Mirror left and right.
+
+    :param image: a PIL image
+    :param boxes: fractional boundary coordinates, a tensor (n_objects, 4)
+    :return: the mirrored image and boxes
+    """
+    x_min, y_min, x_max, y_max = boxes.unbind(dim=1)
+    return ImageOps.mirror(image), torch.stack([1 - x_max, y_min, 1 - x_min, y_max], dim=1)  # (n_objects, 4)
+
+
+def transform(image, boxes, labels, difficulties, split, rng=random):
+    """
+    Prepare a picture for the network; for training, as a random variation of it (the paper's section 2.2). See
+    "Transforms".
+
+    :param image: a PIL image in RGB
+    :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
+    :param labels: (n_objects)
+    :param difficulties: (n_objects)
+    :param split: 'TRAIN', or 'TEST' to only resize and normalize
+    :param rng: the source of random numbers
+    :return: the input (3, 300, 300), boxes in fractional boundary coordinates (n, 4), labels (n), difficulties (n);
+        in training, objects are left out whose center a crop cut off
+    """
+    window, distort = (0., 0., float(image.width), float(image.height)), None
+    if split == 'TRAIN':
+        distort = partial(photometric_distort, rng=rng)
+        if rng.random() < 0.5:
+            window = expand(window, rng)
+        window = random_crop(window, boxes, rng)
+        kept = centers_inside(boxes, window)
+        boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
+    image, boxes = resize(image, boxes, window, distort=distort)
+    if split == 'TRAIN' and rng.random() < 0.5:
+        image, boxes = flip(image, boxes)  # after resize, because there are fewer pixels to mirror
+    return to_input(image), boxes, labels, difficulties

@@ -14,24 +14,26 @@ import xml.etree.ElementTree as ET
 
 import torch
 from PIL import Image, ImageColor, ImageDraw
+from torch import nn
 from torch.utils.data import DataLoader
 
+from checkpoints import load_detector
+from create_data_lists import create_data_lists
 from datasets import PascalVOCDataset, collate_fn
 from detect import detect
 from eval import evaluate
 from files import open_image, run
 from model import SSD300
-from train import fit, standardize
-from utils import create_data_lists, load_checkpoint
+from train import fit
 
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
 sides = (28, 200)  # of the smallest and the largest shapes, in pixels
-n_train = 320  # pictures to train on
+n_train = 300  # pictures to train on
 n_test = 80  # other pictures, to measure on
 epochs = 5  # times to go through the training pictures
-batch_size = 4  # pictures in a batch
-lr = 1.5e-3  # the highest learning rate of AdamW, which needs far fewer steps here than train.py's gradient descent
+batch_size = 2  # pictures in a batch: with few pictures, many small steps teach more than few large ones
+lr = 1e-3  # the highest learning rate of AdamW, which needs far fewer steps here than train.py's gradient descent
 
 
 def random_color(rng, hue=(0, 360), saturation=(0, 50), lightness=(5, 40)):
@@ -81,17 +83,15 @@ def draw_shape(image, shape, box, difficult, rng):
 
 def draw_picture(rng):
     """
-    :return: a PIL image with one to six shapes, and a list of (shape, box, difficult) for each; boxes are boundary
+    :return: a PIL image with up to eight shapes, and a list of (shape, box, difficult) for each; boxes are boundary
         coordinates in pixels from 0, the last pixels included
     """
     image = draw_background((rng.randint(280, 360), rng.randint(260, 340)), rng)
     objects = []
-    n_objects = rng.randint(1, 6)
-    for _ in range(30):  # tries
+    n_objects = rng.randint(3, 8)
+    for _ in range(60):  # tries
         width = round(math.exp(rng.uniform(*map(math.log, sides))))  # as many from 28 to 56 as from 56 to 112
         height = round(width * rng.uniform(0.8, 1.25))
-        if width >= image.width or height >= image.height:
-            continue
         x, y = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
         box = (x, y, x + width - 1, y + height - 1)
         if any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for _, b, _ in objects):
@@ -113,18 +113,18 @@ def draw_dataset(folder, n_train, n_test, seed=0):
     :param n_test: number of pictures in the split test
     :param seed: the same seed draws the same pictures
     """
-    for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
-        os.makedirs(os.path.join(folder, name), exist_ok=True)
+    for subfolder in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        os.makedirs(os.path.join(folder, subfolder), exist_ok=True)
     rng = random.Random(seed)
     for split, n in (('trainval', n_train), ('test', n_test)):
-        ids = [f'{split}_{i:04}' for i in range(n)]
+        names = [f'{split}_{i:04}' for i in range(n)]
         with open(os.path.join(folder, 'ImageSets', 'Main', split + '.txt'), 'w') as file:
-            file.write('\n'.join(ids) + '\n')
-        for id in ids:
+            file.write('\n'.join(names) + '\n')
+        for name in names:
             image, objects = draw_picture(rng)
-            image.save(os.path.join(folder, 'JPEGImages', id + '.jpg'), quality=90)
+            image.save(os.path.join(folder, 'JPEGImages', name + '.jpg'), quality=90)
             root = ET.Element('annotation')
-            ET.SubElement(root, 'filename').text = id + '.jpg'
+            ET.SubElement(root, 'filename').text = name + '.jpg'
             size = ET.SubElement(root, 'size')
             ET.SubElement(size, 'width').text, ET.SubElement(size, 'height').text = map(str, image.size)
             for shape, box, difficult in objects:
@@ -134,7 +134,7 @@ def draw_dataset(folder, n_train, n_test, seed=0):
                 bndbox = ET.SubElement(node, 'bndbox')
                 for edge, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box):
                     ET.SubElement(bndbox, edge).text = str(value + 1)  # VOC counts pixels from 1
-            ET.ElementTree(root).write(os.path.join(folder, 'Annotations', id + '.xml'))
+            ET.ElementTree(root).write(os.path.join(folder, 'Annotations', name + '.xml'))
 
 
 def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
@@ -153,6 +153,33 @@ def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
         sheet.paste(annotated, (i % columns * tile[0] + (tile[0] - annotated.width) // 2,
                                 i // columns * tile[1] + (tile[1] - annotated.height) // 2))
     sheet.save(path)
+
+
+@torch.no_grad()
+def standardize(model, images):
+    """
+    Prepare random weights for learning. Layer after layer, random weights make different pictures more alike, until
+    hardly anything tells them apart. So shift and scale each layer but the predictions, such that over some pictures
+    each of its channels has the mean 0 and the spread 1 (Salimans and Kingma, "Weight normalization", 2016). And let
+    the first predictions be nearly 0: random ones would be wild guesses, which would take many steps to take back.
+
+    :param model: SSD300 with random weights, which are changed in place
+    :param images: some pictures, a tensor (N, 3, 300, 300)
+    """
+    def shift_and_scale(layer, _, output):
+        spread, mean = torch.std_mean(output, dim=(0, 2, 3))  # (n_channels), (n_channels)
+        spread = spread.clamp(min=1e-3)  # a channel that never changes is left as it is, or nearly so
+        layer.weight /= spread.view(-1, 1, 1, 1)
+        layer.bias.sub_(mean).div_(spread)
+        return (output - mean.view(-1, 1, 1)) / spread.view(-1, 1, 1)  # what the next layer gets
+
+    layers = [*model.base.children(), *model.aux_convs.children()]
+    hooks = [layer.register_forward_hook(shift_and_scale) for layer in layers if isinstance(layer, nn.Conv2d)]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    for layer in model.pred_convs.children():
+        layer.weight *= 0.1
 
 
 def start(train_set, thin, device):
@@ -193,14 +220,13 @@ def main():
     fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, print_freq=10, grad_clip=10)
 
     print(f'\n4. Evaluating on {n_test} other pictures, as eval.py does')
-    saved = load_checkpoint(checkpoint_path, device)
-    model = SSD300.from_checkpoint(saved).to(device)
+    model, label_map = load_detector(checkpoint_path)
     test_set = PascalVOCDataset(folder, 'TEST', keep_difficult=True)
-    _, mean_average_precision = evaluate(DataLoader(test_set, batch_size, collate_fn=collate_fn), model)
+    _, mean_average_precision = evaluate(DataLoader(test_set, batch_size, collate_fn=collate_fn), model.to(device))
 
     print('\n5. Detecting, as detect.py does')
     sheet_path = os.path.join(folder, 'detections.png')
-    save_sheet(sheet_path, test_set.images[:12], (model, saved['label_map']))
+    save_sheet(sheet_path, test_set.images[:12], (model, label_map))
     print(f'''
 mAP {mean_average_precision:.3f} after {(time.time() - began) / 60:.1f} minutes. Look at {sheet_path}.
 

@@ -13,9 +13,10 @@ from functools import cache
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageSequence
 
-import pretrained
+from checkpoints import load_detector
+from datasets import transform
 from files import UserError, is_picture, opened_image, run, to_rgb
-from utils import make_color_map, transform
+from utils import make_color_map
 
 img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
 checkpoint = None  # the weights, from train.py; None for torchvision's, trained on the 80 classes of COCO
@@ -28,12 +29,14 @@ show = False  # also open a window with each annotated picture
 
 
 @cache
-def load_detector(checkpoint):
+def kept_detector(checkpoint):
     """
-    :param checkpoint: path of a checkpoint, or None for torchvision's weights, downloaded the first time
+    Load a detector once, and keep it for the pictures to come.
+
+    :param checkpoint: see `checkpoints.load_detector`
     :return: SSD300 on the GPU, if there is one, and its dict of label -> index
     """
-    model, label_map = pretrained.load_detector(checkpoint)
+    model, label_map = load_detector(checkpoint)
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), label_map
 
 
@@ -99,10 +102,10 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
     :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
     :param top_k: find at most this many
     :param suppress: labels that are not wanted
-    :param detector: (model, label_map), see `load_detector`; None for the checkpoint at the top of this file
+    :param detector: (model, label_map), see `kept_detector`; None for the checkpoint at the top of this file
     :return: a copy of the image, in RGB and upright, with boxes, labels and scores
     """
-    model, label_map = detector or load_detector(checkpoint)
+    model, label_map = detector or kept_detector(checkpoint)
     image = to_rgb(original_image)
     [detections] = find_objects([image], min_score, max_overlap, top_k, model, label_map, suppress)
     return draw_objects(image, detections, label_map)
@@ -158,7 +161,7 @@ def main():
             print(f'Error: {error}', file=sys.stderr)
             failed += 1
             continue
-        model, label_map = load_detector(checkpoint)
+        model, label_map = kept_detector(checkpoint)
         detections = []
         for i in range(0, len(frames), batch_size):
             detections += find_objects(frames[i:i + batch_size], min_score, max_overlap, top_k, model, label_map)

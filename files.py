@@ -1,15 +1,13 @@
 """
-What can go wrong with files: errors that end in one line, files that must not be left half written, annotations and
-pictures of any kind. Skip this file on a first reading; `UserError` is all that the others need to know of it.
+What can go wrong with files: errors that end in one line, files that must not be left half written, and pictures of any
+kind. Skip this file on a first reading; `UserError` is all that the others need to know of it.
 """
 import os
 import sys
-import xml.etree.ElementTree as ET
-from contextlib import ExitStack, contextmanager
-from xml.parsers import expat
+import time
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 
@@ -20,6 +18,13 @@ class UserError(Exception):
 
 
 killed_worker = 'a process that loads pictures was killed, perhaps for lack of memory: lower workers'
+
+# What PyTorch raises as a mere RuntimeError, told apart by words in its message, and our line
+runtime_errors = {
+    'out of memory': 'the GPU ran out of memory: lower batch_size',
+    "can't allocate memory": 'there is not enough memory: lower batch_size',
+    'DataLoader worker (pid': killed_worker,  # a signal brought the news, see `load_batches`
+    'onnection': 'another process ended or was killed; start all again, from the last checkpoint'}
 
 
 def run(main):
@@ -34,14 +39,11 @@ def run(main):
         # A data loader's worker wraps our line in a traceback of its own; the last line is still ours.
         line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         sys.exit('Error: ' + line.split('UserError: ')[-1])
-    except torch.cuda.OutOfMemoryError:
-        sys.exit('Error: the GPU ran out of memory: lower batch_size')
     except RuntimeError as error:
-        if 'DataLoader worker (pid' in str(error):  # a signal brought the news: see `datasets.load_batches`
-            sys.exit(f'Error: {killed_worker}')
-        if not ('onnection' in str(error) and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        lines = [line for words, line in runtime_errors.items() if words in str(error)]
+        if not lines:
             raise
-        sys.exit('Error: another process ended or was killed; start all again, from the last checkpoint')
+        sys.exit(f'Error: {lines[0]}')
     except KeyboardInterrupt as stop:
         sys.exit(f'Stopped. {stop}'.strip())
 
@@ -49,6 +51,37 @@ def run(main):
 def one_line(error):
     """:return: an error's message, in one line that is not too long"""
     return ' '.join(str(error).split())[:300]
+
+
+def load_batches(loader):
+    """
+    Go through the batches of a data loader. When one of its workers is killed, the news comes as a signal, which
+    PyTorch turns into a RuntimeError wherever the main process is at that moment (see `files.run`); or earlier, as
+    nearly any error of the connection to the worker, which is caught here.
+
+    :param loader: DataLoader
+    :return: its batches, one after the other
+    :raises UserError: a worker was killed, or there are too many open files
+    """
+    batches = iter(loader)  # outside of what follows: that workers can't be started is another error
+    try:
+        yield from batches
+    except (OSError, EOFError, RuntimeError) as error:
+        if loader.num_workers == 0 or str(error).startswith('Caught '):  # an error in the loading of a picture
+            raise
+        if 'Too many open files' in str(error):
+            raise UserError(one_line(error)) from None
+        with suppress(RuntimeError):
+            time.sleep(0.5)  # the signal comes in this time, and not in the middle of tidying up
+        raise UserError(killed_worker) from None
+
+
+def quiet_worker(_):
+    """
+    Let a data loader's worker not print that the main process hung up on it, which happens when the user stops
+    training. Errors in pictures are not printed here, but handed over to the main process.
+    """
+    sys.excepthook = lambda *_: None
 
 
 # ----------------------------------------------------------------------------------------------- Files that are written
@@ -83,85 +116,6 @@ def write_whole(*paths, mode='wb'):
             os.remove(temporary)
 
 
-# ---------------------------------------------------------------------------------------------------------- Annotations
-
-def read_objects(annotation_path):
-    """
-    Read an XML file in Pascal VOC's format.
-
-    :param annotation_path: the file
-    :return: the picture's (width, height) as the file states it, 0 if not; and a list of (label, difficult, box),
-        one for each object; box is the four edges as they stand there, in pixels from 1
-    :raises UserError: the file is missing, is no annotation, or has an object without a name or numeric box, or whose
-        `difficult` is neither 0 nor 1
-    """
-    try:
-        root = parse_xml(annotation_path)
-        if root.tag != 'annotation':
-            raise ValueError(f'its root is {root.tag}')
-        size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
-        objects = [read_object(node) for node in root.findall('object')]  # VOC 2012 nests 'part' boxes deeper
-        if len(objects) > 8732:
-            raise ValueError(f'it has {len(objects)} objects, more than there are priors')
-    except FileNotFoundError:
-        raise UserError(f'{annotation_path} is missing: each picture of a split needs an annotation') from None
-    except (expat.ExpatError, LookupError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): '
-                        'an object needs a name and a bndbox of xmin, ymin, xmax, ymax') from None
-    return size, objects
-
-
-def read_object(node):
-    """
-    :param node: the XML element of an object
-    :return: label, difficult (0 or 1), box, see `read_objects`, whose errors these are
-    """
-    label = ' '.join(node.find('name').text.split())
-    difficult = float(node.findtext('difficult', '').strip() or 0)
-    if label == '' or difficult not in (0, 1):
-        raise ValueError(f"an object's name is '{label}', its difficult is {difficult:g}")
-    return label, int(difficult), [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')]
-
-
-def parse_xml(path):
-    """
-    Like `ET.parse`, but refuse XML that defines entities of its own: a few lines of them can stand for gigabytes.
-
-    :param path: the XML file
-    :return: its root element
-    """
-    def refuse(*_):
-        raise ValueError('it defines or uses entities')
-
-    builder, parser = ET.TreeBuilder(), expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.EntityDeclHandler = parser.SkippedEntityHandler = refuse
-    with open(path, 'rb') as file:
-        parser.ParseFile(file)
-    return builder.close()
-
-
-def turn_box(box, size, orientation):
-    """
-    Cameras store some pictures lying on their side, and say so in EXIF. Viewers, and we, turn them upright; some tools
-    for annotation don't. So if an annotation states the size of the picture as it is stored, its boxes have to be
-    turned. They are taken to be upright already if both sizes are the same, in square pictures or those that are upside
-    down or mirrored (orientations 2 to 4), or if no size is stated.
-
-    :param box: boundary coordinates in a picture as it is stored, in pixels from 1
-    :param size: the picture's width and height when it is upright
-    :param orientation: 5 to 8, see `image_header`
-    :return: the box in the upright picture
-    """
-    y_min, x_min, y_max, x_max = box  # rows become columns; then mirror, from left to right, or from top to bottom
-    if orientation in (6, 7):
-        x_min, x_max = size[0] + 1 - x_max, size[0] + 1 - x_min
-    if orientation in (7, 8):
-        y_min, y_max = size[1] + 1 - y_max, size[1] + 1 - y_min
-    return [x_min, y_min, x_max, y_max]
-
-
 # ------------------------------------------------------------------------------------------------------------- Pictures
 
 def is_picture(name):
@@ -169,8 +123,8 @@ def is_picture(name):
     :param name: of a file
     :return: whether its extension is that of a picture that Pillow reads by itself
     """
-    format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return format in Image.OPEN and format not in ('EPS', 'MPEG')
+    picture_format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return picture_format in Image.OPEN and picture_format not in ('EPS', 'MPEG')
 
 
 @contextmanager

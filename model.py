@@ -18,10 +18,9 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import VGG16_Weights
 
-from files import UserError, one_line
-from processes import mean_over_processes
-from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, download_weights, feature_maps,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
+from processes import download_weights, mean_over_processes
+from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps, find_jaccard_overlap,
+                   gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
 
 
 class VGGBase(nn.Module):
@@ -74,23 +73,22 @@ class VGGBase(nn.Module):
 
     def forward(self, image):
         """
-        :param image: pictures, a tensor (N, 3, 300, 300), see `utils.to_input`
+        :param image: pictures, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
         """
-        # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. Before or after a pool
-        # picks the largest value, it makes no difference; after it, a quarter of the values are left to change.
+        # A ReLU follows each convolution; relu_ changes the values in place, which saves memory.
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
-        out = self.conv1_2(out)  # (N, 64, 300, 300)
-        out = self.pool1(out).relu_()  # (N, 64, 150, 150)
+        out = self.conv1_2(out).relu_()  # (N, 64, 300, 300)
+        out = self.pool1(out)  # (N, 64, 150, 150)
 
         out = self.conv2_1(out).relu_()  # (N, 128, 150, 150)
-        out = self.conv2_2(out)  # (N, 128, 150, 150)
-        out = self.pool2(out).relu_()  # (N, 128, 75, 75)
+        out = self.conv2_2(out).relu_()  # (N, 128, 150, 150)
+        out = self.pool2(out)  # (N, 128, 75, 75)
 
         out = self.conv3_1(out).relu_()  # (N, 256, 75, 75)
         out = self.conv3_2(out).relu_()  # (N, 256, 75, 75)
-        out = self.conv3_3(out)  # (N, 256, 75, 75)
-        out = self.pool3(out).relu_()  # (N, 256, 38, 38)
+        out = self.conv3_3(out).relu_()  # (N, 256, 75, 75)
+        out = self.pool3(out)  # (N, 256, 38, 38)
 
         out = self.conv4_1(out).relu_()  # (N, 512, 38, 38)
         out = self.conv4_2(out).relu_()  # (N, 512, 38, 38)
@@ -111,7 +109,7 @@ class VGGBase(nn.Module):
         """
         Load torchvision's VGG-16 weights, trained on ImageNet, by name and shape.
 
-        :raises UserError: the weights can't be downloaded
+        :raises files.UserError: the weights can't be downloaded
         """
         vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, 'set pretrained = None to start from random weights')
 
@@ -238,7 +236,7 @@ class SSD300(nn.Module):
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
     :param thin: keep only every thin-th channel of each layer, for a network that a laptop can train: see `thin_out`
-    :raises UserError: there is no such thin network
+    :raises ValueError: there is no such thin network
     """
 
     def __init__(self, n_classes, pretrained=False, thin=1):
@@ -270,7 +268,7 @@ class SSD300(nn.Module):
 
     def forward(self, image):
         """
-        :param image: pictures, a tensor (N, 3, 300, 300), see `utils.to_input`
+        :param image: pictures, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), before softmax
         """
         conv4_3_feats, conv7_feats = self.base(image)  # (N, 512, 38, 38), (N, 1024, 19, 19)
@@ -323,26 +321,8 @@ class SSD300(nn.Module):
                 all_scores.append(scores.new_zeros(1))  # (1)
         return all_boxes, all_labels, all_scores
 
-    @classmethod
-    def from_checkpoint(cls, checkpoint, path='the checkpoint'):
-        """
-        :param checkpoint: what `utils.load_checkpoint` returned
-        :param path: its file, for the error
-        :return: the model as it was saved, on the CPU
-        :raises UserError: the weights do not fit SSD300 with the checkpoint's classes, or with `feature_maps`
-        """
-        try:
-            thin = 64 // len(checkpoint['model']['base.conv1_1.bias'])  # the whole network has 64 channels there
-            model = cls(n_classes=len(checkpoint['label_map']), thin=thin)
-            model.load_state_dict(checkpoint['model'])
-        except (KeyError, TypeError, ZeroDivisionError, RuntimeError, UserError) as error:
-            raise UserError(f'{path} does not fit SSD300 with its classes {list(checkpoint["label_map"])}: '
-                            f'{one_line(error)}') from None
-        if len(checkpoint['priors_cxcy']) != len(model.priors_cxcy):
-            raise UserError(f'{path} has {len(checkpoint["priors_cxcy"])} priors, but feature_maps in utils.py make '
-                            f'{len(model.priors_cxcy)}')
-        model.priors_cxcy = checkpoint['priors_cxcy'].to(model.priors_cxcy)
-        return model
+
+possible_thin = 1, 2, 4, 8, 16, 32, 64  # the thinnest network keeps one of the 64 channels of conv1_1
 
 
 def thin_out(model, thin):
@@ -351,11 +331,11 @@ def thin_out(model, thin):
     network needs about a fifteenth of the operations. See "A thin network".
 
     :param model: SSD300, whose layers are replaced
-    :param thin: 1 (nothing changes), 2, 4, 8, 16, 32 or 64
-    :raises UserError: another number
+    :param thin: one of `possible_thin`; with 1 nothing changes
+    :raises ValueError: another number
     """
-    if thin not in (1, 2, 4, 8, 16, 32, 64):
-        raise UserError(f'thin = {thin!r}: set it to 1 for the whole network, or to 2, 4, 8, 16, 32 or 64')
+    if thin not in possible_thin:
+        raise ValueError(f'thin is {thin!r}, not one of {possible_thin}')
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             n_inputs = layer.in_channels
@@ -397,10 +377,10 @@ class MultiBoxLoss(nn.Module):
         :param labels: the objects' labels, a list of N tensors (n_objects)
         :return: the loss, a scalar; 0 if there is no object in the batch
         """
-        loc_loss, conf_loss = self.parts(predicted_locs, predicted_scores, boxes, labels)
+        loc_loss, conf_loss = self.losses(predicted_locs, predicted_scores, boxes, labels)
         return conf_loss + self.alpha * loc_loss
 
-    def parts(self, predicted_locs, predicted_scores, boxes, labels):
+    def losses(self, predicted_locs, predicted_scores, boxes, labels):
         """
         :return: localization loss and confidence loss, scalars; the arguments are those of `forward`
         """

@@ -8,11 +8,12 @@ Skip this file on a first reading: with plain `python train.py` there is one pro
 """
 import os
 from datetime import timedelta
-from functools import wraps
 from itertools import zip_longest
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from files import UserError
 
@@ -66,15 +67,18 @@ def mean_over_processes(tensor):
     return tensor
 
 
-def gather_objects(value):
+def share_gradients(model):
     """
-    :param value: anything that can be pickled; few large tensors take far less time than many small ones
-    :return: list of what each process gave, by their numbers, the same in each process
+    :param model: SSD300; of several processes, each has a copy
+    :return: the network to train with: of several processes, its gradients are the mean of theirs
     """
-    values = [value] * n_processes()
-    if n_processes() > 1:
-        dist.all_gather_object(values, value)
-    return values
+    if n_processes() == 1:
+        return model
+    # Gradients lie where they are averaged, so that none is copied. The priors, a buffer, never change, and need not be
+    # sent around at each step.
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    network.broadcast_buffers = False  # set here, because newer versions warn of the argument
+    return network
 
 
 def gather_pictures(pieces, counts):
@@ -85,31 +89,38 @@ def gather_pictures(pieces, counts):
     :return: list with a tensor for each picture of all processes, in order, on the CPU, the same in each process
     """
     mine = torch.cat(pieces).cpu() if pieces else torch.empty(0)  # of few pictures, a process may have none
-    parts = [values.split(counts) for values, counts in gather_objects((mine, counts))]
+    parts = [(mine, counts)] * n_processes()
+    if n_processes() > 1:
+        dist.all_gather_object(parts, (mine, counts))  # one large tensor takes far less time than many small ones
+    parts = [values.split(counts) for values, counts in parts]
     # The first picture of each process, then the second of each; the last time, some have none left.
     return [picture for pictures in zip_longest(*parts) for picture in pictures if picture is not None]
 
 
-def first_process_first(function):
+def download_weights(weights, remedy):
     """
-    For a function that downloads a file: the first process of each machine calls it while the others wait; then they
-    call it, too, and find the file on their disk.
+    Download a file once for each machine: its first process does it, while the others wait to find it on the disk.
 
-    :param function: the function; what it raises in a first process as UserError is raised in all processes
-    :return: the function to call in its place, in all processes
+    :param weights: published weights of torchvision, which are downloaded if they are not on this machine
+    :param remedy: what to do if they can't be had, other than to put the file in its place
+    :return: their state_dict
+    :raises UserError: they can't be downloaded or read
     """
-    @wraps(function)
-    def in_turn(*args):
-        if n_processes() == 1:
-            return function(*args)
-        first, result, failure = os.environ['LOCAL_RANK'] == '0', None, None
+    first = os.environ.get('LOCAL_RANK', '0') == '0'
+    try:
+        if not first:
+            wait_for_all()
+        return weights.get_state_dict(progress=first, check_hash=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+        raise UserError(f'the download or reading of {weights.url} failed ({error}): put that file into {folder}, or '
+                        f'{remedy}') from None
+    finally:
         if first:
-            try:
-                result = function(*args)
-            except UserError as error:
-                failure = str(error)
-        failures = list(filter(None, gather_objects(failure)))  # the others wait here
-        if failures:
-            raise UserError(failures[0])
-        return result if first else function(*args)
-    return in_turn
+            wait_for_all()
+
+
+def wait_for_all():
+    """Return when all processes have come to this point."""
+    if n_processes() > 1:
+        dist.barrier()

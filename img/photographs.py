@@ -16,15 +16,15 @@ from PIL import Image
 from skimage import data
 
 import examples
+from datasets import centers_inside, expand, photometric_distort, random_crop, resize, transform
 from detect import detect, draw_objects, find_objects
 from files import open_image
 from model import MultiBoxLoss
 from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
 from trained import detector, evaluated, min_score_path, read_table, snapshots, test_set
-from utils import (average_precision, centers_inside, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, expand,
-                   feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, match_detections, mean,
-                   non_maximum_suppression, photometric_distort, random_crop, resize, std, transform, xy_to_cxcy)
+from utils import (average_precision, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, feature_maps, find_hits,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, mean, non_maximum_suppression, std, xy_to_cxcy)
 
 # The objects of scikit-image's photographs, in boundary coordinates in pixels
 objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 290), 'helmet': (277, 344, 512, 512)},
@@ -552,15 +552,11 @@ def draw_min_score():
 @figure('precision_recall.svg')
 def draw_precision_recall():
     """Precision over recall of the demo's detector, for each class."""
-    *_, true_labels, true_difficulties = evaluated()
-    labels, _, hits = match_detections(*evaluated())
-    counted = torch.cat(true_labels)[torch.cat(true_difficulties) == 0]
     fig, [ax] = panels(1, 1, 3.6)
-    for (label, index), color in zip(list(detector()[1].items())[1:], series):
-        n_objects, of_class = (counted == index).sum().item(), hits[labels == index]
-        true_positives = of_class.cumsum(0)
-        ax.plot(true_positives / n_objects, true_positives / torch.arange(1, len(of_class) + 1), color=color,
-                label=f'{label}: AP {average_precision(of_class, n_objects):.3f}')
+    for (label, (hits, n_objects)), color in zip(find_hits(*evaluated(), detector()[1]).items(), series):
+        true_positives = hits.cumsum(0)
+        ax.plot(true_positives / n_objects, true_positives / torch.arange(1, len(hits) + 1), color=color,
+                label=f'{label}: AP {average_precision(hits, n_objects):.3f}')
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.03))
     ax.legend(loc='lower left')
     return fig

@@ -7,10 +7,11 @@ import torch
 from torch.utils.data import DataLoader
 
 import demo
+from checkpoints import load_detector
+from create_data_lists import create_data_lists
 from datasets import PascalVOCDataset, collate_fn
-from model import SSD300
 from train import fit
-from utils import calculate_mAP, create_data_lists, load_checkpoint
+from utils import calculate_mAP
 
 images_folder = os.path.dirname(os.path.abspath(__file__))
 data_folder = os.path.join(os.path.dirname(images_folder), 'demo', 'figures')  # not in the repository, nor these two:
@@ -93,8 +94,8 @@ def detector():
     """
     :return: the trained SSD300, and its dict of label -> index
     """
-    saved = load_checkpoint(left_by_learn(checkpoint_path))
-    return SSD300.from_checkpoint(saved).eval(), saved['label_map']
+    model, label_map = load_detector(left_by_learn(checkpoint_path))
+    return model.eval(), label_map
 
 
 @cache

@@ -1,15 +1,18 @@
 """Shared by the tests: the project's root on the path, and small data sets."""
 import os
+import shutil
 import sys
 
 import pytest
 import torch
 
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, root)
+sys.path[:0] = [root, os.path.join(root, 'tests', 'long')]
+no_gpu = os.environ | {'CUDA_VISIBLE_DEVICES': ''}
+kept_checkpoint = os.path.join(root, 'tests', 'checkpoint_version_1.pth')  # see test_checkpoints.py
 
+from create_data_lists import create_data_lists  # noqa: E402
 from demo import draw_dataset, shapes  # noqa: E402
-from utils import create_data_lists  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,19 @@ def seeded():
 def voc_folder(tmp_path_factory):
     """A folder in VOC layout with 3 training and 2 test pictures, and the lists in it."""
     return draw_and_list(tmp_path_factory.mktemp('voc'), 3, 2)
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """Lists of 40 training pictures and 3 for the test."""
+    return draw_and_list(tmp_path_factory.mktemp('folder'), 40, 3)
+
+
+def copy_lists(folder, tmp_path):
+    """Copy the lists, not the pictures."""
+    for name in os.listdir(folder):
+        if name.endswith('.json'):
+            shutil.copy(os.path.join(folder, name), tmp_path)
 
 
 def draw_and_list(folder, n_train, n_test):

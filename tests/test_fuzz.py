@@ -1,4 +1,4 @@
-"""A small part of tests/fuzz.py."""
+"""A small part of tests/long/fuzz.py."""
 import pytest
 from fuzz import fuzz
 

@@ -7,13 +7,13 @@ import torch
 from conftest import draw_and_list
 from torch.utils.data import DataLoader
 
+from checkpoints import load_checkpoint, load_detector
 from datasets import PascalVOCDataset, collate_fn
 from detect import find_objects
 from eval import evaluate
 from files import open_image
 from model import SSD300
 from train import fit, make_optimizer
-from utils import load_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +29,7 @@ def train_two_epochs(folder, path, device, bfloat16):
     model, saved = SSD300(n_classes=4, thin=4).to(device), None
     for epoch in (0, 1):
         if saved is not None:
-            model = SSD300.from_checkpoint(saved).to(device)
+            model = load_detector(path)[0].to(device)
         optimizer = make_optimizer(model, 1e-4, 0.9, 5e-4)
         if saved is not None:
             optimizer.load_state_dict(saved['optimizer'])
@@ -60,7 +60,7 @@ def test_training_evaluation_and_detection_as_on_a_cpu(folder, tmp_path, bfloat1
     saved = load_checkpoint(tmp_path / 'gpu.pth')
     images = [open_image(path) for path in test_set.images]
     for device in ('cpu', 'cuda'):
-        model = SSD300.from_checkpoint(saved).to(device).eval()
+        model = load_detector(tmp_path / 'gpu.pth')[0].to(device).eval()
         _, mAP = evaluate(DataLoader(test_set, 4, collate_fn=collate_fn), model)
         detections = find_objects(images, 0.05, 0.45, 5, model, saved['label_map'])
         found[device] = mAP, [[score for _, score, _ in of_picture] for of_picture in detections]

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import draw_and_list, root
+from conftest import draw_and_list, no_gpu, root
 from tiny import TinyDetector
 from torch.utils.data import DataLoader
 
@@ -19,7 +19,6 @@ from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from eval import evaluate
 from model import SSD300
 
-no_gpu = os.environ | {'CUDA_VISIBLE_DEVICES': ''}
 script = os.path.join(root, 'tests', 'together.py')
 
 
@@ -126,13 +125,14 @@ def test_processes_wait_for_a_long_download(monkeypatch):
 
 def test_processes_exchange_only_gradients(folder, tmp_path, monkeypatch):
     """No priors at each step, and no copies of the gradients."""
-    networks, plain = [], train.DistributedDataParallel
+    networks, plain = [], processes.DistributedDataParallel
 
     def remember(*args, **options):
         networks.append(plain(*args, **options))
         return networks[-1]
-    monkeypatch.setattr(train, 'DistributedDataParallel', remember)
-    monkeypatch.setattr(train, 'n_processes', lambda: 2)
+    monkeypatch.setattr(processes, 'DistributedDataParallel', remember)
+    monkeypatch.setattr(processes, 'n_processes', lambda: 2)
+    monkeypatch.setattr(processes, 'mean_over_processes', lambda tensor: tensor)
     processes.dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meeting', rank=0, world_size=1)
     try:
         model = TinyDetector(4)
@@ -142,20 +142,6 @@ def test_processes_exchange_only_gradients(folder, tmp_path, monkeypatch):
         processes.leave_processes()
     [network] = networks
     assert list(network.buffers()) and not network.will_sync_module_buffers() and network.gradient_as_bucket_view
-
-
-@pytest.mark.parametrize('n', [1, 2, 3, 7])
-def test_processes_share_the_batches_of_one(n):
-    alone = EpochSampler(23, seed=1)
-    alone.set_epoch(2)
-    shares = []
-    for process in range(n):
-        sampler = EpochSampler(23, 1, process, n)
-        sampler.set_epoch(2)
-        shares.append(list(sampler))
-        assert len(shares[-1]) == len(sampler) == 23 // n
-    together = [picture for pictures in zip(*shares) for picture in pictures]
-    assert together == list(alone)[:23 // n * n]
 
 
 def test_when_one_process_is_killed_the_other_ends(folder):
@@ -172,3 +158,16 @@ def test_when_one_process_is_killed_the_other_ends(folder):
     assert 'another process' in rest or 'exitcode  : -9' in rest, rest
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
+
+
+def test_processes_stop_together(folder):
+    """Of two processes, the second has the picture, and says so; neither changes its weights after it."""
+    result = subprocess.run(command(2, 'spoiled', folder), capture_output=True, text=True, env=no_gpu)
+    assert result.returncode != 0
+    dataset, sampler = PascalVOCDataset(folder, 'TRAIN'), EpochSampler(40, 0, process=1, n_processes=2)
+    names = ', '.join(os.path.basename(dataset.images[index]) for index, _ in list(sampler)[4:8])
+    assert result.stderr.count(f'Error: the loss became nan in epoch 0, batch 2, with the pictures {names}. ') == 1
+    assert result.stderr.count('Error: the gradient or the loss of another process became infinite or NaN') == 1
+    for process in range(2):
+        with open(os.path.join(folder, f'changes {process}.json')) as file:
+            assert json.load(file) == [True]  # one step was taken

@@ -21,10 +21,9 @@ from datasets import EpochSampler, PascalVOCDataset, collate_fn  # noqa: E402
 from eval import evaluate  # noqa: E402
 from files import run  # noqa: E402
 from model import SSD300  # noqa: E402
-from processes import join_processes, leave_processes, n_processes, process_number  # noqa: E402
+from processes import download_weights, join_processes, leave_processes, n_processes, process_number  # noqa: E402
 from tiny import SpoiledPictures, TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
-from utils import download_weights  # noqa: E402
 
 
 class RandomDetector(nn.Module):

@@ -1,16 +1,112 @@
-"""The transforms: boxes stay on their objects, and the random choices are those of the paper."""
+"""The data set and its batches; and the transforms: boxes stay on their objects, the random choices are the paper's."""
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import copy_lists
+from torch.utils.data import DataLoader
 
-import utils
-from demo import draw_background
-from files import image_header, open_image, to_rgb
-from utils import (centers_inside, expand, find_jaccard_overlap, flip, mean, photometric_distort, random_crop, resize,
-                   std, to_input, transform)
+import datasets
+from datasets import (EpochSampler, PascalVOCDataset, centers_inside, collate_fn, expand, flip, photometric_distort,
+                      random_crop, resize, to_input, transform)
+from demo import draw_background, shapes
+from files import UserError
+from utils import find_jaccard_overlap, make_label_map, mean, std
+
+
+# --------------------------------------------------------------------------------------------------------- The data set
+
+label_map = make_label_map(shapes)
+
+
+def test_dataset_items(voc_folder):
+    for split, n in (('TRAIN', 3), ('TEST', 2)):
+        dataset = PascalVOCDataset(voc_folder, split)
+        assert len(dataset) == n and dataset.label_map == label_map
+        image, boxes, labels, difficulties = dataset[0]
+        assert image.shape == (3, 300, 300) and image.dtype == torch.float32
+        assert boxes.shape == (len(labels), 4) and boxes.dtype == torch.float32
+        assert 0 <= boxes.min() and boxes.max() <= 1
+        assert labels.dtype == torch.long and difficulties.dtype == torch.uint8 and len(difficulties) == len(labels)
+
+
+def test_pictures_whose_objects_are_all_difficult_or_that_have_none(voc_folder, tmp_path):
+    shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
+    objects = json.loads((tmp_path / 'TEST_objects.json').read_text())
+    objects[0]['difficulties'] = [1] * len(objects[0]['labels'])
+    objects[1] = {'boxes': [], 'labels': [], 'difficulties': []}
+    for split in ('TRAIN', 'TEST'):
+        (tmp_path / f'{split}_images.json').write_text((tmp_path / 'TEST_images.json').read_text())
+        (tmp_path / f'{split}_objects.json').write_text(json.dumps(objects))
+        hidden, kept = PascalVOCDataset(tmp_path, split), PascalVOCDataset(tmp_path, split, keep_difficult=True)
+        assert hidden[0][1].shape == hidden[1][1].shape == kept[1][1].shape == (0, 4)
+        assert kept[0][3].all() and len(kept[0][3]) > 0
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(voc_folder):
+    dataset, batches = PascalVOCDataset(voc_folder, 'TRAIN'), []
+    for workers in (0, 2):
+        sampler = EpochSampler(len(dataset), seed=3)
+        loader = DataLoader(dataset, 2, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
+                            persistent_workers=workers > 0)
+        epochs = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch)
+            epochs.append([batch[0] for batch in loader])
+        assert not torch.equal(epochs[0][0], epochs[1][0])
+        batches.append(torch.cat(epochs[0] + epochs[1]))
+    assert batches[0].shape == (6, 3, 300, 300) and torch.equal(*batches)
+
+
+def test_sampler_visits_each_picture_once_in_a_new_order():
+    sampler, orders = EpochSampler(50, seed=0), []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        orders.append([i for i, _ in sampler])
+        assert sorted(orders[-1]) == list(range(50)) and list(sampler) == list(sampler)
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_picture_is_varied_anew_in_each_epoch(voc_folder):
+    dataset, sampler, seen = PascalVOCDataset(voc_folder, 'TRAIN'), EpochSampler(3, seed=0), []
+    for epoch in (0, 1, 2, 1):
+        sampler.set_epoch(epoch)
+        [seed] = [seed for i, seed in sampler if i == 1]
+        seen.append(dataset[1, seed][0])
+    assert torch.equal(seen[1], seen[3])
+    assert not any(torch.equal(seen[i], seen[k]) for i, k in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_lists_that_do_not_belong_together_are_refused(folder, tmp_path):
+    """As if the lists were copied one by one, or replaced while they were read."""
+    copy_lists(folder, tmp_path)
+    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images[1:]))
+    (tmp_path / 'label_map.json').write_text('{"background": 0, "circle": 1}')
+    for split in ('TRAIN', 'TEST'):
+        with pytest.raises(UserError, match=f'lists of {split} in .* do not belong together'):
+            PascalVOCDataset(tmp_path, split)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 7])
+def test_processes_share_the_batches_of_one(n):
+    alone = EpochSampler(23, seed=1)
+    alone.set_epoch(2)
+    shares = []
+    for process in range(n):
+        sampler = EpochSampler(23, 1, process, n)
+        sampler.set_epoch(2)
+        shares.append(list(sampler))
+        assert len(shares[-1]) == len(sampler) == 23 // n
+    together = [picture for pictures in zip(*shares) for picture in pictures]
+    assert together == list(alone)[:23 // n * n]
+
+
+# ----------------------------------------------------------------------------------------------------------- Transforms
 
 red, gray = (255, 0, 0), (120, 120, 120)
 
@@ -34,7 +130,7 @@ def find_rectangle(tensor):
 
 @pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
 def test_boxes_stay_on_their_objects(monkeypatch, split):
-    monkeypatch.setattr(utils, 'photometric_distort', lambda image, rng: image)  # so that red stays red
+    monkeypatch.setattr(datasets, 'photometric_distort', lambda image, rng: image)  # so that red stays red
     rng, areas = random.Random(1), []
     for _ in range(200):
         image, boxes = picture_with_rectangle(rng)
@@ -107,8 +203,8 @@ def test_random_crop_draws_the_minimum_overlaps_of_the_paper():
 
 
 def test_objects_whose_center_is_cut_off_are_left_out(monkeypatch):
-    monkeypatch.setattr(utils, 'random_crop', lambda window, boxes, rng: (0., 0., 50., 50.))
-    monkeypatch.setattr(utils, 'expand', lambda window, rng: window)
+    monkeypatch.setattr(datasets, 'random_crop', lambda window, boxes, rng: (0., 0., 50., 50.))
+    monkeypatch.setattr(datasets, 'expand', lambda window, rng: window)
     boxes = torch.tensor([[10., 10., 60., 60.], [45., 45., 100., 100.], [0., 0., 20., 20.]])
     _, boxes, labels, difficulties = transform(Image.new('RGB', (100, 100)), boxes, torch.tensor([1, 2, 3]),
                                                torch.tensor([0, 1, 1]), 'TRAIN', random.Random(2))
@@ -139,7 +235,7 @@ def test_each_distortion_is_drawn_half_of_the_time_from_its_whole_range(monkeypa
               'adjust_hue': (-18 / 255, 18 / 255)}
     drawn, rng, image, n = [], random.Random(0), Image.new('RGB', (2, 2)), 2000
     for name in ranges:
-        monkeypatch.setattr(utils.FT, name, lambda image, value, name=name: (drawn.append((name, value)), image)[1])
+        monkeypatch.setattr(datasets.FT, name, lambda image, value, name=name: (drawn.append((name, value)), image)[1])
     firsts = set()
     for _ in range(n):
         n_before = len(drawn)
@@ -176,53 +272,6 @@ def test_normalization():
     assert tensor[:, 0, 0].tolist() == pytest.approx([(1 - .485) / .229, -.456 / .224, (.2 - .406) / .225], abs=1e-5)
 
 
-@pytest.mark.parametrize('mode, color, expected', [
-    ('L', 100, (100, 100, 100)), ('1', 1, (255, 255, 255)), ('RGBA', (200, 0, 0, 255), (200, 0, 0)),
-    ('RGBA', (0, 0, 0, 0), (255, 255, 255)), ('LA', (100, 255), (100, 100, 100)),
-    ('CMYK', (0, 255, 255, 0), (255, 0, 0)), ('I;16', 32896, (128, 128, 128)), ('I', 65535, (255, 255, 255)),
-    ('F', .5, (255, 255, 255)), ('P', 0, (0, 0, 0))])
-def test_pictures_of_any_mode(tmp_path, mode, color, expected):
-    image = Image.new(mode, (20, 10), color)
-    assert to_rgb(image).getpixel((3, 3)) == expected and to_rgb(image).mode == 'RGB'
-    assert image.mode == mode and image.size == (20, 10)
-    suffix = {'CMYK': 'tif', 'I': 'tif', 'F': 'tif'}.get(mode, 'png')
-    image.save(tmp_path / f'a.{suffix}')
-    assert open_image(tmp_path / f'a.{suffix}').getpixel((3, 3)) == expected
-
-
-@pytest.mark.filterwarnings('error')
-def test_pixels_that_are_no_numbers_do_not_blacken_the_others():
-    for value in (float('nan'), float('inf'), float('-inf')):
-        image = to_rgb(Image.fromarray(np.array([[2, value, 1]], dtype=np.float32)))
-        assert [image.getpixel((x, 0))[0] for x in range(3)] == [255, 0, 127]
-
-
-def test_palette_transparency_is_white():
-    image = Image.new('P', (5, 5), 0)
-    image.putpalette([255, 0, 0, 0, 255, 0])
-    image.info['transparency'] = 0
-    assert to_rgb(image).getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize('suffix', ['png', 'tif'])
-@pytest.mark.parametrize('orientation', range(1, 9))
-def test_exif_orientation_is_honored(tmp_path, orientation, suffix):
-    image = Image.new('RGB', (40, 20), 'white')
-    image.paste(red, (0, 0, 20, 10))  # the stored picture's top left
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    path = tmp_path / f'a.{suffix}'
-    image.save(path, exif=exif)
-    upright = open_image(path)
-    size = (40, 20) if orientation < 5 else (20, 40)
-    assert upright.size == size and image_header(path) == (size, orientation)
-    corner = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[orientation]
-    for x in (0, 1):
-        for y in (0, 1):
-            color = upright.getpixel((x * (upright.width - 1), y * (upright.height - 1)))
-            assert color == (red if (x, y) == corner else (255, 255, 255))
-
-
 def plain_transform(image, boxes, rng):
     """Training's transform, step by step on whole pictures, as a slow but plain reference."""
     image = photometric_distort(image, rng)
@@ -230,7 +279,7 @@ def plain_transform(image, boxes, rng):
     if rng.random() < 0.5:  # expand
         height, width = pixels.shape[:2]
         scale = rng.uniform(1, 4)
-        canvas = np.full((round(height * scale), round(width * scale), 3), utils.mean_color, dtype=np.uint8)
+        canvas = np.full((round(height * scale), round(width * scale), 3), datasets.mean_color, dtype=np.uint8)
         x, y = rng.randint(0, canvas.shape[1] - width), rng.randint(0, canvas.shape[0] - height)
         canvas[y:y + height, x:x + width] = pixels
         pixels, boxes = canvas, boxes + [x, y, x, y]

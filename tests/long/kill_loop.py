@@ -1,7 +1,7 @@
 """
 Kill training again and again, at random moments and while it writes its checkpoint, and go on each time:
 
-    python tests/kill_loop.py
+    python tests/long/kill_loop.py
 
 The end must be the same as that of a training that nobody disturbed, bit for bit. It takes some 15 minutes.
 """
@@ -14,11 +14,12 @@ import time
 
 import torch
 
-root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, root)
 
+from checkpoints import load_checkpoint  # noqa: E402
+from create_data_lists import create_data_lists  # noqa: E402
 from demo import draw_dataset, shapes  # noqa: E402
-from utils import create_data_lists, load_checkpoint  # noqa: E402
 
 n_kills = 60
 more_epochs = 2  # after the last kill

@@ -1,7 +1,7 @@
 """
 How fast it is here, side by side with torchvision:
 
-    python tests/benchmark.py
+    python tests/long/benchmark.py
 
 prints a table of medians. Each row is measured in this one run; compare the two columns, more than the numbers
 themselves, which depend on the machine. Rows that need a GPU say so where there is none.
@@ -30,8 +30,9 @@ try:
 except ImportError:  # on Windows
     getrusage = None
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
+import datasets  # noqa: E402
 import utils  # noqa: E402
 from datasets import EpochSampler, PascalVOCDataset, collate_fn  # noqa: E402
 from demo import draw_background  # noqa: E402
@@ -201,7 +202,7 @@ def benchmark_transforms():
     boxes = torch.tensor([[100., 50., 300., 300.], [320., 100., 420., 200.]])
     labels, difficulties = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.uint8)
     chain = v2.Compose([
-        v2.ToImage(), v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill={tv_tensors.Image: utils.mean_color}),
+        v2.ToImage(), v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill={tv_tensors.Image: datasets.mean_color}),
         v2.RandomIoUCrop(), v2.RandomHorizontalFlip(), v2.Resize((300, 300)), v2.SanitizeBoundingBoxes(),
         v2.ToDtype(torch.float32, scale=True), v2.Normalize(utils.mean, utils.std)])
     targets = {'boxes': tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=(375, 500)), 'labels': labels}
@@ -209,7 +210,7 @@ def benchmark_transforms():
     torch.manual_seed(0)
 
     def ours(picture):
-        return lambda: [utils.transform(picture(), boxes, labels, difficulties, 'TRAIN', rng) for _ in range(50)]
+        return lambda: [datasets.transform(picture(), boxes, labels, difficulties, 'TRAIN', rng) for _ in range(50)]
 
     def theirs(picture):
         return lambda: [chain(picture(), targets) for _ in range(50)]

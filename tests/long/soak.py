@@ -1,7 +1,7 @@
 """
 Train for 2,000 steps and evaluate 5,000 pictures, and watch memory and open files:
 
-    python tests/soak.py
+    python tests/long/soak.py
 
 Neither may grow. Memory is what is in use: what the C library has got back, but keeps for later, is taken from it
 first, and shown apart. It needs Linux, and takes some 10 minutes.
@@ -18,16 +18,17 @@ import tempfile
 import torch
 from torch.utils.data import DataLoader
 
-root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [root, os.path.join(root, 'tests')]
 
-from datasets import PascalVOCDataset, collate_fn, quiet_worker  # noqa: E402
+from create_data_lists import create_data_lists  # noqa: E402
+from datasets import PascalVOCDataset, collate_fn  # noqa: E402
 from demo import draw_dataset, shapes  # noqa: E402
 from eval import evaluate  # noqa: E402
+from files import quiet_worker  # noqa: E402
 from kill_loop import workers_of  # noqa: E402
 from tiny import TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
-from utils import create_data_lists  # noqa: E402
 
 n_drawn = 40  # pictures, which are used again and again
 batch_size = 4

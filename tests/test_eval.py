@@ -1,0 +1,143 @@
+"""Evaluation."""
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from tiny import TinyDetector
+from torch.utils.data import DataLoader
+
+import create_data_lists
+import detect
+import eval as eval_script
+import train
+from datasets import PascalVOCDataset, collate_fn
+from demo import shapes
+from files import open_image
+from utils import make_label_map
+
+
+label_map = make_label_map(shapes)
+
+
+class FindsEverything(TinyDetector):
+    """Detects a square in the middle of each picture; keeps how it was asked."""
+
+    asked = None
+
+    def detect_objects(self, locs, scores, *how):
+        self.asked = how
+        n = len(locs)
+        return [torch.tensor([[.25, .25, .75, .75]])] * n, [torch.tensor([2])] * n, [torch.tensor([0.9])] * n
+
+
+def test_evaluation_asks_as_pascal_voc_does(voc_folder):
+    model = FindsEverything(len(label_map)).train()
+    eval_script.evaluate(DataLoader(PascalVOCDataset(voc_folder, 'TEST', True), 2, collate_fn=collate_fn), model)
+    assert model.asked == (0.01, 0.45, 200) and not model.training
+
+
+def test_detections_of_difficult_objects_are_no_false_alarms_in_eval(voc_folder, tmp_path, monkeypatch, capsys):
+    """The first picture's object is difficult; were it left out, its detection would halve the precision."""
+    shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
+    images = json.loads((tmp_path / 'TEST_images.json').read_text())
+    objects = []
+    for path, difficult in zip(images, (1, 0)):
+        width, height = Image.open(path).size
+        objects.append({'boxes': [[width / 4, height / 4, width * 3 / 4, height * 3 / 4]], 'labels': [2],
+                        'difficulties': [difficult]})
+    (tmp_path / 'TEST_objects.json').write_text(json.dumps(objects))
+    for name, value in (('data_folder', str(tmp_path)), ('workers', 0), ('checkpoint', 'c.pth'),
+                        ('load_detector', lambda *_: (FindsEverything(len(label_map)), label_map))):
+        monkeypatch.setattr(eval_script, name, value)
+    eval_script.main()
+    assert re.search(r'square +1 +1\.000\n', capsys.readouterr().out)
+
+
+def test_scripts_read_what_the_one_before_wrote():
+    assert create_data_lists.output_folder == train.data_folder == eval_script.data_folder
+    assert train.checkpoint_path == eval_script.checkpoint
+
+
+@pytest.mark.filterwarnings('error:.*pin_memory')
+def test_eval_runs_with_its_own_parameters(voc_folder, monkeypatch, capsys):
+    """In a folder with lists, and with a stand-in for the checkpoint."""
+    monkeypatch.chdir(voc_folder)
+    monkeypatch.setattr(eval_script, 'load_detector', lambda *_: (TinyDetector(len(label_map)), label_map))
+    eval_script.main()
+    assert '2 pictures' in capsys.readouterr().out
+
+
+def test_only_the_first_process_prints_an_evaluation(voc_folder, monkeypatch, capsys):
+    model, dataset = TinyDetector(len(label_map)), PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
+    monkeypatch.setattr(eval_script, 'process_number', lambda: 1)
+    eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), model)
+    assert capsys.readouterr() == ('', '')
+
+
+@pytest.fixture
+def pictures(voc_folder, tmp_path):
+    """Lists whose test pictures have many modes and shapes; the folder."""
+    shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
+    noise, paths = Image.effect_noise((500, 500), 100), []
+    for i, size in enumerate([(500, 375), (300, 300), (1, 1), (37, 451), (299, 7)]):
+        for mode in ('L', 'RGB', 'P', 'RGBA', 'CMYK', 'I;16'):
+            paths.append(str(tmp_path / f'{i} {mode[0]}{len(mode)}.{"tif" if mode == "CMYK" else "png"}'))
+            image = noise.crop((i, 2 * i, i + size[0], 2 * i + size[1]))
+            if mode == 'RGB':
+                image = Image.merge('RGB', [image, image.rotate(90).resize(size), image.rotate(180)])
+            image.convert(mode).save(paths[-1])
+    lists = {'TEST_images.json': paths,
+             'TEST_objects.json': [{'boxes': [[0, 0, 1, 1]], 'labels': [1], 'difficulties': [0]}] * len(paths)}
+    for name, values in lists.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    return str(tmp_path)
+
+
+def test_eval_and_detect_find_the_same(pictures, monkeypatch):
+    """The same input to the last bit, the same precision, the same detections."""
+    inputs, settings, found = [], [], []
+
+    class Model(TinyDetector):
+        def forward(self, image):
+            inputs.append(image.clone())
+            settings.append((torch.is_autocast_enabled('cpu'), torch.backends.cudnn.allow_tf32,
+                             torch.backends.cudnn.benchmark))
+            return super().forward(image)
+
+    monkeypatch.setattr(eval_script, 'fast_in_bfloat16', lambda _: True, raising=False)  # as on a new GPU
+    monkeypatch.setattr(eval_script, 'calculate_mAP', lambda *lists: (found.extend(lists[:3]), ({}, 0.))[1])
+    before = [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark]
+    model, dataset = Model(len(label_map)), PascalVOCDataset(pictures, 'TEST')
+    eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), model, min_score=0.5, top_k=50)
+    assert len(inputs) == len(dataset) == 30
+    n_found = 0
+    for path, boxes, labels, scores in zip(dataset.images, *found):
+        image = open_image(path)
+        [detections] = detect.find_objects([image], 0.5, 0.45, 50, model, label_map)
+        assert [label_map[label] for label, _, _ in detections] == [label for label in labels.tolist() if label > 0]
+        assert [score for _, score, _ in detections] == scores[labels > 0].tolist()
+        pixels = (boxes[labels > 0].clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().tolist()
+        assert [box for _, _, box in detections] == pixels
+        n_found += len(detections)
+    assert n_found > 100
+    assert all(map(torch.equal, inputs[:30], inputs[30:]))
+    assert set(settings) == {(False, False, False)}
+    assert [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark] == before
+
+
+def test_an_evaluation_in_16_bits_is_asked_for(voc_folder, monkeypatch):
+    for script_says, bits in ((False, torch.float32), (True, torch.bfloat16)):
+        dtypes = set()
+
+        class Model(TinyDetector):
+            def forward(self, image):
+                dtypes.add(self.head(image[:, :, 0, 0]).dtype)
+                return super().forward(image)
+
+        loader = DataLoader(PascalVOCDataset(voc_folder, 'TEST', True), collate_fn=collate_fn)
+        eval_script.evaluate(loader, Model(len(label_map)), bfloat16=script_says)
+        assert dtypes == {bits}
+    assert eval_script.bfloat16 is False

@@ -1,0 +1,519 @@
+"""Training, and going on with it; and nothing that a user, a disk or a data set does loses what was learned."""
+import csv
+import inspect
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from conftest import copy_lists, kept_checkpoint, no_gpu, root
+from kill_loop import runs, workers_of
+from tiny import SpoiledPictures, TinyDetector
+from torch.utils.data import DataLoader
+
+import eval as eval_script
+import train
+from checkpoints import load_checkpoint, load_detector, save_checkpoint
+from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from demo import shapes
+from files import UserError
+from model import SSD300, MultiBoxLoss
+from utils import make_label_map
+
+
+# ------------------------------------------------------------------------------------------------------------- Training
+
+label_map = make_label_map(shapes)
+
+
+def train_on(folder, path, epochs, workers=0, resume=False):
+    """Train with the functions of train.py."""
+    torch.manual_seed(0)
+    model = load_detector(path)[0] if resume else SSD300(len(label_map), thin=16)
+    optimizer = train.make_optimizer(model, lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    if resume:
+        optimizer.load_state_dict(load_checkpoint(path)['optimizer'])
+    train.fit(model, optimizer, PascalVOCDataset(folder, 'TRAIN', keep_difficult=True), path, epochs, batch_size=2,
+              start_epoch=int(resume), workers=workers, decay_lr_at=(1,), decay_lr_to=0.5, print_freq=1, grad_clip=10)
+
+
+def test_interrupted_training_ends_in_the_same_weights(voc_folder, tmp_path, capsys):
+    """Two epochs at once; and one, then, with other workers, another. Three pictures: the last batch is of one."""
+    whole, parts = str(tmp_path / 'whole.pth'), str(tmp_path / 'parts.pth')
+    train_on(voc_folder, whole, epochs=2, workers=2)
+    train_on(voc_folder, parts, epochs=1)
+    first = load_checkpoint(parts)
+    train_on(voc_folder, parts, epochs=2, resume=True)
+    expected, resumed = load_checkpoint(whole), load_checkpoint(parts)
+    assert expected['epoch'] == resumed['epoch'] == 1
+    assert all(torch.equal(expected['model'][key], resumed['model'][key]) for key in expected['model'])
+    assert any(not torch.equal(expected['model'][key], first['model'][key]) for key in expected['model'])
+    assert [group['lr'] for group in resumed['optimizer']['param_groups']] == [1e-4, 5e-5]  # biases learn twice as fast
+
+    logs = []
+    for path in (whole, parts):
+        with open(path.replace('.pth', '.csv'), newline='') as file:
+            logs.append([[row[key] for key in ('epoch', 'batch', 'loss', 'lr')] for row in csv.DictReader(file)])
+    assert logs[0] == logs[1] and [row[:2] for row in logs[0]] == [['0', '1'], ['0', '2'], ['1', '1'], ['1', '2']]
+    assert re.search(r'epoch 1  batch 2/2  loss [\d.]+ \(loc [\d.]+, conf [\d.]+\)  lr 5e-05  [\d.]+ images/s  '
+                     r'data [\d.]+ s  left 0:00:00', capsys.readouterr().out)
+
+
+def test_the_log_of_epochs_to_come_is_cut_off(tmp_path):
+    path = str(tmp_path / 'c.csv')
+    train.start_log(path, 0)
+    with open(path, 'a', newline='') as file:
+        csv.writer(file).writerows([[0, 1], [1, 1], [2, 1]])
+    train.start_log(path, 2)
+    with open(path, newline='') as file:
+        assert [row[0] for row in csv.reader(file)] == ['epoch', '0', '1']
+    train.start_log(path, 0)
+    with open(path, newline='') as file:
+        assert len(list(csv.reader(file))) == 1
+
+
+def test_main_trains_evaluates_and_refuses_other_labels(voc_folder, tmp_path, monkeypatch, capsys):
+    settings = {'data_folder': voc_folder, 'checkpoint_path': str(tmp_path / 'c.pth'), 'pretrained': None, 'thin': 4,
+                'epochs': 1, 'batch_size': 3, 'workers': 0}
+    for name, value in settings.items():
+        monkeypatch.setattr(train, name, value)
+    train.main()
+    with pytest.raises(UserError, match='exists'):
+        train.main()  # would overwrite it
+    monkeypatch.setattr(train, 'checkpoint', settings['checkpoint_path'])
+    for name, value in (('epochs', 2), ('lr', 1e-5), ('decay_lr_at', (0, 1))):  # changed between the epochs
+        monkeypatch.setattr(train, name, value)
+    train.main()
+    saved = load_checkpoint(settings['checkpoint_path'])
+    assert saved['epoch'] == 1 and len(saved['model']['base.conv1_1.bias']) == 16  # a quarter of 64
+    assert [group['lr'] for group in saved['optimizer']['param_groups']] == pytest.approx([2e-7, 1e-7])
+
+    for name, value in {'data_folder': voc_folder, 'checkpoint': settings['checkpoint_path'], 'workers': 0}.items():
+        monkeypatch.setattr(eval_script, name, value)
+    capsys.readouterr()
+    eval_script.main()
+    printed = capsys.readouterr().out
+    assert re.search(r'circle +\d+ +(\d\.\d{3}|-)\n', printed) and re.search(r'mAP +\d+ +\d\.\d{3}\n', printed)
+    assert re.search(r'2 pictures, [\d.]+ pictures/s', printed)
+
+    other = tmp_path / 'other'
+    shutil.copytree(voc_folder, other)
+    (other / 'label_map.json').write_text(json.dumps(make_label_map(['cat', 'dog', 'cow'])))
+    for script in (train, eval_script):
+        monkeypatch.setattr(script, 'data_folder', str(other))
+        with pytest.raises(UserError, match='dog'):
+            script.main()
+    monkeypatch.setattr(train, 'checkpoint', None)
+    monkeypatch.setattr(train, 'checkpoint_path', str(tmp_path / 'new.pth'))
+    monkeypatch.setattr(train, 'pretrained', 'vgg')
+    with pytest.raises(UserError, match="pretrained = 'vgg'"):
+        train.main()
+
+
+def test_steps_of_the_optimizer_by_hand():
+    """Stochastic gradient descent with momentum and weight decay; biases learn at twice the rate."""
+    layer = torch.nn.Linear(1, 1)
+    layer.weight.data.fill_(2.)
+    layer.bias.data.fill_(3.)
+    optimizer = train.make_optimizer(torch.nn.Sequential(layer), lr=0.1, momentum=0.5, weight_decay=0.01)
+    for _ in range(2):
+        layer.weight.grad, layer.bias.grad = torch.tensor([[1.]]), torch.tensor([1.])
+        optimizer.step()
+    first, second = 2 - 0.1 * (1 + 0.02), 3 - 0.2 * (1 + 0.03)
+    assert layer.weight.item() == pytest.approx(first - 0.1 * (0.5 * 1.02 + 1 + 0.01 * first))
+    assert layer.bias.item() == pytest.approx(second - 0.2 * (0.5 * 1.03 + 1 + 0.01 * second))
+
+
+@pytest.mark.parametrize('keep_difficult, grad_clip, bfloat16, thin', [(True, None, None, 8), (False, 7., False, 4)])
+def test_main_hands_its_parameters_on(voc_folder, tmp_path, monkeypatch, keep_difficult, grad_clip, bfloat16, thin):
+    settings = {'data_folder': voc_folder, 'keep_difficult': keep_difficult, 'workers': 3, 'pretrained': None,
+                'thin': thin, 'checkpoint_path': str(tmp_path / 'c.pth'), 'batch_size': 5, 'epochs': 17, 'lr': 0.02,
+                'decay_lr_at': (3, 4), 'decay_lr_to': 0.3, 'momentum': 0.6, 'weight_decay': 0.01, 'seed': 9,
+                'grad_clip': grad_clip, 'bfloat16': bfloat16, 'print_freq': 11}
+    for name, value in settings.items():
+        monkeypatch.setattr(train, name, value)
+    calls, plain_fit = [], train.fit
+    monkeypatch.setattr(train, 'fit', lambda *args, **options: calls.append(
+        inspect.signature(plain_fit).bind(*args, **options).arguments))
+    train.main()
+    [given] = calls
+    train_set, model, optimizer = given.pop('train_set'), given.pop('model'), given.pop('optimizer')
+    assert train_set.keep_difficult == keep_difficult and train_set.split == 'TRAIN' and len(train_set) == 3
+    assert model.base.conv1_1.out_channels == 64 // thin
+    assert [(g['lr'], g['momentum'], g['weight_decay']) for g in optimizer.param_groups] == [(0.04, 0.6, 0.01),
+                                                                                          (0.02, 0.6, 0.01)]
+    given |= given.pop('options')
+    expected = {name: settings[name] for name in ('checkpoint_path', 'epochs', 'batch_size', 'workers', 'decay_lr_at',
+                                                  'decay_lr_to', 'seed', 'grad_clip', 'bfloat16', 'print_freq')}
+    assert given == expected | {'start_epoch': 0}
+    torch.manual_seed(9)
+    assert torch.equal(model.base.conv3_2.weight, SSD300(len(label_map), thin=thin).base.conv3_2.weight)
+
+
+@pytest.mark.parametrize('bfloat16, expected', [(None, False), (False, False), (True, True)])
+def test_on_a_cpu_numbers_have_16_bits_only_if_asked(voc_folder, bfloat16, expected):
+    model, seen = TinyDetector(len(label_map)), []
+    model.head.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    loader = DataLoader(PascalVOCDataset(voc_folder, 'TRAIN'), 2, sampler=EpochSampler(3, 0), collate_fn=collate_fn)
+    optimizer = train.make_optimizer(model, 1e-4, 0.9, 5e-4)
+    train.train(loader, model, MultiBoxLoss(model.priors_cxcy), optimizer, 0, bfloat16=bfloat16)
+    assert seen == [torch.bfloat16 if expected else torch.float32] * 2
+
+
+def test_the_recipe_is_the_papers(voc_folder, tmp_path, monkeypatch):
+    """A tenth of the learning rate after 80,000 of 120,000 iterations of 32 pictures, and again after 100,000."""
+    rates = []
+    monkeypatch.setattr(train, 'train', lambda *args, **_: rates.append(args[3].param_groups[-1]['lr']))
+    monkeypatch.setattr(train, 'save_checkpoint', lambda *_: None)
+    model = TinyDetector(len(label_map))
+    optimizer = train.make_optimizer(model, train.lr, train.momentum, train.weight_decay)
+    train.fit(model, optimizer, PascalVOCDataset(voc_folder, 'TRAIN'), str(tmp_path / 'c.pth'), train.epochs,
+              train.batch_size, decay_lr_at=train.decay_lr_at, decay_lr_to=train.decay_lr_to)
+    epochs = [iterations * 32 // 16551 for iterations in (80_000, 20_000, 20_000)]
+    assert rates == pytest.approx([1e-3] * epochs[0] + [1e-4] * (epochs[1] + 1) + [1e-5] * (epochs[2] + 1))
+    assert train.keep_difficult
+
+
+@pytest.mark.parametrize('n_processes', [1, 2])
+def test_numbers_of_the_log_by_hand(voc_folder, tmp_path, monkeypatch, n_processes):
+    """On a clock that goes on 0.5 s as a picture is loaded, and 2 s in the network. Batches of 2 pictures and of 1."""
+    now = [0.]
+    monkeypatch.setattr(train, 'time', SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(train, 'n_processes', lambda: n_processes)
+
+    class Pictures(PascalVOCDataset):
+        def __getitem__(self, i):
+            now[0] += 0.5
+            return super().__getitem__(i)
+
+    class Model(TinyDetector):
+        def forward(self, image):
+            now[0] += 2
+            return super().forward(image)
+
+    model, log_path = Model(len(label_map)), str(tmp_path / 'c.csv')
+    optimizer = train.make_optimizer(model, 1e-4, 0.9, 5e-4)
+    loader = DataLoader(Pictures(voc_folder, 'TRAIN'), 2, sampler=EpochSampler(3, 0), collate_fn=collate_fn)
+    train.start_log(log_path, 0)
+    train.train(loader, model, MultiBoxLoss(model.priors_cxcy), optimizer, 4, epochs=7, print_freq=1, log_path=log_path)
+    with open(log_path, newline='') as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    for row, batch, n_pictures, seconds, left in zip(rows, (1, 2), (2, 1), (3, 2.5), (5 * 3, 4 * 2.5), strict=True):
+        assert row['epoch'] == 4 and row['batch'] == batch and row['lr'] == 1e-4 and row['left_s'] == left
+        assert row['loss'] == pytest.approx(row['loc_loss'] + row['conf_loss']) and row['loc_loss'] > 0
+        assert row['images_per_s'] == pytest.approx(n_pictures * n_processes / seconds)
+        assert row['data_s'] == pytest.approx(0.5 * n_pictures)
+
+
+@pytest.mark.parametrize('max_norm', [0.1, 100.])
+def test_clipping_shortens_the_gradient_to_at_most_its_limit(folder, max_norm):
+    steps = []
+    for grad_clip in (None, max_norm):
+        torch.manual_seed(0)
+        model = TinyDetector(4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.)
+        before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+        train_loader = DataLoader(PascalVOCDataset(folder, 'TRAIN'), 4, sampler=EpochSampler(4, seed=0),
+                                  collate_fn=collate_fn)
+        train.train(train_loader, model, MultiBoxLoss(model.priors_cxcy), optimizer, 0, grad_clip=grad_clip)
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+    length = steps[0].norm()
+    assert 0.3 < length < 50
+    torch.testing.assert_close(steps[1], steps[0] * min(1, max_norm / length), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize('batch_size, n_batches', [(1, 40), (32, 2), (13, 4)])  # the last: three batches, and one of 1
+def test_batch_sizes(folder, tmp_path, capsys, batch_size, n_batches):
+    path = str(tmp_path / 'c.pth')
+    model = TinyDetector(4)
+    train.fit(model, train.make_optimizer(model, 1e-4, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', True), path, 1,
+              batch_size, print_freq=1)
+    assert capsys.readouterr().out.count('\n') == n_batches
+    assert all(values.isfinite().all() for values in load_checkpoint(path)['model'].values())
+
+
+# -------------------------------------------------------------------------------------------- Losses that are no number
+
+def test_a_loss_that_is_no_number_stops_training(voc_folder, tmp_path):
+    path = str(tmp_path / 'c.pth')
+    model = SSD300(len(label_map), thin=16)
+    optimizer = train.make_optimizer(model, lr=1e-4, momentum=0.9, weight_decay=5e-4)
+    save_checkpoint(path, 0, model, optimizer, label_map, seed=0)
+    before = open(path, 'rb').read()
+    model.pred_convs.loc_conv7.bias.data[0] = float('nan')
+    with pytest.raises(UserError, match='the loss became nan in epoch 1'):
+        train.fit(model, optimizer, PascalVOCDataset(voc_folder, 'TRAIN'), path, 2, 2, start_epoch=1)
+    assert open(path, 'rb').read() == before
+
+
+def copies(optimizer):
+    """Of the weights, and of what the optimizer remembers of each."""
+    weights = {id(p): p for group in optimizer.param_groups for p in group['params']}
+    memories = {(id(p), name): values for p, state in optimizer.state.items() for name, values in state.items()}
+    return {key: tensor.detach().clone() for key, tensor in (weights | memories).items() if tensor is not None}
+
+
+def spoil(monkeypatch, how, n):
+    """Make the loss or the gradient of the n-th batch infinite."""
+    plain, count = MultiBoxLoss.losses, []
+
+    def parts(self, predicted_locs, *args):
+        count.append(1)
+        loc_loss, conf_loss = plain(self, predicted_locs, *args)
+        if len(count) == n:
+            if how == 'loss':  # its gradient is finite
+                loc_loss = loc_loss + float('inf')
+            else:
+                predicted_locs.register_hook(lambda gradient: gradient * float('inf'))
+        return loc_loss, conf_loss
+    monkeypatch.setattr(MultiBoxLoss, 'losses', parts)
+
+
+optimizers = {'train.py': lambda model: train.make_optimizer(model, 1e-3, 0.9, 5e-4),
+              'fused SGD': lambda model: torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=True),
+              'AdamW': lambda model: torch.optim.AdamW(model.parameters(), 1e-3),
+              'Adagrad': lambda model: torch.optim.Adagrad(model.parameters(), 1e-3)}
+
+
+@pytest.mark.parametrize('how, grad_clip, kind', [
+    ('nan', None, 'train.py'), ('inf', 5., 'AdamW'), ('1e38', None, 'fused SGD'), ('loss', 5., 'train.py'),
+    ('loss', None, 'Adagrad'), ('gradient', None, 'AdamW'), ('gradient', 5., 'train.py')])
+def test_no_step_is_taken_with_a_loss_that_is_no_number(folder, tmp_path, monkeypatch, how, grad_clip, kind):
+    """Two batches are fine, the third is not."""
+    path = str(tmp_path / 'c.pth')
+    dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+    sampler = EpochSampler(40, seed=0)
+    sampler.set_epoch(1)
+    third = [index for index, _ in sampler][8:12]
+    if how in ('nan', 'inf', '1e38'):
+        dataset = SpoiledPictures(dataset, third[1], float(how))
+    else:
+        spoil(monkeypatch, how, 3)
+    model = TinyDetector(4)
+    optimizer = optimizers[kind](model)
+    save_checkpoint(path, 0, model, optimizer, dataset.label_map, seed=0)
+    with open(path, 'rb') as file:
+        checkpoint = file.read()
+    after = []  # each step
+    optimizer.register_step_post_hook(lambda *_: after.append(copies(optimizer)))
+    with pytest.raises(UserError) as error:
+        train.fit(model, optimizer, dataset, path, 2, batch_size=4, start_epoch=1, grad_clip=grad_clip)
+    names = ', '.join(os.path.basename(dataset.images[index]) for index in third)
+    what = {'nan': 'loss became nan', 'gradient': 'gradient became infinite or NaN'}
+    assert f'the {what.get(how, "loss became ")}' in str(error.value)
+    assert f'in epoch 1, batch 3, with the pictures {names}. ' in str(error.value) and '\n' not in str(error.value)
+
+    assert len(after) == 2
+    now = copies(optimizer)
+    assert len(now) >= 4 and all(torch.equal(now[key], after[1][key]) for key in now)
+    assert all(tensor.isfinite().all() for tensor in now.values())
+    assert not any(torch.equal(after[0][key], after[1][key]) for key in now)
+    with open(path, 'rb') as file:
+        assert file.read() == checkpoint
+
+
+# ------------------------------------------------------------------------------------------------------------- Going on
+
+common_settings = {'pretrained': None, 'batch_size': 4, 'workers': 0, 'print_freq': 1, 'lr': 1e-5,
+                   'checkpoint_path': 'c.pth'}
+
+
+def train_here(monkeypatch, folder, **settings):
+    """Run train.py's main with a tiny network, in a folder with lists."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, 'SSD300', TinyDetector)
+    for name, value in {**common_settings, **settings}.items():
+        monkeypatch.setattr(train, name, value)
+    train.main()
+
+
+def test_training_does_not_keep_the_checkpoint_it_went_on_from(folder, tmp_path, monkeypatch):
+    """It is read to the CPU, and when training begins, the model's weights are the only ones."""
+    copy_lists(folder, tmp_path)
+    train_here(monkeypatch, tmp_path, epochs=1)
+    loaded, seen = [], []
+
+    def load(*args):
+        saved = load_checkpoint(*args)
+        assert torch.device(*args[1:] or ['cpu']) == torch.device('cpu')
+        loaded.extend(weakref.ref(tensor) for tensor in saved['model'].values())
+        return saved
+
+    def fit(model, optimizer, *_, **__):
+        seen.append([ref() is None for ref in loaded])
+        assert all(optimizer.state[p]['momentum_buffer'].any() for p in model.parameters())
+    monkeypatch.setattr(train, 'load_checkpoint', load)
+    monkeypatch.setattr(train, 'fit', fit)
+    train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
+    assert seen == [[True, True]]
+
+
+def test_training_does_not_overwrite_another_checkpoint(folder, tmp_path, monkeypatch):
+    for name in ('mine.pth', 'another.pth'):
+        shutil.copy(kept_checkpoint, tmp_path / name)
+    for name, value in (('data_folder', folder), ('checkpoint', str(tmp_path / 'mine.pth')),
+                        ('checkpoint_path', str(tmp_path / 'another.pth'))):
+        monkeypatch.setattr(train, name, value)
+    with pytest.raises(UserError, match='another.pth exists'):
+        train.main()
+
+
+def test_training_goes_on_with_other_pictures(folder, tmp_path, monkeypatch, capsys):
+    """Of 40 pictures, 33 are left."""
+    copy_lists(folder, tmp_path)
+    train_here(monkeypatch, tmp_path, epochs=1)
+    for name in ('TRAIN_images.json', 'TRAIN_objects.json'):
+        (tmp_path / name).write_text(json.dumps(json.loads((tmp_path / name).read_text())[7:]))
+    train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
+    assert 'epoch 1  batch 9/9' in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
+
+
+# ------------------------------------------------------------------------ Killed processes, broken pictures, full disks
+
+def listen_to_ctrl_c():
+    """A shell's background processes, and what they start, do not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def start_training():
+    """A function that starts train.py with a tiny network, in a folder with lists; none outlives the test."""
+    started = []
+
+    def start(folder, **settings):
+        started.append(start_process(folder, settings))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def start_process(folder, settings):
+    """Start train.py with a tiny network; the process."""
+    settings = {**common_settings, **settings}
+    program = ('import files, train\nfrom tiny import TinyDetector\ntrain.SSD300 = TinyDetector\n'
+               + ''.join(f'train.{name} = {value!r}\n' for name, value in settings.items())
+               + 'if __name__ == "__main__":\n    files.run(train.main)')
+    return subprocess.Popen([sys.executable, '-u', '-c', program], cwd=folder, stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, start_new_session=True, preexec_fn=listen_to_ctrl_c,
+                            env=no_gpu | {'PYTHONPATH': f'{root}:{root}/tests', 'OMP_NUM_THREADS': '1'})
+
+
+def wait_for(process, text):
+    """Read what a process prints, up to a line with this text."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f'ended without {text!r}: {process.stderr.read()}')
+
+
+def none_runs(pids, seconds):
+    """Whether all of these processes end within so many seconds."""
+    until = time.time() + seconds
+    while any(map(runs, pids)) and time.time() < until:
+        time.sleep(0.1)
+    return len(pids) > 0 and not any(map(runs, pids))
+
+
+@pytest.mark.parametrize('progress, line', [
+    ('epoch 0  batch 1/', 'Stopped. There is no checkpoint yet.\n'),
+    ('epoch 2  batch 1/', 'Stopped. The last checkpoint is c.pth.\n')])
+def test_ctrl_c_names_the_last_checkpoint(folder, tmp_path, start_training, progress, line):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, progress)
+    workers = workers_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, line)
+    assert len(workers) >= 2 and none_runs(workers, 10)
+    assert not (tmp_path / 'c.pth.tmp').exists()
+    if 'no checkpoint' not in line:
+        assert load_checkpoint(tmp_path / 'c.pth')['epoch'] >= 1
+
+
+def test_no_worker_outlives_a_killed_training(folder, tmp_path, start_training):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, 'epoch 0  batch 2/')
+    workers = workers_of(process.pid)
+    process.kill()
+    process.wait()
+    assert len(workers) >= 2 and none_runs(workers, 30)
+
+
+def test_a_killed_worker_ends_training_with_our_line(folder, tmp_path, start_training):
+    copy_lists(folder, tmp_path)
+    process = start_training(tmp_path, workers=2, epochs=10 ** 6)
+    wait_for(process, 'epoch 0  batch 2/')
+    workers = workers_of(process.pid)
+    os.kill(max(workers), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    # Lines before it can be Python's own: that the news of the kill came in the middle of tidying up.
+    assert errors.splitlines()[-1].startswith('Error: a process that loads pictures was killed')
+    assert none_runs(workers, 10)
+
+
+def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tmp_path, start_training):
+    copy_lists(folder, tmp_path)
+    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
+    with open(images[0], 'rb') as file:
+        (tmp_path / 'cut.jpg').write_bytes(file.read()[:4000])
+    Image.open(tmp_path / 'cut.jpg')  # the header is whole: only a worker finds out
+    images[7] = str(tmp_path / 'cut.jpg')
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images))
+    process = start_training(tmp_path, workers=2, epochs=1)
+    wait_for(process, 'Training on')
+    workers = set()
+    while process.poll() is None:
+        workers |= set(workers_of(process.pid))
+        time.sleep(0.02)
+    errors = process.stderr.read()
+    assert process.returncode == 1 and errors.count('\n') == 1
+    assert errors.startswith(f'Error: {tmp_path / "cut.jpg"} is not a picture that can be read') and 'truncat' in errors
+    assert none_runs(list(workers), 10)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, start_training, monkeypatch):
+    """A limit on the size of files stands in for the disk; training goes on when there is room again."""
+    copy_lists(folder, tmp_path)
+    train_here(monkeypatch, tmp_path, epochs=1)
+    before = {name: (tmp_path / name).read_bytes() for name in ('c.pth', 'c.csv')}
+    limit = len(before['c.pth']) // 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    process = start_training(tmp_path, epochs=2, checkpoint='c.pth')
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, hard))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and errors.count('\n') == 1
+    assert errors.startswith('Error: c.pth could not be written, and what was there before is as it was: ')
+    assert 'File too large' in errors
+    assert (tmp_path / 'c.pth').read_bytes() == before['c.pth'] and not (tmp_path / 'c.pth.tmp').exists()
+    assert (tmp_path / 'c.csv').read_bytes().startswith(before['c.csv'])
+    train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
+    assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
+
+
+def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
+    shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'broken.jpg').write_text('no picture')
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps([str(tmp_path / 'broken.jpg')] * 3))
+    program = ('import torch, train\nfrom files import run\n'
+               'train.data_folder, train.checkpoint_path, train.pretrained, train.workers = ".", "c.pth", None, 1\n'
+               'if __name__ == "__main__":\n    run(train.main)')
+    result = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, 'PYTHONPATH': root})
+    assert result.returncode == 1 and result.stderr.count('\n') == 1
+    assert result.stderr.startswith(f'Error: {tmp_path / "broken.jpg"} is not a picture')
