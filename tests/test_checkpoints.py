@@ -126,9 +126,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     save_checkpoint(path, 0, model, torch.optim.SGD(model.parameters(), lr=1), {'background': 0, 'cat': 1}, 0)
     with open(path, 'rb') as file:
         content = file.read()
-    damages = (content[:len(content) // 2], content[:100], content.replace(b'OrderedDict', b'OrderedEict'),
+    damages = (content[:len(content) // 2], content[:100], bytes(4096) + content[4096:], content.replace(b'OrderedDict', b'OrderedEict'),
                content.replace(b'}q', b'\xfdq', 1))
-    for damaged, reason in zip(damages, ('', '', 'it calls collections.OrderedEict, which could be harmful',
+    for damaged, reason in zip(damages, ('', '', '', 'it calls collections.OrderedEict, which could be harmful',
                                          'Unsupported operand 253'), strict=True):
         with open(path, 'wb') as file:
             file.write(damaged)

@@ -2,8 +2,7 @@
 import pytest
 import torch
 
-import train
-from demo import shapes
+from demo import shapes, standardize
 from model import SSD300
 from utils import make_label_map
 
@@ -17,7 +16,7 @@ def test_standardized_layers_have_mean_0_and_spread_1(thin):
     images[:2] += 3
     model.aux_convs.conv8_1.weight.data[0] = 0  # a channel that never changes
     heads = [layer.weight.clone() for layer in model.pred_convs.children()]
-    train.standardize(model, images)
+    standardize(model, images)
     outputs, layers = {}, dict(model.named_modules())
     for name, layer in layers.items():
         if isinstance(layer, torch.nn.Conv2d):

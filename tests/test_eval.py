@@ -70,6 +70,17 @@ def test_eval_runs_with_its_own_parameters(voc_folder, monkeypatch, capsys):
     assert '2 pictures' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('bfloat16', [False, True])
+def test_main_evaluates_in_16_bits_only_if_its_parameter_says_so(voc_folder, monkeypatch, bfloat16):
+    asked = []
+    monkeypatch.setattr(eval_script, 'load_detector', lambda *_: (TinyDetector(len(label_map)), label_map))
+    monkeypatch.setattr(eval_script, 'evaluate', lambda *_, **options: asked.append(options))
+    for name, value in {'data_folder': voc_folder, 'workers': 0, 'bfloat16': bfloat16}.items():
+        monkeypatch.setattr(eval_script, name, value)
+    eval_script.main()
+    assert asked == [{'bfloat16': bfloat16}]
+
+
 def test_only_the_first_process_prints_an_evaluation(voc_folder, monkeypatch, capsys):
     model, dataset = TinyDetector(len(label_map)), PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
     monkeypatch.setattr(eval_script, 'process_number', lambda: 1)

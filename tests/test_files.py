@@ -91,17 +91,22 @@ def test_training_and_evaluation_name_a_killed_worker(folder, tmp_path, fail_to_
 
 def test_the_signal_that_a_worker_was_killed_ends_in_the_same_line(monkeypatch):
     """It comes while the last batch is worked on; or after other news, and does not interrupt the end."""
+    waits = []
+
     def work():
         for _ in load_batches(FakeLoader([1, 2])):
             raise news_of_a_death[0]
 
-    def signal_comes(_):
+    def signal_comes(seconds):
+        assert seconds > 0.1
+        waits.append(seconds)
         raise news_of_a_death[0]
 
     assert last_line(work) == f'Error: {killed_worker}'
     monkeypatch.setattr(files.time, 'sleep', signal_comes)
     with pytest.raises(UserError, match=killed_worker):
         list(load_batches(FakeLoader([EOFError()])))
+    assert len(waits) == 1
 
 
 class Unlucky(torch.utils.data.Dataset):

@@ -3,7 +3,7 @@ What tests/test_processes.py starts, alone or in several processes under torchru
 
     python tests/together.py train FOLDER BATCH_SIZE EPOCHS
     python tests/together.py evaluate FOLDER
-    python tests/together.py spoiled FOLDER
+    python tests/together.py spoiled FOLDER nan
     python tests/together.py download FOLDER
 """
 import json
@@ -20,7 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from datasets import EpochSampler, PascalVOCDataset, collate_fn  # noqa: E402
 from eval import evaluate  # noqa: E402
 from files import run  # noqa: E402
-from model import SSD300  # noqa: E402
+from model import SSD300, MultiBoxLoss  # noqa: E402
 from processes import download_weights, join_processes, leave_processes, n_processes, process_number  # noqa: E402
 from tiny import SpoiledPictures, TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
@@ -46,16 +46,25 @@ class RandomDetector(nn.Module):
         return tuple(map(list, zip(*detections)))
 
 
-def train_spoiled(folder):
-    """Train on pictures of which one, in the second batch of the last process, makes the loss NaN; write which steps
-    changed the weights."""
+def train_spoiled(folder, how):
+    """Train on pictures of which one, in the second batch of the last process, makes the loss NaN; or make it infinite,
+    but not its gradient. Write which steps changed the weights."""
     dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     spoiled = [index for index, _ in EpochSampler(len(dataset), 0, n_processes() - 1, n_processes())][5]
     model = TinyDetector(n_classes=4)
     optimizer, weights = make_optimizer(model, 1e-3, 0.9, 5e-4), [model.head.weight.detach().clone()]
     optimizer.register_step_post_hook(lambda *_: weights.append(model.head.weight.detach().clone()))
+    if how == 'nan':
+        dataset = SpoiledPictures(dataset, spoiled, float('nan'))
+    elif process_number() == n_processes() - 1:
+        plain, infinities = MultiBoxLoss.losses, iter([0., float('inf')])
+
+        def losses(*args):
+            loc_loss, conf_loss = plain(*args)
+            return loc_loss + next(infinities), conf_loss
+        MultiBoxLoss.losses = losses
     try:
-        fit(model, optimizer, SpoiledPictures(dataset, spoiled, float('nan')), os.path.join(folder, 's.pth'), 1, 4)
+        fit(model, optimizer, dataset, os.path.join(folder, 's.pth'), 1, 4)
     finally:
         with open(os.path.join(folder, f'changes {process_number()}.json'), 'w') as file:
             json.dump([not torch.equal(a, b) for a, b in zip(weights, weights[1:])], file)
@@ -115,7 +124,7 @@ def main():
         fit(model, make_optimizer(model, 1e-5, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
             os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1)
     elif what == 'spoiled':
-        train_spoiled(folder)
+        train_spoiled(folder, *sys.argv[3:])
     elif what == 'download':
         download(folder)
     else:
