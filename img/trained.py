@@ -19,7 +19,7 @@ checkpoint_path = os.path.join(data_folder, 'checkpoint_ssd300.pth')
 snapshots_path = os.path.join(data_folder, 'snapshots.pth')
 learning_path = os.path.join(images_folder, 'learning.csv')  # train.py's log
 min_score_path = os.path.join(images_folder, 'min_score.csv')  # mAP without the detections below a score
-milestones = (0, 25, 50, 100, 200, 400)  # iterations after which we look what the detector finds
+milestones = (0, 50, 100, 200, 400, 750)  # iterations after which we look what the detector finds
 n_watched = 12  # test pictures that we look at then
 min_scores = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -21,6 +21,7 @@ from kill_loop import runs, workers_of
 from tiny import SpoiledPictures, TinyDetector
 from torch.utils.data import DataLoader
 
+import checkpoints
 import eval as eval_script
 import train
 from checkpoints import load_checkpoint, load_detector, save_checkpoint
@@ -331,7 +332,8 @@ common_settings = {'pretrained': None, 'batch_size': 4, 'workers': 0, 'print_fre
 def train_here(monkeypatch, folder, **settings):
     """Run train.py's main with a tiny network, in a folder with lists."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(train, 'SSD300', TinyDetector)
+    for module in (train, checkpoints):
+        monkeypatch.setattr(module, 'SSD300', TinyDetector)
     for name, value in {**common_settings, **settings}.items():
         monkeypatch.setattr(train, name, value)
     train.main()
@@ -354,7 +356,7 @@ def test_training_does_not_keep_the_checkpoint_it_went_on_from(folder, tmp_path,
     monkeypatch.setattr(train, 'load_checkpoint', load)
     monkeypatch.setattr(train, 'fit', fit)
     train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
-    assert seen == [[True, True]]
+    assert seen == [[True] * 4]
 
 
 def test_training_does_not_overwrite_another_checkpoint(folder, tmp_path, monkeypatch):
@@ -402,7 +404,8 @@ def start_training():
 def start_process(folder, settings):
     """Start train.py with a tiny network; the process."""
     settings = {**common_settings, **settings}
-    program = ('import files, train\nfrom tiny import TinyDetector\ntrain.SSD300 = TinyDetector\n'
+    program = ('import checkpoints, files, train\nfrom tiny import TinyDetector\n'
+               'train.SSD300 = checkpoints.SSD300 = TinyDetector\n'
                + ''.join(f'train.{name} = {value!r}\n' for name, value in settings.items())
                + 'if __name__ == "__main__":\n    files.run(train.main)')
     return subprocess.Popen([sys.executable, '-u', '-c', program], cwd=folder, stdout=subprocess.PIPE, text=True,
