@@ -179,7 +179,7 @@ def reason(error):
     called = re.search(r'GLOBAL (\S+)', message)
     if called:
         return f'it calls {called[1]}, which could be harmful'
-    first_sentence = re.split(r'\.\s|\n| with files saved in', message)[0].replace('``weights_only=True``', 'this format')
+    first_sentence = re.split(r'\.\s|\n', message)[0].replace('Cannot use ``weights_only=True`` with', 'it is one of')
     return one_line(f'{first_sentence} ({type(error).__name__})')
 
 

@@ -134,7 +134,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         n_images += len(images) * n_processes()
         if (i + 1) % print_freq == 0 or i + 1 == n_batches:
             loc, conf = mean_over_processes(torch.stack(losses).mean(dim=0)).tolist()
-            seconds, n_left = time.time() - last_line, ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
+            seconds = time.time() - last_line
+            n_left = ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
             write_log(log_path, n_batches, epoch=epoch, batch=i + 1, loss=conf + criterion.alpha * loc, loc_loss=loc,
                       conf_loss=conf, lr=optimizer.param_groups[-1]['lr'], images_per_s=n_images / seconds,
                       data_s=loading / len(losses), left_s=round(n_left * seconds / len(losses)))

@@ -1,13 +1,77 @@
 """The demo's pictures, and how it starts."""
+import random
+from collections import Counter
+from colorsys import rgb_to_hsv
+
 import pytest
 import torch
+from PIL import Image
 
-from demo import shapes, standardize
+import demo
+from create_data_lists import parse_annotation
+from demo import draw_dataset, draw_picture, draw_shape, shapes, standardize
 from model import SSD300
-from utils import make_label_map
-
+from utils import find_jaccard_overlap, make_label_map
 
 label_map = make_label_map(shapes)
+
+
+def test_shapes_have_all_sizes_and_do_not_cover_each_other():
+    rng, widths, names, difficult = random.Random(0), [], Counter(), 0
+    for _ in range(100):
+        image, objects = draw_picture(rng)
+        boxes = torch.tensor([box for _, box, _ in objects], dtype=torch.float32)
+        assert 1 <= len(objects) <= 8 and boxes.min() >= 0
+        assert boxes[:, 2].max() < image.width and boxes[:, 3].max() < image.height
+        overlaps = find_jaccard_overlap(boxes, boxes)
+        assert torch.equal(overlaps > 0, torch.eye(len(boxes)) > 0)
+        widths += (boxes[:, 2] - boxes[:, 0] + 1).tolist()
+        names.update(shape for shape, _, _ in objects)
+        difficult += sum(is_difficult for _, _, is_difficult in objects)
+    assert min(widths) == 28 and 180 < max(widths) <= 200
+    assert set(names) == set(shapes) and max(names.values()) < 1.3 * min(names.values())
+    assert 0 < difficult < len(widths) / 10
+
+
+@pytest.mark.parametrize('shape', shapes)
+def test_boxes_are_tight_and_colors_tell_nothing(monkeypatch, shape):
+    rng, hues = random.Random(0), []
+    for _ in range(60):
+        image, box = Image.new('RGB', (300, 300)), (40, 60, 40 + rng.randint(27, 199), 60 + rng.randint(27, 199))
+        draw_shape(image, shape, box, False, rng)
+        assert image.getbbox() == (box[0], box[1], box[2] + 1, box[3] + 1)
+        color = image.getpixel(((box[0] + box[2]) // 2, (box[1] + box[3]) // 2))
+        hues.append(int(6 * rgb_to_hsv(*color)[0]))
+    assert set(hues) == set(range(6))  # each class has every color
+
+
+def test_the_same_seed_draws_the_same_data_set(tmp_path):
+    for name, seed in (('a', 3), ('b', 3), ('c', 4)):
+        draw_dataset(str(tmp_path / name), 2, 1, seed)
+    contents = {name: [path.read_bytes() for path in sorted((tmp_path / name).rglob('*')) if path.is_file()]
+                for name in 'abc'}
+    assert len(contents['a']) == 3 * 2 + 2 and contents['a'] == contents['b'] != contents['c']
+    image, objects = draw_picture(random.Random(3))
+    parsed = parse_annotation(tmp_path / 'a/Annotations/trainval_0000.xml', label_map, image.size)
+    assert parsed['boxes'] == [list(map(float, box)) for _, box, _ in objects] and parsed['dropped'] == []
+    assert parsed['labels'] == [label_map[shape] for shape, _, _ in objects]
+    assert parsed['difficulties'] == [int(difficult) for _, _, difficult in objects]
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing(voc_folder, monkeypatch):
+    monkeypatch.setattr(demo, 'epochs', 50)
+    train_set = demo.PascalVOCDataset(voc_folder, 'TRAIN')
+    monkeypatch.setattr(train_set, 'images', train_set.images * 6)
+    monkeypatch.setattr(train_set, 'objects', train_set.objects * 6)
+    model, optimizer = demo.start(train_set, 16, 'cpu')
+    rates = []
+    for _ in range(50 * 9):  # batches of 2 of 18 pictures
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+    highest = rates.index(max(rates))
+    assert max(rates) == pytest.approx(demo.lr, rel=0.05) and 20 < highest < 40
+    assert rates[:highest] == sorted(rates[:highest]) and rates[highest:] == sorted(rates[highest:], reverse=True)
+    assert rates[0] < demo.lr / 10 and rates[-1] < demo.lr / 100
 
 
 @pytest.mark.parametrize('thin', [4, 16])

@@ -224,7 +224,7 @@ def test_loss_and_gradients_equal_torchvisions():
         if name == 'ours':
             loc_loss, conf_loss = MultiBoxLoss(create_prior_boxes()).losses(locs, scores, boxes, labels)
         else:
-            losses = theirs.compute_loss([{'boxes': b, 'labels': l} for b, l in zip(boxes, labels)],
+            losses = theirs.compute_loss([{'boxes': b, 'labels': of_picture} for b, of_picture in zip(boxes, labels)],
                                          {'bbox_regression': locs, 'cls_logits': scores}, [priors_xy] * 7, matches)
             loc_loss, conf_loss = losses['bbox_regression'], losses['classification']
         (loc_loss + conf_loss).backward()

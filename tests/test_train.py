@@ -311,8 +311,8 @@ def test_no_step_is_taken_with_a_loss_that_is_no_number(folder, tmp_path, monkey
         train.fit(model, optimizer, dataset, path, 2, batch_size=4, start_epoch=1, grad_clip=grad_clip)
     names = ', '.join(os.path.basename(dataset.images[index]) for index in third)
     loss = {'nan': 'nan', 'gradient': r'\d+\.\d+', 'loss': 'inf'}.get(how, 'nan|inf')
-    assert re.match(f'the loss or the gradient became infinite or NaN in epoch 1, batch 3. Here, the loss was ({loss}), '
-                    f'of the pictures {names}. ', str(error.value)) and '\n' not in str(error.value)
+    assert re.match('the loss or the gradient became infinite or NaN in epoch 1, batch 3. Here, the loss was '
+                    f'({loss}), of the pictures {names}. ', str(error.value)) and '\n' not in str(error.value)
 
     assert len(after) == 2
     now = copies(optimizer)

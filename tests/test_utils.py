@@ -177,13 +177,14 @@ def test_mAP_equals_a_plain_count():
     objects = [some(torch.randint(0, 5, ()).item(), difficulties) for _ in range(30)]
     expected = {}
     for label, name in ((1, 'a'), (2, 'b')):
-        ranked = [(score, i, box) for i, found in enumerate(detections) for box, l, score in found if l == label]
+        ranked = [(score, i, box) for i, found in enumerate(detections)
+                  for box, other, score in found if other == label]
         ranked.sort(key=lambda row: -row[0])
-        n_objects = sum(l == label and not difficult for rows in objects for _, l, difficult in rows)
+        n_objects = sum(other == label and not difficult for rows in objects for _, other, difficult in rows)
         taken, hits, counted = set(), 0, []
         for n, (_, i, box) in enumerate(ranked):
             best = max(((box_iou(torch.tensor([box]), torch.tensor([b])).item(), -k, difficult)
-                        for k, (b, l, difficult) in enumerate(objects[i]) if l == label), default=(0, 0, 0))
+                        for k, (b, other, difficult) in enumerate(objects[i]) if other == label), default=(0, 0, 0))
             if best[0] > .5 and best[2]:
                 continue
             hit = best[0] > .5 and (i, best[1]) not in taken

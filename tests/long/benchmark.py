@@ -316,7 +316,8 @@ def benchmark_training(device, batch_size, n):
     """A training step of ours and of torchvision's, in both precisions."""
     section(f'Training step on {device}: batch {batch_size}' + ' ' * 35 + 'ours           torchvision   ratio')
     for bfloat16 in (False, True):
-        (ours, our_memory), (theirs, their_memory), (plain, _), (thin, thin_memory), (loss, _), (loss_of_many, _) = race(
+        ((ours, our_memory), (theirs, their_memory), (plain, _), (thin, thin_memory), (loss, _),
+         (loss_of_many, _)) = race(
             [(our_step, batch_size, device, bfloat16), (their_step, batch_size, device, bfloat16),
              (our_step, batch_size, device, False, False), (our_step, batch_size, device, bfloat16, True, 4),
              (our_loss, batch_size, device, 3), (our_loss, batch_size, device, 40)], n, 1 + n // 5)
