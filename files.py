@@ -56,7 +56,7 @@ def one_line(error):
 def load_batches(loader):
     """
     Go through the batches of a data loader. When one of its workers is killed, the news comes as a signal, which
-    PyTorch turns into a RuntimeError wherever the main process is at that moment (see `files.run`); or earlier, as
+    PyTorch turns into a RuntimeError wherever the main process is at that moment (see `run`); or earlier, as
     nearly any error of the connection to the worker, which is caught here.
 
     :param loader: DataLoader
