@@ -63,7 +63,7 @@ def test_without_a_size_in_the_annotation_the_pictures_counts(tmp_path):
         text = annotation(('dog', (5, 5, 110, 9), ''), ('cat', (5, 5, 100, 80), ''), size=size)
         assert len(parse(tmp_path, text, size=(100, 80))['dropped']) == 1
         assert len(parse(tmp_path, text)['dropped']) == 0
-    with pytest.raises(UserError, match='a.xml is for a picture of .* but the picture has'):
+    with pytest.raises(UserError, match='a.xml is for a picture of 100x80 pixels, but the picture has 80x100: '):
         parse(tmp_path, annotation(), size=(80, 100))
 
 

@@ -92,6 +92,16 @@ def test_lists_that_do_not_belong_together_are_refused(folder, tmp_path):
             PascalVOCDataset(tmp_path, split)
 
 
+@pytest.mark.parametrize('name, change', [
+    ('TRAIN_images.json', lambda images: images[1:]), ('TRAIN_images.json', lambda images: images + images[:1]),
+    ('label_map.json', lambda label_map: dict(list(label_map.items())[:-1]))], ids=['fewer', 'more', 'label'])
+def test_each_list_that_does_not_belong_to_the_others_is_noticed(folder, tmp_path, name, change):
+    copy_lists(folder, tmp_path)
+    (tmp_path / name).write_text(json.dumps(change(json.loads((tmp_path / name).read_text()))))
+    with pytest.raises(UserError, match='lists of TRAIN in .* do not belong together'):
+        PascalVOCDataset(tmp_path, 'TRAIN')
+
+
 @pytest.mark.parametrize('n', [1, 2, 3, 7])
 def test_processes_share_the_batches_of_one(n):
     alone = EpochSampler(23, seed=1)
@@ -158,6 +168,15 @@ def test_beyond_the_picture_there_is_the_mean():
     image, boxes = resize(Image.new('RGB', (100, 100), 'white'), torch.empty(0, 4), (-100., -100., 300., 300.))
     pixels = to_input(image)
     assert pixels[:, :70, :].abs().max() < 0.02 and pixels[:, 80:145, 80:145].min() > 2 and boxes.shape == (0, 4)
+
+
+def test_a_window_is_drawn_in_any_size():
+    image = Image.new('RGB', (100, 100))
+    image.paste(red, (50, 0, 100, 50))
+    drawn, boxes = resize(image, torch.tensor([[50., 0., 100., 50.]]), (-100., 0., 100., 100.), dims=(40, 80))
+    assert drawn.size == (40, 80) and boxes.tolist() == [[.75, 0., 1., .5]]
+    assert drawn.getpixel((39, 0)) == red and drawn.getpixel((0, 79)) == datasets.mean_color
+    assert drawn.getpixel((21, 79)) == (0, 0, 0)
 
 
 def test_random_crop_keeps_its_promises():

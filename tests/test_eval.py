@@ -53,7 +53,7 @@ def test_detections_of_difficult_objects_are_no_false_alarms_in_eval(voc_folder,
                         ('load_detector', lambda *_: (FindsEverything(len(label_map)), label_map))):
         monkeypatch.setattr(eval_script, name, value)
     eval_script.main()
-    assert re.search(r'square +1 +1\.000\n', capsys.readouterr().out)
+    assert re.search(r'square +1 +1\.000\n(.*\n)*mAP +1 +1\.000\n', capsys.readouterr().out)
 
 
 def test_scripts_read_what_the_one_before_wrote():
@@ -79,6 +79,13 @@ def test_main_evaluates_in_16_bits_only_if_its_parameter_says_so(voc_folder, mon
         monkeypatch.setattr(eval_script, name, value)
     eval_script.main()
     assert asked == [{'bfloat16': bfloat16}]
+
+
+def test_the_first_process_shows_how_far_an_evaluation_is(voc_folder, capsys):
+    dataset = PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
+    eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), TinyDetector(len(label_map)))
+    printed = capsys.readouterr()
+    assert re.search(r'Evaluating: +100%.* 2/2 ', printed.err) and 'mAP' in printed.out
 
 
 def test_only_the_first_process_prints_an_evaluation(voc_folder, monkeypatch, capsys):
@@ -114,8 +121,8 @@ def test_eval_and_detect_find_the_same(pictures, monkeypatch):
     class Model(TinyDetector):
         def forward(self, image):
             inputs.append(image.clone())
-            settings.append((torch.is_autocast_enabled('cpu'), torch.backends.cudnn.allow_tf32,
-                             torch.backends.cudnn.benchmark))
+            settings.append((torch.backends.cudnn.enabled, torch.is_autocast_enabled('cpu'),
+                             torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
             return super().forward(image)
 
     monkeypatch.setattr(eval_script, 'fast_in_bfloat16', lambda _: True, raising=False)  # as on a new GPU
@@ -135,7 +142,7 @@ def test_eval_and_detect_find_the_same(pictures, monkeypatch):
         n_found += len(detections)
     assert n_found > 100
     assert all(map(torch.equal, inputs[:30], inputs[30:]))
-    assert set(settings) == {(False, False, False)}
+    assert set(settings) == {(True, False, False, False)}
     assert [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark] == before
 
 

@@ -36,6 +36,24 @@ def test_shapes_of_all_maps():
     assert locs.shape == (2, 8732, 4) and scores.shape == (2, 8732, 21)
 
 
+def test_sizes_of_the_base_layer_by_layer():
+    """Not only at its end: a wrong padding can be lost again where a pool rounds."""
+    with torch.device('meta'):
+        base, sizes = VGGBase(), {}
+        for name, layer in base.named_children():
+            layer.register_forward_hook(lambda *args, name=name: sizes.update({name: tuple(args[2].shape[2:])}))
+        base(torch.empty(1, 3, 300, 300))
+    of_block = {'1': 300, '2': 150, '3': 75, '4': 38, '5': 19, '6': 19, '7': 19}
+    pools = {'pool1': 150, 'pool2': 75, 'pool3': 38, 'pool4': 19, 'pool5': 19}
+    assert sizes == {name: (pools.get(name) or of_block[name[4]],) * 2 for name in sizes} and len(sizes) == 15 + 5
+
+
+def test_values_of_a_pixel_lie_next_to_each_other():
+    ssd = SSD300(n_classes=3, thin=16)
+    weights = [layer.weight for layer in ssd.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert len(weights) == 15 + 8 + 12 and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
 def test_state_dict_has_the_names_that_other_weights_use(ssd):
     base = [f'conv{block}_{i}' for block, n in ((1, 2), (2, 2), (3, 3), (4, 3), (5, 3)) for i in range(1, n + 1)]
     layers = [f'base.{name}' for name in (*base, 'conv6', 'conv7')]
@@ -98,6 +116,18 @@ def test_a_picture_without_features_has_finite_predictions_and_gradients():
     (locs.sum() + scores.sum()).backward()
     assert locs.isfinite().all() and scores.isfinite().all()
     assert all(p.grad.isfinite().all() for p in ssd.parameters())
+
+
+def test_features_of_conv4_3_get_the_length_1_and_are_multiplied_by_their_factors():
+    ssd, seen = SSD300(n_classes=3, thin=16), []
+    ssd.rescale_factors.data = 1 + torch.rand(1, 32, 1, 1)
+    ssd.pred_convs.loc_conv4_3.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    images = torch.randn(1, 3, 300, 300)
+    with torch.no_grad():
+        conv4_3, _ = ssd.base(images)
+        ssd(images)
+    lengths = conv4_3.square().sum(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(seen[0], conv4_3 / lengths * ssd.rescale_factors.detach())
 
 
 def test_fully_connected_layer_as_convolution():

@@ -17,6 +17,7 @@ import processes
 import train
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from eval import evaluate
+from files import UserError
 from model import SSD300
 
 script = os.path.join(root, 'tests', 'together.py')
@@ -132,6 +133,17 @@ def test_the_first_process_of_each_machine_downloads(monkeypatch, local_rank, or
             return {'bias': 1}
 
     assert processes.download_weights(Weights(), 'do without') == {'bias': 1} and steps == order
+
+
+@pytest.mark.parametrize('content', [b'', b'<html>Page not found</html>', b'PK\x03\x04 no zip'])
+def test_damaged_weights_are_named(tmp_path, monkeypatch, content):
+    """A file that is there already is not downloaded again."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path / 'hub/checkpoints').mkdir(parents=True)
+    (tmp_path / 'hub/checkpoints/vgg16-397923af.pth').write_bytes(content)
+    with pytest.raises(UserError, match='vgg16-397923af.pth.* put that file into') as error:
+        SSD300(n_classes=2, pretrained=True)
+    assert '\n' not in str(error.value)
 
 
 def test_processes_wait_for_a_long_download(monkeypatch):

@@ -70,6 +70,16 @@ def test_interrupted_training_ends_in_the_same_weights(voc_folder, tmp_path, cap
                      r'data [\d.]+ s  left 0:00:00', capsys.readouterr().out)
 
 
+@pytest.mark.parametrize('print_freq, batches', [(1, [1, 2, 3]), (2, [2, 3]), (10, [3])])
+def test_the_log_has_a_line_every_so_many_batches_and_for_the_last(voc_folder, tmp_path, capsys, print_freq, batches):
+    model = TinyDetector(len(label_map))
+    train.fit(model, train.make_optimizer(model, 1e-4, 0.9, 5e-4), PascalVOCDataset(voc_folder, 'TRAIN'),
+              str(tmp_path / 'c.pth'), 1, batch_size=1, print_freq=print_freq)
+    with open(tmp_path / 'c.csv', newline='') as file:
+        assert [int(row['batch']) for row in csv.DictReader(file)] == batches
+    assert [int(batch) for batch in re.findall(r'batch (\d)/3', capsys.readouterr().out)] == batches
+
+
 def test_the_log_of_epochs_to_come_is_cut_off(tmp_path):
     path = str(tmp_path / 'c.csv')
     train.start_log(path, 0)
@@ -112,7 +122,7 @@ def test_main_trains_evaluates_and_refuses_other_labels(voc_folder, tmp_path, mo
     (other / 'label_map.json').write_text(json.dumps(make_label_map(['cat', 'dog', 'cow'])))
     for script in (train, eval_script):
         monkeypatch.setattr(script, 'data_folder', str(other))
-        with pytest.raises(UserError, match='dog'):
+        with pytest.raises(UserError, match=r"\['circle', 'square', 'triangle'\].*\['cat', 'dog', 'cow'\]"):
             script.main()
     monkeypatch.setattr(train, 'checkpoint', None)
     monkeypatch.setattr(train, 'checkpoint_path', str(tmp_path / 'new.pth'))
@@ -183,6 +193,17 @@ def test_the_recipe_is_the_papers(voc_folder, tmp_path, monkeypatch):
     epochs = [iterations * 32 // 16551 for iterations in (80_000, 20_000, 20_000)]
     assert rates == pytest.approx([1e-3] * epochs[0] + [1e-4] * (epochs[1] + 1) + [1e-5] * (epochs[2] + 1))
     assert train.keep_difficult
+
+
+def test_workers_stay_for_the_next_epoch(voc_folder, tmp_path, monkeypatch):
+    loaders = []
+    monkeypatch.setattr(train, 'train', lambda loader, *_, **__: loaders.append(loader))
+    monkeypatch.setattr(train, 'save_checkpoint', lambda *_: None)
+    for workers in (0, 1, 2):
+        model = TinyDetector(len(label_map))
+        train.fit(model, train.make_optimizer(model, 1e-4, 0.9, 5e-4), PascalVOCDataset(voc_folder, 'TRAIN'),
+                  str(tmp_path / 'c.pth'), 1, 2, workers=workers)
+    assert [(loader.num_workers, loader.persistent_workers) for loader in loaders] == [(0, False), (1, True), (2, True)]
 
 
 @pytest.mark.parametrize('n_processes', [1, 2])

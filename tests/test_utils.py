@@ -74,6 +74,13 @@ def test_labels():
 
 # --------------------------------------------------------------------------------------------------------------- Priors
 
+def test_aspect_ratios_are_the_papers():
+    """Three times as wide as high, or as high as wide: only on the maps between the finest and the two coarsest."""
+    for name, feature_map in feature_maps.items():
+        wider = (2, 3) if name in ('conv7', 'conv8_2', 'conv9_2') else (2,)
+        assert feature_map.ratios == pytest.approx((1, *wider, *(1 / ratio for ratio in wider)))
+
+
 def test_number_of_priors_and_of_clamped_ones():
     priors = create_prior_boxes()
     assert priors.shape == (8732, 4) and priors.dtype == torch.float32
@@ -158,6 +165,12 @@ def test_mAP_without_detections_or_objects():
         average_precisions, mean = mAP(detections, [[]])
         assert average_precisions == {} and math.isnan(mean)
     assert mAP([[(left, 2, .9)]], [[(right, 1, 0)]]) == ({'a': 0.}, 0.)  # class b has no objects and no AP
+
+
+def test_mAP_counts_each_of_many_pictures_once():
+    """A false positive in each of 1,001 pictures, and then a hit."""
+    detections, objects = [[(far, 1, .9)]] * 1001 + [[(left, 1, .8)]], [[]] * 1001 + [[(left, 1, 0)]]
+    assert mAP(detections, objects)[1] == pytest.approx(1 / 1002)
 
 
 def test_mAP_equals_a_plain_count():
