@@ -54,7 +54,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
     :param voc07_path: folder with the splits trainval and test
     :param voc12_path: folder with another split trainval, or None
-    :param output_folder: where the lists go; they are written all together, or not at all
+    :param output_folder: where the lists go; they replace older ones only when all are written
     :param labels: the classes to detect, objects of other classes are dropped; None for all that occur, sorted
     :param test_fraction: see `picture_names`
     :raises UserError: see `picture_names` and `read_split`; or no object of these labels was found for training
@@ -88,7 +88,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
 def write_lists(splits, label_map, output_folder):
     """
-    Write the five files that `create_data_lists` names, all together, or none.
+    Write the five files that `create_data_lists` names; they replace older ones only when all are written.
 
     :param splits: dict of 'TRAIN' and 'TEST' -> list of (path of a picture, its annotation)
     :param label_map: dict of label -> index
@@ -151,7 +151,7 @@ def picture_names(folder, split, test_fraction):
                         'or download = True to fetch Pascal VOC')
     try:
         with open(list_path, encoding='utf-8-sig') as file:  # some editors begin a file with an invisible mark
-            return [line.split()[0] for line in file if line.strip()]
+            return [line.strip() for line in file if line.strip()]
     except ValueError as error:
         raise UserError(f'{list_path} is no list of names: {error}') from None
 

@@ -5,6 +5,9 @@ and how they make a batch.
 import json
 import os
 import random
+import sys
+import time
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -13,7 +16,7 @@ import torchvision.transforms.functional as FT
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
-from files import UserError, open_image
+from files import UserError, killed_worker, one_line, open_image
 from utils import find_jaccard_overlap, mean, std
 
 
@@ -115,6 +118,37 @@ def collate_fn(batch):
     """
     images, boxes, labels, difficulties = zip(*batch)
     return torch.stack(images), list(boxes), list(labels), list(difficulties)
+
+
+def load_batches(loader):
+    """
+    Go through the batches of a data loader. When one of its workers is killed, the news comes as a signal, which
+    PyTorch turns into a RuntimeError wherever the main process is at that moment (see `files.run`); or earlier, as
+    nearly any error of the connection to the worker, which is caught here.
+
+    :param loader: DataLoader
+    :return: its batches, one after the other
+    :raises UserError: a worker was killed, or there are too many open files
+    """
+    batches = iter(loader)  # outside of what follows: that workers can't be started is another error
+    try:
+        yield from batches
+    except (OSError, EOFError, RuntimeError) as error:
+        if loader.num_workers == 0 or str(error).startswith('Caught '):  # an error in the loading of a picture
+            raise
+        if 'Too many open files' in str(error):
+            raise UserError(one_line(error)) from None
+        with suppress(RuntimeError):
+            time.sleep(0.5)  # the signal comes in this time, and not in the middle of tidying up
+        raise UserError(killed_worker) from None
+
+
+def quiet_worker(_):
+    """
+    Let a data loader's worker not print that the main process hung up on it, which happens when the user stops
+    training. Errors in pictures are not printed here, but handed over to the main process.
+    """
+    sys.excepthook = lambda *_: None
 
 
 # ----------------------------------------------------------------------------------------------------------- Transforms

@@ -182,15 +182,15 @@ def standardize(model, images):
         layer.weight *= 0.1
 
 
-def start(train_set, thin, device):
+def start(train_set, thin, device, epochs, batch_size, lr):
     """
     :param train_set: PascalVOCDataset
     :param thin: see `SSD300`
-    :param device: where to train
-    :return: SSD300 with random weights, and its optimizer, for `epochs` epochs
+    :param device: where to train; the others are the parameters at the top of this file
+    :return: SSD300 with random weights, and its optimizer, whose learning rate rises and falls over these epochs
     """
     model = SSD300(n_classes=len(train_set.label_map), thin=thin).to(device)
-    standardize(model, torch.stack([train_set[i, i][0] for i in range(16)]).to(device))
+    standardize(model, torch.stack([train_set[(i, i)][0] for i in range(16)]).to(device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))
     # The learning rate rises from nearly nothing, because the first steps are rough, and then falls to nothing.
     n_steps = epochs * math.ceil(len(train_set) / batch_size)
@@ -215,7 +215,7 @@ def main():
     print(f'\n3. Training {what} from random weights on {device}, as train.py does')
     torch.manual_seed(0)
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
-    model, optimizer = start(train_set, thin, device)
+    model, optimizer = start(train_set, thin, device, epochs, batch_size, lr)
     checkpoint_path = os.path.join(folder, 'checkpoint_ssd300.pth')
     fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, print_freq=10, grad_clip=10)
 

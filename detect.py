@@ -27,6 +27,8 @@ top_k = 200  # draw at most this many detections in a picture
 batch_size = 16  # frames of an animated picture that go through the network together
 show = False  # also open a window with each annotated picture
 
+load_font = cache(ImageFont.load_default)  # each size once: it takes longer than the drawing
+
 
 @cache
 def kept_detector(checkpoint):
@@ -80,7 +82,7 @@ def draw_objects(image, detections, label_map):
         text = f'{label} {score:.2f}'
         size = max(10, round(min(image.size) / 25))
         while True:  # a smaller font, if the text is wider than the picture
-            font = ImageFont.load_default(size)
+            font = load_font(size)
             left, top, right, bottom = font.getbbox(text)
             width, height = right - left + 2 * line_width, bottom - top + 2 * line_width
             if width <= image.width or size <= 4:
@@ -151,7 +153,7 @@ def read_frames(path):
 def main():
     """Detect in the pictures on the command line, with the parameters at the top of this file."""
     paths = list_pictures(sys.argv[1:] or [img_path])
-    saved, failed = set(), 0
+    taken, n_saved, failed = {os.path.realpath(path).casefold() for path in paths}, 0, 0  # files not to be overwritten
     for path in paths:
         try:
             frames, options = read_frames(path)
@@ -171,10 +173,10 @@ def main():
         kept = ('.gif', '.png', '.webp') if len(frames) > 1 else ('.jpg', '.jpeg', '.png')
         extension = extension if extension.lower() in kept else extension + '.png'
         output_path, number = os.path.join(output_folder, stem + extension), 2
-        # Neither another folder's picture of the same name nor the original is overwritten.
-        while output_path in saved or os.path.realpath(output_path) == os.path.realpath(path):
+        while os.path.realpath(output_path).casefold() in taken:
             output_path, number = os.path.join(output_folder, f'{stem}-{number}{extension}'), number + 1
-        saved.add(output_path)
+        taken.add(os.path.realpath(output_path).casefold())
+        n_saved += 1
         os.makedirs(output_folder, exist_ok=True)
         frames[0].save(output_path, quality=95, append_images=frames[1:], **options)
         for i, found in enumerate(detections):
@@ -185,7 +187,7 @@ def main():
         if show:
             frames[0].show()
     if failed:
-        raise UserError(f'{failed} of {failed + len(saved)} files could not be read')
+        raise UserError(f'{failed} of {failed + n_saved} files could not be read')
 
 
 if __name__ == '__main__':

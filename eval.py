@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import load_detector
-from datasets import PascalVOCDataset, collate_fn
-from files import UserError, load_batches, quiet_worker, run
+from datasets import PascalVOCDataset, collate_fn, load_batches, quiet_worker
+from files import UserError, run
 from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
 from utils import calculate_mAP
 

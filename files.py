@@ -4,8 +4,7 @@ kind. Skip this file on a first reading; `UserError` is all that the others need
 """
 import os
 import sys
-import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,13 +16,15 @@ class UserError(Exception):
     """Something the user can put right. Its message is one line; scripts print that line and exit with code 1."""
 
 
+not_enough_memory = 'there is not enough memory: lower batch_size'
 killed_worker = 'a process that loads pictures was killed, perhaps for lack of memory: lower workers'
 
 # What PyTorch raises as a mere RuntimeError, told apart by words in its message, and our line
 runtime_errors = {
     'out of memory': 'the GPU ran out of memory: lower batch_size',
-    "can't allocate memory": 'there is not enough memory: lower batch_size',
-    'DataLoader worker (pid': killed_worker,  # a signal brought the news, see `load_batches`
+    "can't allocate memory": not_enough_memory,
+    'not enough memory': not_enough_memory,  # on Windows
+    'DataLoader worker (pid': killed_worker,  # a signal brought the news, see `datasets.load_batches`
     'onnection': 'another process ended or was killed; start all again, from the last checkpoint'}
 
 
@@ -39,6 +40,8 @@ def run(main):
         # A data loader's worker wraps our line in a traceback of its own; the last line is still ours.
         line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         sys.exit('Error: ' + line.split('UserError: ')[-1])
+    except MemoryError:
+        sys.exit(f'Error: {not_enough_memory}')
     except RuntimeError as error:
         lines = [line for words, line in runtime_errors.items() if words in str(error)]
         if not lines:
@@ -53,44 +56,13 @@ def one_line(error):
     return ' '.join(str(error).split())[:300]
 
 
-def load_batches(loader):
-    """
-    Go through the batches of a data loader. When one of its workers is killed, the news comes as a signal, which
-    PyTorch turns into a RuntimeError wherever the main process is at that moment (see `run`); or earlier, as
-    nearly any error of the connection to the worker, which is caught here.
-
-    :param loader: DataLoader
-    :return: its batches, one after the other
-    :raises UserError: a worker was killed, or there are too many open files
-    """
-    batches = iter(loader)  # outside of what follows: that workers can't be started is another error
-    try:
-        yield from batches
-    except (OSError, EOFError, RuntimeError) as error:
-        if loader.num_workers == 0 or str(error).startswith('Caught '):  # an error in the loading of a picture
-            raise
-        if 'Too many open files' in str(error):
-            raise UserError(one_line(error)) from None
-        with suppress(RuntimeError):
-            time.sleep(0.5)  # the signal comes in this time, and not in the middle of tidying up
-        raise UserError(killed_worker) from None
-
-
-def quiet_worker(_):
-    """
-    Let a data loader's worker not print that the main process hung up on it, which happens when the user stops
-    training. Errors in pictures are not printed here, but handed over to the main process.
-    """
-    sys.excepthook = lambda *_: None
-
-
 # ----------------------------------------------------------------------------------------------- Files that are written
 
 @contextmanager
 def write_whole(*paths, mode='wb'):
     """
-    Open files for writing that replace `paths` only when all are complete: whatever interrupts the writing, a path is
-    either the old file or the new one.
+    Open files for writing that replace `paths` only when all are complete: whatever interrupts the writing, each path
+    is either the old file or the new one.
 
     :param paths: the files to write
     :param mode: 'wb' for bytes, 'w' for text
@@ -109,7 +81,7 @@ def write_whole(*paths, mode='wb'):
         for temporary, path in zip(temporaries, paths):
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes the second of the first
-        raise UserError(f'{", ".join(map(str, paths))} could not be written, and what was there before is as it was: '
+        raise UserError(f'{", ".join(map(str, paths))} could not be written, and each is as it was or complete: '
                         f'{error.__context__ or error}') from None
     finally:
         for temporary in filter(os.path.exists, temporaries):

@@ -77,8 +77,7 @@ class VGGBase(nn.Module):
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
         """
         # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. Before or after a pool
-        # picks the largest value, it makes no difference; after it, a quarter of the values are left to change, and a step
-        # of training takes 6% less time.
+        # picks the largest value, it makes no difference; after it, only a quarter of the values are left to change.
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
@@ -362,6 +361,8 @@ class MultiBoxLoss(nn.Module):
     :param threshold: a prior that overlaps no object by this much is background
     :param neg_pos_ratio: how many background priors count for each prior with an object
     :param alpha: weight of the localization loss
+
+    Of several processes, all must compute it at the same time, because they agree on the number of positives.
     """
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.):
@@ -391,12 +392,12 @@ class MultiBoxLoss(nn.Module):
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
         # All positives of the batch. Of several processes, it is their mean number, so that the mean of their losses is
         # the loss of all pictures. Without any object the sums below are 0, and so is the loss.
-        n_all = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)
+        n_positive_of_all = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
         loc_loss = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction='none').sum(dim=2)  # (N, 8732)
-        loc_loss = loc_loss.where(positive, 0).sum() / n_all
+        loc_loss = loc_loss.where(positive, 0).sum() / n_positive_of_all
 
         # Confidence: cross entropy (equation 3) over the positive priors, and over the hard negatives: those with the
         # highest loss, in each picture three times as many as positives.
@@ -404,7 +405,7 @@ class MultiBoxLoss(nn.Module):
                                     reduction='none').view_as(true_classes)  # (N, 8732)
         negatives = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
         hard = torch.arange(negatives.size(1), device=negatives.device) < self.neg_pos_ratio * n_positive  # (N, 8732)
-        conf_loss = (conf_loss.where(positive, 0).sum() + negatives.where(hard, 0).sum()) / n_all
+        conf_loss = (conf_loss.where(positive, 0).sum() + negatives.where(hard, 0).sum()) / n_positive_of_all
         return loc_loss, conf_loss
 
     def match(self, boxes, labels):
@@ -451,10 +452,14 @@ def own_priors(overlap):
     one that overlaps it more keeps it, and the other takes its next best. Of equals, the first one in order wins: a
     small object overlaps all priors that contain it equally.
 
+    All objects of all pictures ask at once, in rounds, until nobody asks for what another keeps. It ends where one
+    would by taking pair after pair, the largest overlap first, and takes far fewer steps.
+
     :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732); of what is no object, -1
     :return: the index of each object's prior, no two the same in a picture, (N, n_objects); of what is no object, 0
     """
     overlap = overlap.clone()
+    # Of two objects that overlap a prior equally, the earlier one wins.
     earlier = torch.ones(overlap.size(1), overlap.size(1), device=overlap.device).tril(-1) > 0  # (n_objects, n_objects)
     while True:
         # Each object asks for the prior that it overlaps most. `max` takes the first of equals.

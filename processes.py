@@ -4,7 +4,8 @@ Many GPUs: several processes, each with a GPU of its own, that train or evaluate
     torchrun --nproc_per_node=8 train.py
     torchrun --nproc_per_node=8 eval.py
 
-Skip this file on a first reading: with plain `python train.py` there is one process, and nothing here does anything.
+Skip this file on a first reading: with plain `python train.py` there is one process; then `join_processes` only picks
+the device, `download_weights` only downloads, and the rest does nothing.
 """
 import os
 from datetime import timedelta

@@ -11,6 +11,7 @@ it. To go on after an interruption, set `checkpoint` to that file. With several 
 import csv
 import math
 import os
+import sys
 import time
 from datetime import timedelta
 
@@ -18,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from checkpoints import load_checkpoint, load_detector, save_checkpoint, start_from_coco
-from datasets import EpochSampler, PascalVOCDataset, collate_fn
-from files import UserError, load_batches, quiet_worker, run, write_whole
+from datasets import EpochSampler, PascalVOCDataset, collate_fn, load_batches, quiet_worker
+from files import UserError, run, write_whole
 from model import SSD300, MultiBoxLoss, possible_thin
 from processes import (join_processes, leave_processes, mean_over_processes, n_processes, process_number,
                        share_gradients)
@@ -34,7 +35,7 @@ workers = 4  # processes that load pictures
 checkpoint = None  # a checkpoint to go on from, or None to start anew
 checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
 pretrained = 'imagenet'  # start: 'imagenet' for VGG-16's base, 'coco' for a whole detector, None for random weights
-thin = 1  # keep every thin-th channel: 1 for the paper's network; 4 for a laptop, with a fifteenth of the operations
+thin = 1  # of a new training, every thin-th channel is kept: 1 for the paper's network, 4 for one a laptop can train
 
 # Learning: the paper's recipe, 120,000 iterations of 32 pictures of VOC 07+12, in epochs and with a smaller batch
 batch_size = 8  # pictures in a batch, of each process if there are several
@@ -71,6 +72,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     :param model: SSD300, on the device to train on
     :param optimizer: its optimizer
     :param train_set: PascalVOCDataset
+    :param start_epoch: the first epoch to come, from 0
     :param options: see `train`; the others are the parameters at the top of this file
     """
     criterion = MultiBoxLoss(model.priors_cxcy)
@@ -113,7 +115,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     losses, n_images, loading, last_line = [], 0, 0., time.time()  # since the last line of the log
     end = time.time()  # of the last batch
 
-    # The order of the pictures is fixed within an epoch: asked by us, too, the sampler tells which are in a batch.
+    # To name a batch's pictures: their order is fixed within an epoch, so the sampler tells us, too, which they are.
     batches = zip(train_loader.batch_sampler, load_batches(train_loader))
     for i, (pictures, (images, boxes, labels, _)) in enumerate(batches):
         loading += time.time() - end
@@ -185,15 +187,18 @@ def write_log(log_path, n_batches, **row):
 
     :param log_path: CSV file, or None
     :param n_batches: of an epoch
-    :param row: a value for each of `log_columns`, in their order
+    :param row: a value for each of `log_columns`
     """
     if process_number() == 0:
         print('epoch {epoch}  batch {batch}/{n}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  '
               'lr {lr:.2g}  {images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}'.format(
                   n=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
     if log_path is not None:
-        with open(log_path, 'a', newline='') as file:
-            csv.writer(file, lineterminator='\n').writerow(row.values())
+        try:
+            with open(log_path, 'a', newline='') as file:
+                csv.writer(file, lineterminator='\n').writerow([row[column] for column in log_columns])
+        except OSError as error:  # no reason to end a training of days
+            print(f'This line is not in {log_path}: {error}', file=sys.stderr)
 
 
 def make_model(label_map, checkpoint, pretrained, thin):
@@ -227,7 +232,12 @@ def restore(optimizer, saved, decay_lr_at, decay_lr_to):
     rate follows from the parameters at the top of this file, which may have changed.
 
     :param saved: see `checkpoints.load_checkpoint`
+    :raises UserError: the checkpoint is of another kind of optimizer
     """
+    kind, saved_kind = type(optimizer).__name__, saved.get('optimizer_kind', 'SGD')
+    if kind != saved_kind:
+        raise UserError(f'the checkpoint was trained with {saved_kind}, which remembers other things than {kind}: go '
+                        f'on with {saved_kind}, or start anew')
     optimizer.load_state_dict(saved['optimizer'] | {'param_groups': optimizer.state_dict()['param_groups']})
     for epoch in decay_lr_at:
         if epoch <= saved['epoch']:
@@ -244,7 +254,7 @@ def main():
     resumes = 'optimizer' in saved  # else it is from the earlier implementation: only its weights
     if os.path.exists(checkpoint_path) and not (resumes and os.path.samefile(checkpoint, checkpoint_path)):
         raise UserError(f'{checkpoint_path} exists, and training would overwrite it: to go on with it, set '
-                        f"checkpoint = '{checkpoint_path}' in train.py; else move it away")
+                        f"checkpoint = '{checkpoint_path}' in train.py; else move it away, and its log")
 
     model = make_model(train_set.label_map, checkpoint, pretrained, thin).to(device)
     optimizer = make_optimizer(model, lr, momentum, weight_decay)
@@ -252,12 +262,15 @@ def main():
     if resumes:
         start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
         restore(optimizer, saved, decay_lr_at, decay_lr_to)
+        if start_epoch >= epochs:
+            raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
     del saved  # or its weights would take up memory to the end
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
     try:
-        fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers,
-            decay_lr_at, decay_lr_to, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
+        fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=start_epoch, seed=first_seed,
+            workers=workers, decay_lr_at=decay_lr_at, decay_lr_to=decay_lr_to, print_freq=print_freq,
+            grad_clip=grad_clip, bfloat16=bfloat16)
     except KeyboardInterrupt:
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
         raise KeyboardInterrupt('There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.')

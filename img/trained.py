@@ -34,7 +34,7 @@ def learn():
 
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
-    model, optimizer = demo.start(train_set, thin=4, device='cpu')
+    model, optimizer = demo.start(train_set, 4, 'cpu', demo.epochs, demo.batch_size, demo.lr)
     snapshots, n_steps = {0: find(model, watched)}, 0
 
     def look(*_):

@@ -155,8 +155,8 @@ def test_a_list_of_names_from_windows(tmp_path):
     draw_dataset(str(tmp_path), 2, 2)
     path = tmp_path / 'ImageSets/Main/test.txt'
     names = path.read_text().split()
-    path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(names).encode())
-    assert picture_names(str(tmp_path), 'test', 0) == names
+    path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*names, '', 'IMG (1) ']).encode())
+    assert picture_names(str(tmp_path), 'test', 0) == [*names, 'IMG (1)']
     path.write_bytes(b'\xff\xfe\x00\xd8')
     with pytest.raises(UserError, match='test.txt is no list of names'):
         picture_names(str(tmp_path), 'test', 0)

@@ -59,19 +59,18 @@ def test_the_same_seed_draws_the_same_data_set(tmp_path):
 
 
 def test_the_learning_rate_rises_and_falls_to_nothing(voc_folder, monkeypatch):
-    monkeypatch.setattr(demo, 'epochs', 50)
     train_set = demo.PascalVOCDataset(voc_folder, 'TRAIN')
     monkeypatch.setattr(train_set, 'images', train_set.images * 6)
     monkeypatch.setattr(train_set, 'objects', train_set.objects * 6)
-    model, optimizer = demo.start(train_set, 16, 'cpu')
+    model, optimizer = demo.start(train_set, 16, 'cpu', 50, 2, 0.01)
     rates = []
     for _ in range(50 * 9):  # batches of 2 of 18 pictures
         rates.append(optimizer.param_groups[0]['lr'])
         optimizer.step()
     highest = rates.index(max(rates))
-    assert max(rates) == pytest.approx(demo.lr, rel=0.05) and 20 < highest < 40
+    assert max(rates) == pytest.approx(0.01, rel=0.05) and 20 < highest < 40
     assert rates[:highest] == sorted(rates[:highest]) and rates[highest:] == sorted(rates[highest:], reverse=True)
-    assert rates[0] < demo.lr / 10 and rates[-1] < demo.lr / 100
+    assert rates[0] < 0.001 and rates[-1] < 1e-4
 
 
 @pytest.mark.parametrize('thin', [4, 16])

@@ -54,8 +54,10 @@ def test_detect_files_and_folders(checkpoint, tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'a' / 'x.png').read_bytes() == before
     assert re.search(r'square +0\.99  x 10-190, y 5-95', capsys.readouterr().out)
 
-    run_detect(monkeypatch, checkpoint, tmp_path / 'a', tmp_path / 'a')  # into the folder itself
-    assert (tmp_path / 'a' / 'x.png').read_bytes() == before and (tmp_path / 'a' / 'x-2.png').exists()
+    # Into a folder with one of the pictures: not over it, from whatever folder a picture of its name comes
+    run_detect(monkeypatch, checkpoint, tmp_path / 'a', tmp_path / 'b' / 'x.png', tmp_path / 'a')
+    assert (tmp_path / 'a' / 'x.png').read_bytes() == before
+    assert sorted(os.listdir(tmp_path / 'a')) == ['x-2.png', 'x-3.png', 'x.png']
 
 
 def test_detect_goes_on_after_a_file_that_is_no_picture(checkpoint, tmp_path, monkeypatch, capsys):

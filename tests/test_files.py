@@ -11,11 +11,11 @@ from conftest import root
 from tiny import TinyDetector
 from torch.utils.data import DataLoader
 
+import datasets
 import eval as eval_script
-import files
 import train
-from datasets import PascalVOCDataset, collate_fn
-from files import UserError, image_header, killed_worker, load_batches, open_image, run, to_rgb
+from datasets import PascalVOCDataset, collate_fn, load_batches
+from files import UserError, image_header, killed_worker, open_image, run, to_rgb
 
 
 # --------------------------------------------------------------------------------------------------------------- Errors
@@ -40,7 +40,7 @@ news_of_a_death = [
 @pytest.fixture
 def fail_to_load(monkeypatch):
     """A function that lets all data loaders with workers fail with an error, at the second batch."""
-    monkeypatch.setattr(files.time, 'sleep', lambda _: None)
+    monkeypatch.setattr(datasets.time, 'sleep', lambda _: None)
 
     def fail(error):
         loaded, plain = [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data
@@ -68,7 +68,7 @@ class FakeLoader(list):
 
 @pytest.mark.parametrize('error', news_of_a_death, ids=lambda error: f'{type(error).__name__} {error}')
 def test_a_killed_worker_is_named_however_the_news_comes(monkeypatch, error):
-    monkeypatch.setattr(files.time, 'sleep', lambda _: None)
+    monkeypatch.setattr(datasets.time, 'sleep', lambda _: None)
     batches = load_batches(FakeLoader([1, error]))
     assert next(batches) == 1
     assert last_line(lambda: next(batches)) == f'Error: {killed_worker}' and 'lower workers' in killed_worker
@@ -103,7 +103,7 @@ def test_the_signal_that_a_worker_was_killed_ends_in_the_same_line(monkeypatch):
         raise news_of_a_death[0]
 
     assert last_line(work) == f'Error: {killed_worker}'
-    monkeypatch.setattr(files.time, 'sleep', signal_comes)
+    monkeypatch.setattr(datasets.time, 'sleep', signal_comes)
     with pytest.raises(UserError, match=killed_worker):
         list(load_batches(FakeLoader([EOFError()])))
     assert len(waits) == 1
@@ -142,6 +142,19 @@ def test_errors_from_elsewhere_keep_their_lines():
     many = RuntimeError('Too many open files. Please increase the limit\nusing `ulimit -n`')
     line = last_line(lambda: list(load_batches(FakeLoader([many]))))
     assert line == 'Error: Too many open files. Please increase the limit using `ulimit -n`'
+
+
+@pytest.mark.parametrize('error, line', [
+    (MemoryError(), 'lower batch_size'),
+    (RuntimeError('CUDA out of memory. Tried to allocate 2 GiB'), 'lower batch_size'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'lower batch_size'),
+    (RuntimeError('DefaultCPUAllocator: not enough memory: you tried'), 'lower batch_size'),
+    (RuntimeError('Connection closed by peer [127.0.0.1]:1'), 'another process ended')])
+def test_errors_of_pytorch_that_a_user_can_cause(error, line):
+    def fail():
+        raise error
+
+    assert last_line(fail).startswith('Error: ') and line in last_line(fail) and '\n' not in last_line(fail)
 
 
 def test_an_error_without_a_message_is_still_a_line():

@@ -113,7 +113,7 @@ def test_pictures_drawn_and_kept_and_shown_are_the_same():
 def names_in_the_code():
     """What the scripts define or use: names, and words in quotes; and the files and folders that there are."""
     names = {'checkpoint_ssd300.csv', 'demo/detections.png', 'ImageSets/Main/trainval.txt', 'test.txt',  # put together
-             'ssd300_vgg16', 'OMP_NUM_THREADS'}  # torchvision's and torch's
+             'ssd300_vgg16', 'OMP_NUM_THREADS', 'pip'}  # torchvision's and torch's, and a command
     for folder in ('', 'img', 'tests', 'tests/long'):
         names.update(os.path.join(folder, name).replace(os.sep, '/') for name in os.listdir(os.path.join(root, folder)))
     for name in os.listdir(root):
@@ -123,6 +123,10 @@ def names_in_the_code():
             names.update(token.string for token in tokens if token.type == tokenize.NAME)
             names.update(token.string.strip('"\'rb') for token in tokens if token.type == tokenize.STRING)
     return names
+
+
+def test_no_number_is_left_open():
+    assert not re.search(r'@[A-Z]{3,}', readme)
 
 
 def test_names_in_the_text_exist():

@@ -390,6 +390,28 @@ def test_training_does_not_overwrite_another_checkpoint(folder, tmp_path, monkey
         train.main()
 
 
+def test_a_checkpoint_of_another_optimizer_is_not_gone_on_with(folder, tmp_path, monkeypatch):
+    copy_lists(folder, tmp_path)
+    train_here(monkeypatch, tmp_path, epochs=1)
+    monkeypatch.setattr(train, 'make_optimizer', lambda model, *_: torch.optim.AdamW(model.parameters()))
+    with pytest.raises(UserError, match='trained with SGD, which remembers other things than AdamW'):
+        train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
+
+
+def test_a_training_that_is_finished_says_so(folder, tmp_path, monkeypatch):
+    copy_lists(folder, tmp_path)
+    train_here(monkeypatch, tmp_path, epochs=1)
+    with pytest.raises(UserError, match='c.pth has been trained for all 1 epochs: raise epochs'):
+        train_here(monkeypatch, tmp_path, epochs=1, checkpoint='c.pth')
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    """As on Windows, where a spreadsheet program has it open."""
+    train.write_log(str(tmp_path), 2, **dict.fromkeys(train.log_columns, 1))
+    out, err = capsys.readouterr()
+    assert out.startswith('epoch 1  batch 1/2') and err.startswith(f'This line is not in {tmp_path}: ')
+
+
 def test_training_goes_on_with_other_pictures(folder, tmp_path, monkeypatch, capsys):
     """Of 40 pictures, 33 are left."""
     copy_lists(folder, tmp_path)
@@ -521,7 +543,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, start_training
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, hard))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.count('\n') == 1
-    assert errors.startswith('Error: c.pth could not be written, and what was there before is as it was: ')
+    assert errors.startswith('Error: c.pth could not be written, and each is as it was or complete: ')
     assert 'File too large' in errors
     assert (tmp_path / 'c.pth').read_bytes() == before['c.pth'] and not (tmp_path / 'c.pth.tmp').exists()
     assert (tmp_path / 'c.csv').read_bytes().startswith(before['c.csv'])
