@@ -1,4 +1,5 @@
 """Errors that end in one line, and pictures of any kind."""
+import gc
 import os
 import subprocess
 import sys
@@ -123,7 +124,9 @@ class Unlucky(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_errors_of_workers_that_live_keep_their_lines(workers):
+def test_errors_of_workers_that_live_keep_their_lines(monkeypatch, workers):
+    monkeypatch.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.2)  # how long to wait for their end
+
     def load(error):
         return lambda: list(load_batches(DataLoader(Unlucky(error), num_workers=workers)))
 
@@ -131,6 +134,7 @@ def test_errors_of_workers_that_live_keep_their_lines(workers):
     assert last_line(load(PermissionError(13, 'Permission denied', 'a.jpg'))).endswith("denied: 'a.jpg'")
     with pytest.raises(RuntimeError, match='shapes do not fit'):
         run(load(RuntimeError('shapes do not fit')))
+    gc.collect()  # the workers end now
 
 
 def test_errors_from_elsewhere_keep_their_lines():
