@@ -236,6 +236,10 @@ def test_numbers_of_the_log_by_hand(voc_folder, tmp_path, monkeypatch, n_process
         assert row['images_per_s'] == pytest.approx(n_pictures * n_processes / seconds)
         assert row['data_s'] == pytest.approx(0.5 * n_pictures)
 
+    train.train(loader, model, MultiBoxLoss(model.priors_cxcy), optimizer, 4, print_freq=9, log_path=log_path)
+    with open(log_path, newline='') as file:
+        assert float(list(csv.DictReader(file))[-1]['data_s']) == pytest.approx(0.75)  # of batches of 2 and of 1
+
 
 @pytest.mark.parametrize('max_norm', [0.1, 100.])
 def test_clipping_shortens_the_gradient_to_at_most_its_limit(folder, max_norm):
@@ -396,6 +400,19 @@ def test_a_checkpoint_of_another_optimizer_is_not_gone_on_with(folder, tmp_path,
     monkeypatch.setattr(train, 'make_optimizer', lambda model, *_: torch.optim.AdamW(model.parameters()))
     with pytest.raises(UserError, match='trained with SGD, which remembers other things than AdamW'):
         train_here(monkeypatch, tmp_path, epochs=2, checkpoint='c.pth')
+
+
+def test_going_on_keeps_the_first_seed(folder, tmp_path, monkeypatch):
+    copy_lists(folder, tmp_path)
+    train_here(monkeypatch, tmp_path, epochs=1, seed=5)
+    train_here(monkeypatch, tmp_path, epochs=2, seed=6, checkpoint='c.pth')
+    assert load_checkpoint(tmp_path / 'c.pth')['seed'] == 5
+
+
+def test_a_network_that_cannot_be_so_thin_is_named(folder, tmp_path, monkeypatch):
+    copy_lists(folder, tmp_path)
+    with pytest.raises(UserError, match='thin = 3 in train.py: set it to one of'):
+        train_here(monkeypatch, tmp_path, thin=3)
 
 
 def test_a_training_that_is_finished_says_so(folder, tmp_path, monkeypatch):

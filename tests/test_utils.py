@@ -138,6 +138,7 @@ def test_mAP_needs_an_overlap_of_more_than_half():
 def test_mAP_ignores_difficult_objects():
     objects = [(left, 1, 0), (right, 1, 1)]
     assert mAP([[(left, 1, .9)]], [objects])[1] == 1  # not found: no miss
+    assert mAP([[(left, 1, .8), (right, 1, .9)]], [objects[::-1]])[1] == 1  # nor if it is the first of all objects
     assert mAP([[(left, 1, .8), (right, 1, .9)]], [objects])[1] == 1  # found: no false positive
     assert mAP([[(left, 1, .8), (right, 1, .9), (right, 1, .85)]], [objects])[1] == 1  # found twice: neither
     assert math.isnan(mAP([[(right, 1, .9)]], [[(right, 1, 1)]])[1])  # a class of difficult objects only has no AP
