@@ -246,7 +246,7 @@ def find_hits(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_d
     det_labels, det_scores = torch.cat(det_labels).cpu(), torch.cat(det_scores).cpu()  # (n_all), (n_all)
     by_score = det_scores.sort(descending=True, stable=True).indices  # (n_all)
     det_labels, targets = det_labels[by_score], torch.cat(targets)[by_score]  # (n_all), (n_all)
-    true_labels, difficult = torch.cat(true_labels).tolist(), torch.cat(true_difficulties).tolist()
+    true_labels, difficult = torch.cat(true_labels).tolist(), torch.cat(true_difficulties).tolist()  # of all objects
 
     # Class by class: from the highest score down, which detections are the first of an object?
     hits_of_classes = {}
