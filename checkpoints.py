@@ -23,7 +23,7 @@ from utils import feature_maps, label_map, make_label_map, mean, priors_of_map, 
 checkpoint_version = 1  # of the files that we write; to be raised when the project as it is now could not read them
 
 
-def save_checkpoint(path, epoch, model, optimizer, label_map, seed):
+def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
     """
     Write all that training needs to go on exactly where it was, and all that detection needs. The random numbers of an
     epoch depend on nothing but the seed and the epoch's number.
@@ -34,10 +34,11 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed):
     :param optimizer: its optimizer
     :param label_map: dict of label -> index
     :param seed: the seed of the training
+    :param more: numbers to keep with it
     """
     content = {'version': checkpoint_version, 'epoch': epoch, 'label_map': label_map, 'seed': seed,
                'model': model.state_dict(), 'priors_cxcy': model.priors_cxcy, 'optimizer': optimizer.state_dict(),
-               'optimizer_kind': type(optimizer).__name__}
+               'optimizer_kind': type(optimizer).__name__, **more}
     with write_whole(path) as [file]:
         torch.save(content, file)
 

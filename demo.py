@@ -14,7 +14,6 @@ import xml.etree.ElementTree as ET
 
 import torch
 from PIL import Image, ImageColor, ImageDraw
-from torch import nn
 from torch.utils.data import DataLoader
 
 from checkpoints import load_detector
@@ -24,7 +23,7 @@ from detect import detect
 from eval import evaluate
 from files import open_image, run
 from model import SSD300
-from train import fit
+from train import fit, make_optimizer, momentum, standardize, weight_decay
 
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
@@ -155,49 +154,11 @@ def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
     sheet.save(path)
 
 
-@torch.no_grad()
-def standardize(model, images):
-    """
-    Prepare random weights for learning. Layer after layer, random weights make different pictures more alike, until
-    hardly anything tells them apart. So shift and scale each layer but the predictions, such that over some pictures
-    each of its channels has the mean 0 and the spread 1 (Salimans and Kingma, "Weight normalization", 2016). And let
-    the first predictions be nearly 0: random ones would be wild guesses, which would take many steps to take back.
-
-    :param model: SSD300 with random weights, which are changed in place
-    :param images: some pictures, a tensor (N, 3, 300, 300)
-    """
-    def shift_and_scale(layer, _, output):
-        spread, mean = torch.std_mean(output, dim=(0, 2, 3))  # (n_channels), (n_channels)
-        spread = spread.clamp(min=1e-3)  # a channel that never changes is left as it is, or nearly so
-        layer.weight /= spread.view(-1, 1, 1, 1)
-        layer.bias.sub_(mean).div_(spread)
-        return (output - mean.view(-1, 1, 1)) / spread.view(-1, 1, 1)  # what the next layer gets
-
-    layers = [*model.base.children(), *model.aux_convs.children()]
-    hooks = [layer.register_forward_hook(shift_and_scale) for layer in layers if isinstance(layer, nn.Conv2d)]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    for layer in model.pred_convs.children():
-        layer.weight *= 0.1
-
-
-def start(train_set, thin, device, epochs, batch_size, lr):
-    """
-    :param train_set: PascalVOCDataset
-    :param thin: see `SSD300`
-    :param device: where to train; the others are the parameters at the top of this file
-    :return: SSD300 with random weights, and its optimizer, whose learning rate rises and falls over these epochs
-    """
+def start(train_set, thin, device, lr):
+    """:return: SSD300 with random weights, and its optimizer, as train.py makes them with `optimizer = 'adamw'`"""
     model = SSD300(n_classes=len(train_set.label_map), thin=thin).to(device)
-    standardize(model, torch.stack([train_set[(i, i)][0] for i in range(16)]).to(device))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))
-    # The learning rate rises from nearly nothing, because the first steps are rough, and then falls to nothing.
-    n_steps = epochs * math.ceil(len(train_set) / batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps + 1, pct_start=0.07, anneal_strategy='linear',
-                                                   cycle_momentum=False)
-    optimizer.register_step_post_hook(lambda *_: schedule.step())
-    return model, optimizer
+    standardize(model, torch.stack([train_set[i, i][0] for i in range(16)]).to(device))
+    return model, make_optimizer(model, lr, momentum, weight_decay, 'adamw')
 
 
 def main():
@@ -215,9 +176,10 @@ def main():
     print(f'\n3. Training {what} from random weights on {device}, as train.py does')
     torch.manual_seed(0)
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
-    model, optimizer = start(train_set, thin, device, epochs, batch_size, lr)
+    model, optimizer = start(train_set, thin, device, lr)
     checkpoint_path = os.path.join(folder, 'checkpoint_ssd300.pth')
-    fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, print_freq=10, grad_clip=10)
+    fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, rise_and_fall=True, print_freq=10,
+        grad_clip=10)
 
     print(f'\n4. Evaluating on {n_test} other pictures, as eval.py does')
     model, label_map = load_detector(checkpoint_path)
@@ -231,8 +193,8 @@ def main():
 mAP {mean_average_precision:.3f} after {(time.time() - began) / 60:.1f} minutes. Look at {sheet_path}.
 
 Next: read README.md beside the code, then
-  - set checkpoint = '{checkpoint_path}' in detect.py, and run
-        python detect.py {os.path.join(folder, 'JPEGImages', 'test_0000.jpg')}
+  - detect in other pictures, in the folder of the checkpoint:
+        cd {folder} && python {os.path.join('..', 'detect.py')} JPEGImages
   - set download = True in create_data_lists.py, and train on real pictures:
         python create_data_lists.py && python train.py && python eval.py''')
 

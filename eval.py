@@ -3,8 +3,8 @@ Measure a trained SSD300 on the test pictures, the way Pascal VOC 2007 does:
 
     python eval.py
 
-prints the average precision (AP) of each class, and their mean (mAP). Edit the parameters below first. With several
-GPUs (see processes.py): torchrun --nproc_per_node=8 eval.py
+prints the average precision (AP) of each class, and their mean (mAP), counts the mistakes, and draws the worst. Edit
+the parameters below first. With several GPUs (see processes.py): torchrun --nproc_per_node=8 eval.py
 """
 import time
 
@@ -12,9 +12,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import detect
 from checkpoints import load_detector
 from datasets import PascalVOCDataset, collate_fn, load_batches, quiet_worker
 from files import UserError, run
+from mistakes import find_mistakes, print_counts, save_sheet
 from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
 from utils import calculate_mAP
 
@@ -22,6 +24,7 @@ data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py; None for torchvision's, trained on COCO
 batch_size = 32  # pictures in a batch; fewer if memory runs out
 workers = 4  # processes that load pictures
+mistakes_path = 'mistakes.png'  # where a sheet of the worst mistakes goes, or None; at the scores that detect.py draws
 bfloat16 = False  # compute in 16 bits: faster on many GPUs, but not quite what is measured otherwise
 
 
@@ -29,7 +32,8 @@ bfloat16 = False  # compute in 16 bits: faster on many GPUs, but not quite what 
 # precision, or what detect.py finds, would depend on the GPU.
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False):
+def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False,
+             mistakes_path=None):
     """
     Detect objects in all test pictures, compare them with the true ones, and print a table.
 
@@ -40,6 +44,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     :param max_overlap: see `SSD300.detect_objects`
     :param top_k: see `SSD300.detect_objects`
     :param bfloat16: compute in 16 bits, instead of in 32 as detect.py does
+    :param mistakes_path: also count the mistakes at the scores that detect.py draws, and draw a sheet of the worst here
     :return: dict of label -> AP, and mAP, see `utils.calculate_mAP`
     """
     model.eval()
@@ -72,7 +77,19 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
         print(f'{label:20}{n_objects:10}{shown:>10}')
     print(f'{"mAP":20}{(difficulties == 0).sum().item():10}{mean_average_precision:10.3f}')
     print(f'{len(lists[0])} pictures, {len(lists[0]) / seconds:.1f} pictures/s on {device}')
+    if mistakes_path is not None:
+        counts, alarms, missed = find_mistakes(lists, label_map, detect.min_score)
+        print_counts(counts, detect.min_score)
+        save_sheet(mistakes_path, alarms, missed, test_loader.dataset.images)
+        print(f'The surest false alarms and the largest objects that were not found: {mistakes_path}')
     return average_precisions, mean_average_precision
+
+
+def make_test_loader(test_set, batch_size, workers, device):
+    """:return: DataLoader of a PascalVOCDataset for `evaluate`; of several processes, each has a part of it"""
+    return DataLoader(test_set, batch_size, sampler=range(process_number(), len(test_set), n_processes()),
+                      collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda',
+                      worker_init_fn=quiet_worker)
 
 
 def main():
@@ -84,10 +101,8 @@ def main():
         raise UserError(f'{checkpoint} detects {list(label_map)[1:]}, but the lists in {data_folder} have '
                         f'{list(test_set.label_map)[1:]}: write lists with the labels of the checkpoint')
     model = model.to(device)
-    test_loader = DataLoader(test_set, batch_size, sampler=range(process_number(), len(test_set), n_processes()),
-                             collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda',
-                             worker_init_fn=quiet_worker)
-    evaluate(test_loader, model, bfloat16=bfloat16)
+    evaluate(make_test_loader(test_set, batch_size, workers, device), model, bfloat16=bfloat16,
+             mistakes_path=mistakes_path)
     leave_processes()
 
 

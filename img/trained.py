@@ -34,7 +34,7 @@ def learn():
 
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
-    model, optimizer = demo.start(train_set, 4, 'cpu', demo.epochs, demo.batch_size, demo.lr)
+    model, optimizer = demo.start(train_set, 4, 'cpu', demo.lr)
     snapshots, n_steps = {0: find(model, watched)}, 0
 
     def look(*_):
@@ -45,7 +45,8 @@ def learn():
 
     optimizer.register_step_post_hook(look)
     unfinished_path = os.path.join(data_folder, 'unfinished.pth')
-    fit(model, optimizer, train_set, unfinished_path, demo.epochs, demo.batch_size, print_freq=5, grad_clip=10)
+    fit(model, optimizer, train_set, unfinished_path, demo.epochs, demo.batch_size, rise_and_fall=True,
+        print_freq=5, grad_clip=10)
     torch.save(snapshots, snapshots_path)
     os.replace(os.path.join(data_folder, 'unfinished.csv'), learning_path)
     os.replace(unfinished_path, checkpoint_path)

@@ -7,10 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-import demo
 from create_data_lists import parse_annotation
-from demo import draw_dataset, draw_picture, draw_shape, shapes, standardize
-from model import SSD300
+from demo import draw_dataset, draw_picture, draw_shape, shapes
 from utils import find_jaccard_overlap, make_label_map
 
 label_map = make_label_map(shapes)
@@ -56,43 +54,3 @@ def test_the_same_seed_draws_the_same_data_set(tmp_path):
     assert parsed['boxes'] == [list(map(float, box)) for _, box, _ in objects] and parsed['dropped'] == []
     assert parsed['labels'] == [label_map[shape] for shape, _, _ in objects]
     assert parsed['difficulties'] == [int(difficult) for _, _, difficult in objects]
-
-
-def test_the_learning_rate_rises_and_falls_to_nothing(voc_folder, monkeypatch):
-    train_set = demo.PascalVOCDataset(voc_folder, 'TRAIN')
-    monkeypatch.setattr(train_set, 'images', train_set.images * 6)
-    monkeypatch.setattr(train_set, 'objects', train_set.objects * 6)
-    model, optimizer = demo.start(train_set, 16, 'cpu', 50, 2, 0.01)
-    rates = []
-    for _ in range(50 * 9):  # batches of 2 of 18 pictures
-        rates.append(optimizer.param_groups[0]['lr'])
-        optimizer.step()
-    highest = rates.index(max(rates))
-    assert max(rates) == pytest.approx(0.01, rel=0.05) and 20 < highest < 40
-    assert rates[:highest] == sorted(rates[:highest]) and rates[highest:] == sorted(rates[highest:], reverse=True)
-    assert rates[0] < 0.001 and rates[-1] < 1e-4
-
-
-@pytest.mark.parametrize('thin', [4, 16])
-def test_standardized_layers_have_mean_0_and_spread_1(thin):
-    model, images = SSD300(len(label_map), thin=thin), torch.randn(4, 3, 300, 300)
-    images[:2] += 3
-    model.aux_convs.conv8_1.weight.data[0] = 0  # a channel that never changes
-    heads = [layer.weight.clone() for layer in model.pred_convs.children()]
-    standardize(model, images)
-    outputs, layers = {}, dict(model.named_modules())
-    for name, layer in layers.items():
-        if isinstance(layer, torch.nn.Conv2d):
-            layer.register_forward_hook(lambda *args, name=name: outputs.update({name: args[2].clone()}))  # before ReLU
-    with torch.no_grad():
-        model(images)
-    assert len(outputs) == 15 + 8 + 12
-    for name, output in outputs.items():
-        if not name.startswith('pred_convs'):
-            spread, mean = torch.std_mean(output, dim=(0, 2, 3))
-            changing = torch.arange(len(mean)) >= (name == 'aux_convs.conv8_1')
-            torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-3, rtol=0)
-            torch.testing.assert_close(spread[changing], torch.ones_like(spread[changing]), atol=0.02, rtol=0)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    for before, layer in zip(heads, model.pred_convs.children()):
-        torch.testing.assert_close(layer.weight, 0.1 * before)

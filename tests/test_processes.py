@@ -36,12 +36,14 @@ def folder(tmp_path_factory):
 
 
 def test_two_processes_train_like_one_with_twice_the_batch(folder):
-    losses, weights = {}, {}
+    losses, mean_average_precisions, weights = {}, {}, {}
     for n in (1, 2):
         subprocess.run(command(n, 'train', folder, 8 // n, 1), check=True, env=no_gpu)
         with open(os.path.join(folder, f'{n}.csv')) as file:
-            losses[n] = torch.tensor([float(row['loss']) for row in csv.DictReader(file)])
+            *rows, measured = csv.DictReader(file)
+        losses[n], mean_average_precisions[n] = torch.tensor([float(row['loss']) for row in rows]), measured['mAP']
         weights[n] = torch.load(os.path.join(folder, f'{n}.pth'), weights_only=True)['model']
+    assert float(mean_average_precisions[1]) == pytest.approx(float(mean_average_precisions[2]), abs=1e-3)
     assert len(losses[1]) == 5 and losses[1][-1] != losses[1][0]
     torch.testing.assert_close(losses[1][0], losses[2][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(losses[1], losses[2], rtol=2e-3, atol=0)  # rounding grows from step to step

@@ -19,16 +19,19 @@ import tokenize
 
 import onnxruntime
 import pytest
+import skimage.data
 import torch
 from conftest import root
 from PIL import Image
 from torchvision.models.detection import ssd300_vgg16
 
+import detect
 import model as code
 import train
 from checkpoints import coco_weights, save_checkpoint
 from model import SSD300
-from utils import create_prior_boxes, cxcy_to_xy, feature_maps, find_jaccard_overlap, make_label_map, priors_of_map
+from utils import (create_prior_boxes, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_label_map,
+                   priors_of_map)
 
 sys.path.insert(0, os.path.join(root, 'img'))
 import draw_figures  # noqa: E402
@@ -336,24 +339,43 @@ def test_other_peoples_weights():
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('thin', [1, 4])
-def test_exported_networks_compute_the_same(tmp_path, monkeypatch, thin):
-    (block,) = section('Deployment')[1]
+def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
+    """Both files yield what the network does, decoded; and the example's detections are detect.py's."""
+    export, run = section('Deployment')[1]
     (tmp_path / 'demo').mkdir()
-    model = SSD300(n_classes=4, thin=thin).eval()
+    model, labels = SSD300(n_classes=4, thin=thin).eval(), make_label_map(['a', 'b', 'c'])
+    for layer in model.pred_convs.children():
+        layer.weight.data *= 0.5
     save_checkpoint(str(tmp_path / 'demo' / 'checkpoint_ssd300.pth'), 0, model,
-                    torch.optim.SGD(model.parameters(), lr=1), make_label_map(['a', 'b', 'c']), 0)
+                    torch.optim.SGD(model.parameters(), lr=1), labels, 0)
     monkeypatch.chdir(tmp_path)
-    exec(block, {})
+    exec(export, {})
     session = onnxruntime.InferenceSession(tmp_path / 'ssd300.onnx')
     exported = torch.export.load(tmp_path / 'ssd300.pt2').module()
     for n in (1, 3):
         images = torch.randn(n, 3, 300, 300)
         with torch.no_grad():
-            expected, again = model(images), exported(images)
-        for plain, onnx, export in zip(expected, session.run(['locs', 'scores'], {'image': images.numpy()}), again):
-            assert plain.abs().max() > 1
-            assert (plain - torch.from_numpy(onnx)).abs().max() < 1e-4
-            assert (plain - export).abs().max() < 1e-4
+            locs, scores = model(images)
+            expected = cxcy_to_xy(gcxgcy_to_cxcy(locs, model.priors_cxcy)), scores.softmax(dim=2)
+            again = exported(images)
+        for plain, onnx, export in zip(expected, session.run(['boxes', 'scores'], {'image': images.numpy()}), again):
+            torch.testing.assert_close(torch.from_numpy(onnx), plain, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(export, plain, atol=1e-4, rtol=1e-4)
+
+    photograph = Image.fromarray(skimage.data.chelsea())
+    photograph.save('photo.jpg', quality=95)
+    names = {}
+    exec(run, names)
+    with Image.open('photo.jpg') as photograph:
+        [detections] = detect.find_objects([photograph], 0.4, 0.45, 10 ** 5, model, labels)
+    size = torch.tensor(photograph.size * 2)
+    found = sorted(((list(labels)[label], float(score), (torch.from_numpy(box).clamp(0, 1) * size).tolist())
+                    for label, score, box in names['found']), key=lambda found: -found[1])
+    assert len(found) == len(detections) > 5
+    for (label, score, box), (expected_label, expected_score, expected_box) in zip(found, detections):
+        assert label == expected_label and score == pytest.approx(expected_score, abs=1e-4)
+        assert box == pytest.approx(expected_box, abs=1)  # pixels, rounded there
+    assert Image.open('found.png').size == photograph.size
 
 
 if __name__ == '__main__':

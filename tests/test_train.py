@@ -156,6 +156,7 @@ def test_main_hands_its_parameters_on(voc_folder, tmp_path, monkeypatch, keep_di
     calls, plain_fit = [], train.fit
     monkeypatch.setattr(train, 'fit', lambda *args, **options: calls.append(
         inspect.signature(plain_fit).bind(*args, **options).arguments))
+    monkeypatch.setattr(train, 'standardize', lambda *_: None)  # then the weights are those of the seed
     train.main()
     [given] = calls
     train_set, model, optimizer = given.pop('train_set'), given.pop('model'), given.pop('optimizer')
@@ -166,7 +167,7 @@ def test_main_hands_its_parameters_on(voc_folder, tmp_path, monkeypatch, keep_di
     given |= given.pop('options')
     expected = {name: settings[name] for name in ('checkpoint_path', 'epochs', 'batch_size', 'workers', 'decay_lr_at',
                                                   'decay_lr_to', 'seed', 'grad_clip', 'bfloat16', 'print_freq')}
-    assert given == expected | {'start_epoch': 0}
+    assert given == expected | {'start_epoch': 0, 'rise_and_fall': False, 'test_set': None, 'evaluate_every': 0}
     torch.manual_seed(9)
     assert torch.equal(model.base.conv3_2.weight, SSD300(len(label_map), thin=thin).base.conv3_2.weight)
 
@@ -229,7 +230,7 @@ def test_numbers_of_the_log_by_hand(voc_folder, tmp_path, monkeypatch, n_process
     train.start_log(log_path, 0)
     train.train(loader, model, MultiBoxLoss(model.priors_cxcy), optimizer, 4, epochs=7, print_freq=1, log_path=log_path)
     with open(log_path, newline='') as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        rows = [{name: float(value) for name, value in row.items() if name != 'mAP'} for row in csv.DictReader(file)]
     for row, batch, n_pictures, seconds, left in zip(rows, (1, 2), (2, 1), (3, 2.5), (5 * 3, 4 * 2.5), strict=True):
         assert row['epoch'] == 4 and row['batch'] == batch and row['lr'] == 1e-4 and row['left_s'] == left
         assert row['loss'] == pytest.approx(row['loc_loss'] + row['conf_loss']) and row['loc_loss'] > 0
@@ -535,7 +536,7 @@ def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tm
     with open(images[0], 'rb') as file:
         (tmp_path / 'cut.jpg').write_bytes(file.read()[:4000])
     Image.open(tmp_path / 'cut.jpg')  # the header is whole: only a worker finds out
-    images[7] = str(tmp_path / 'cut.jpg')
+    images[30] = str(tmp_path / 'cut.jpg')  # not one of the first, which random weights are prepared on
     (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images))
     process = start_training(tmp_path, workers=2, epochs=1)
     wait_for(process, 'Training on')
@@ -571,7 +572,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, start_training
 def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
     shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / 'broken.jpg').write_text('no picture')
-    (tmp_path / 'TRAIN_images.json').write_text(json.dumps([str(tmp_path / 'broken.jpg')] * 3))
+    images, objects = (json.loads((tmp_path / f'TRAIN_{kind}.json').read_text()) for kind in ('images', 'objects'))
+    images = images * 6 + [str(tmp_path / 'broken.jpg')] * 3  # the first are read by the main process, too
+    (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images))
+    (tmp_path / 'TRAIN_objects.json').write_text(json.dumps(objects * 7))
     program = ('import torch, train\nfrom files import run\n'
                'train.data_folder, train.checkpoint_path, train.pretrained, train.workers = ".", "c.pth", None, 1\n'
                'if __name__ == "__main__":\n    run(train.main)')
@@ -579,3 +583,143 @@ def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
                             env={**os.environ, 'PYTHONPATH': root})
     assert result.returncode == 1 and result.stderr.count('\n') == 1
     assert result.stderr.startswith(f'Error: {tmp_path / "broken.jpg"} is not a picture')
+
+
+# ------------------------------------------------------------------------------------------- From random weights
+
+@pytest.mark.parametrize('thin', [4, 16])
+def test_standardized_layers_have_mean_0_and_spread_1(thin):
+    model, images = SSD300(len(label_map), thin=thin), torch.randn(4, 3, 300, 300)
+    images[:2] += 3
+    model.aux_convs.conv8_1.weight.data[0] = 0  # a channel that never changes
+    heads = [layer.weight.clone() for layer in model.pred_convs.children()]
+    train.standardize(model, images)
+    outputs, layers = {}, dict(model.named_modules())
+    for name, layer in layers.items():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda *args, name=name: outputs.update({name: args[2].clone()}))  # before ReLU
+    with torch.no_grad():
+        model(images)
+    assert len(outputs) == 15 + 8 + 12
+    for name, output in outputs.items():
+        if not name.startswith('pred_convs'):
+            spread, mean = torch.std_mean(output, dim=(0, 2, 3))
+            changing = torch.arange(len(mean)) >= (name == 'aux_convs.conv8_1')
+            torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-3, rtol=0)
+            torch.testing.assert_close(spread[changing], torch.ones_like(spread[changing]), atol=0.02, rtol=0)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    for before, layer in zip(heads, model.pred_convs.children()):
+        torch.testing.assert_close(layer.weight, 0.1 * before)
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing():
+    """At once, and with an interruption after 100 steps."""
+    def rates(n_done, n_steps):
+        optimizer = train.make_optimizer(torch.nn.Linear(1, 1), 0.01, 0.9, 5e-4, 'adamw')
+        train.one_cycle(optimizer, 450, n_done)
+        found = []
+        for _ in range(n_steps):
+            found.append(optimizer.param_groups[0]['lr'])
+            optimizer.step()
+        return found
+
+    whole = rates(0, 450)
+    highest = whole.index(max(whole))
+    assert max(whole) == pytest.approx(0.01, rel=0.01) and 0.06 * 450 < highest < 0.08 * 450
+    assert whole[:highest] == sorted(whole[:highest]) and whole[highest:] == sorted(whole[highest:], reverse=True)
+    assert whole[0] < 0.001 and 0 < whole[-1] < 1e-4
+    assert whole == pytest.approx(rates(0, 100) + rates(100, 350))
+
+
+def test_adamw_learns_with_the_parameters_at_the_top(voc_folder, tmp_path, monkeypatch):
+    """Going on after an interruption ends in the same weights; the loss has fallen."""
+    def run(path, epochs, checkpoint=None):
+        settings = {'data_folder': voc_folder, 'checkpoint_path': str(tmp_path / path), 'pretrained': None, 'thin': 16,
+                    'optimizer': 'adamw', 'epochs': epochs, 'batch_size': 2, 'workers': 0, 'checkpoint': checkpoint,
+                    'lr': 1e-3, 'print_freq': 1, 'grad_clip': 10}
+        for name, value in settings.items():
+            monkeypatch.setattr(train, name, value)
+        train.main()
+        return load_checkpoint(settings['checkpoint_path'])
+
+    whole = run('whole.pth', 6)
+    assert whole['optimizer_kind'] == 'AdamW' and whole['optimizer']['param_groups'][0]['weight_decay'] == 5e-4
+    with open(tmp_path / 'whole.csv', newline='') as file:
+        losses = [float(row['loss']) for row in csv.DictReader(file)]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    monkeypatch.setattr(train, 'save_checkpoint', stop_after(2, train.save_checkpoint))
+    with pytest.raises(KeyboardInterrupt):
+        run('parts.pth', 6)
+    monkeypatch.undo()
+    parts = run('parts.pth', 6, str(tmp_path / 'parts.pth'))
+    assert all(torch.equal(whole['model'][key], parts['model'][key]) for key in whole['model'])
+
+
+def stop_after(n, function):
+    """:return: `function`, which the n-th time interrupts the program when it is done"""
+    calls = []
+
+    def interrupting(*args, **kwargs):
+        function(*args, **kwargs)
+        calls.append(0)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+    return interrupting
+
+
+# ----------------------------------------------------------------------------------------- The mAP while it trains
+
+def test_the_best_checkpoint_is_kept(voc_folder, tmp_path, monkeypatch, capsys):
+    """Made-up mAPs, one of them NaN, with an interruption: the best so far is known; training itself stays the same."""
+    measured = iter([float('nan'), 0.3, 0.2, 0.5, 0.4])
+    monkeypatch.setattr(train, 'evaluate', lambda loader, model: ({}, next(measured)))
+    path = str(tmp_path / 'c.pth')
+    for name, value in {'data_folder': voc_folder, 'checkpoint_path': path, 'pretrained': None, 'thin': 16, 'epochs': 6,
+                        'batch_size': 3, 'workers': 0, 'evaluate_every': 2}.items():
+        monkeypatch.setattr(train, name, value)
+    train.main()  # measured after epochs 1, 3 and 5
+    assert load_checkpoint(train.best_of(path))['mAP'] == 0.3 and load_checkpoint(train.best_of(path))['epoch'] == 3
+    assert load_checkpoint(path)['epoch'] == 5 and train.best_of(path) == str(tmp_path / 'c_best.pth')
+    monkeypatch.setattr(train, 'checkpoint', path)
+    monkeypatch.setattr(train, 'epochs', 9)
+    train.main()  # after 7, and after the last
+    assert load_checkpoint(train.best_of(path))['mAP'] == 0.5 and load_checkpoint(train.best_of(path))['epoch'] == 7
+    with open(tmp_path / 'c.csv', newline='') as file:
+        rows = [row for row in csv.DictReader(file) if row['mAP']]
+    assert [(row['epoch'], row['mAP'], row['loss']) for row in rows] == [
+        ('1', 'nan', ''), ('3', '0.3', ''), ('5', '0.2', ''), ('7', '0.5', ''), ('8', '0.4', '')]
+    assert re.search(r'epoch 8  mAP 0\.4000  best 0\.5000', capsys.readouterr().out)
+
+    # Neither of the two is overwritten by another training; and one can go on from the best
+    monkeypatch.setattr(train, 'checkpoint', train.best_of(path))
+    with pytest.raises(UserError, match=r'c\.pth exists'):
+        train.main()
+    os.rename(path, tmp_path / 'old.pth')
+    monkeypatch.setattr(train, 'checkpoint', None)
+    with pytest.raises(UserError, match=r'c_best\.pth exists'):
+        train.main()
+    monkeypatch.setattr(train, 'checkpoint', train.best_of(path))
+    monkeypatch.setattr(train, 'evaluate_every', 0)
+    train.main()
+    again, before = load_checkpoint(path), load_checkpoint(str(tmp_path / 'old.pth'))
+    assert all(torch.equal(again['model'][key], before['model'][key]) for key in before['model'])
+
+
+def test_the_map_while_it_trains_is_eval_pys(voc_folder, tmp_path, monkeypatch):
+    path = str(tmp_path / 'c.pth')
+    for name, value in {'data_folder': voc_folder, 'checkpoint_path': path, 'pretrained': None, 'thin': 16, 'epochs': 1,
+                        'batch_size': 3, 'workers': 1, 'evaluate_every': 1}.items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, 'evaluate', lambda loader, model: eval_script.evaluate(loader, model, min_score=0))
+    train.main()
+    test_set = PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
+    _, expected = eval_script.evaluate(DataLoader(test_set, 2, collate_fn=collate_fn),
+                                       load_detector(train.best_of(path))[0], min_score=0)
+    assert load_checkpoint(train.best_of(path))['mAP'] == expected
+
+
+@pytest.mark.parametrize('name, value', [('optimizer', 'adam'), ('evaluate_every', -1), ('evaluate_every', 0.5)])
+def test_parameters_that_cannot_be_are_named(monkeypatch, name, value):
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(UserError, match=f'{name} = {value!r}'):
+        train.main()

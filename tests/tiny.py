@@ -21,6 +21,7 @@ class TinyDetector(SSD300):
         self.n_classes = n_classes
         self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)  # (8732, 4)
         self.base = nn.ModuleDict({'conv1_1': nn.Conv2d(3, 64, 1)})  # which tells `load_detector` how thin a network is
+        self.aux_convs = self.pred_convs = nn.ModuleDict()
         self.head = nn.Linear(3, 8732 * (4 + n_classes))
 
     def forward(self, image):

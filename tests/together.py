@@ -122,7 +122,8 @@ def main():
         model = SSD300(n_classes=4, thin=8).to(device)
         print(f'process {process_number()} is {os.getpid()}', flush=True)
         fit(model, make_optimizer(model, 1e-5, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
-            os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1)
+            os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1,
+            test_set=PascalVOCDataset(folder, 'TEST', keep_difficult=True), evaluate_every=1)
     elif what == 'spoiled':
         train_spoiled(folder, *sys.argv[3:])
     elif what == 'download':
