@@ -23,9 +23,10 @@ def pytest_xdist_auto_num_workers(config):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
-    """The same random numbers in every run."""
+def seeded(monkeypatch, tmp_path):
+    """The same random numbers in every run; and no sheet of mistakes among the project's files."""
     torch.manual_seed(0)
+    monkeypatch.setattr('eval.mistakes_path', str(tmp_path / 'mistakes.png'))
 
 
 @pytest.fixture(scope='session')

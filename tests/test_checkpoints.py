@@ -473,7 +473,7 @@ def test_eval_measures_coco_weights_on_other_labels(theirs, voc_folder, tmp_path
         eval_script.main()
 
 
-def test_with_the_file_in_place_no_network_is_touched(theirs, tmp_path, monkeypatch):
+def test_with_the_file_in_place_no_network_is_touched(theirs, tmp_path, monkeypatch, capsys):
     def no_network(*_, **__):
         raise OSError('no network')
 
@@ -489,9 +489,12 @@ def test_with_the_file_in_place_no_network_is_touched(theirs, tmp_path, monkeypa
     torch.save(theirs.state_dict(), tmp_path / 'hub' / 'checkpoints' / name)
     model, label_map = coco_detector()
     assert len(label_map) == 81 and label_map['person'] == 1 and 'N/A' not in label_map
+    monkeypatch.chdir(tmp_path)
     detect.kept_detector.cache_clear()
     annotated = detect.detect(draw_random_picture(), 0.1, 0.45, 5)
     assert annotated.size == (300, 300)
+    line = capsys.readouterr().err
+    assert line.startswith('There is no checkpoint_ssd300.pth') and line.count('\n') == 1 and 'COCO' in line
     model, label_map = coco_detector(['sofa', 'dog'])
     assert label_map == {'background': 0, 'sofa': 1, 'dog': 2} and model.n_classes == 3
     with pytest.raises(UserError, match='triceratops'):

@@ -2,6 +2,7 @@
 import os
 import re
 import sys
+import threading
 
 import pytest
 import torch
@@ -73,6 +74,41 @@ def test_detect_goes_on_after_a_file_that_is_no_picture(checkpoint, tmp_path, mo
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match='empty has no pictures'):
         run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path / 'empty')
+
+
+def test_of_many_pictures_each_keeps_its_own(checkpoint, tmp_path, monkeypatch, capsys):
+    """In any order they may be ready in: lines in the order of the pictures, and what one picture alone yields."""
+    folder, sizes = tmp_path / 'in', [(40 + 31 * i % 300, 40 + 17 * i % 200) for i in range(30)]
+    folder.mkdir()
+    for i, size in enumerate(sizes):
+        Image.effect_noise(size, 50).convert('RGB').save(folder / f'{i:02}.png')
+    (folder / '11.jpg').write_text('no picture')
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    with pytest.raises(UserError, match='1 of 31 files'):
+        run_detect(monkeypatch, checkpoint, tmp_path / 'out', folder)
+    printed = capsys.readouterr()
+    assert re.findall(r'(\d\d).png: 1 objects, drawn in (.*)', printed.out) == [
+        (f'{i:02}', str(tmp_path / 'out' / f'{i:02}.png')) for i in range(30)]
+    assert printed.err.count('\n') == 1 and '11.jpg' in printed.err
+    for i, size in enumerate(sizes):
+        with Image.open(folder / f'{i:02}.png') as image, Image.open(tmp_path / 'out' / f'{i:02}.png') as annotated:
+            assert annotated.size == size
+            assert annotated.tobytes() == detect.detect(image, detect.min_score, 0.45, 200).tobytes()
+
+
+def test_an_error_while_saving_ends_it(checkpoint, tmp_path, monkeypatch):
+    """A file is where the folder should be: the other pictures are not tried, and no thread stays."""
+    for i in range(20):
+        Image.new('RGB', (50, 50)).save(tmp_path / f'{i:02}.png')
+    (tmp_path / 'out').write_text('a file')
+    drawn, threads = [], threading.active_count()
+    monkeypatch.setattr(detect, 'draw_objects', lambda image, *_: drawn.append(1) or image)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    with pytest.raises(FileExistsError):
+        run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path)
+    assert len(drawn) < 20 and threading.active_count() == threads
 
 
 @pytest.mark.parametrize('suffix, options', [('gif', {'loop': 0}), ('webp', {}), ('png', {'loop': 3})])

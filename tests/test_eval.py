@@ -53,8 +53,12 @@ def test_detections_of_difficult_objects_are_no_false_alarms_in_eval(voc_folder,
                         ('load_detector', lambda *_: (FindsEverything(len(label_map)), label_map))):
         monkeypatch.setattr(eval_script, name, value)
     eval_script.main()
-    table = r'circle +0 +-\nsquare +1 +1\.000\ntriangle +0 +-\nmAP +1 +1\.000\n'
-    assert re.search(table, capsys.readouterr().out)
+    printed, table = capsys.readouterr().out, r'circle +0 +-\nsquare +1 +1\.000\ntriangle +0 +-\nmAP +1 +1\.000\n'
+    assert re.search(table, printed)
+    mistakes = r'At scores above 0\.4:\n +hit .*\n.*\nsquare +1 +0 +0 +0 +0 +1 +0\n.*\nall +1 +0 +0 +0 +0 +1 +0\n'
+    assert re.search(mistakes, printed)  # one hit, one difficult object
+    with Image.open(eval_script.mistakes_path) as sheet:
+        assert len(sheet.getcolors(10)) == 1  # no mistake to show
 
 
 def test_scripts_read_what_the_one_before_wrote():
@@ -79,7 +83,7 @@ def test_main_evaluates_in_16_bits_only_if_its_parameter_says_so(voc_folder, mon
     for name, value in {'data_folder': voc_folder, 'workers': 0, 'bfloat16': bfloat16}.items():
         monkeypatch.setattr(eval_script, name, value)
     eval_script.main()
-    assert asked == [{'bfloat16': bfloat16}]
+    assert asked == [{'bfloat16': bfloat16, 'mistakes_path': eval_script.mistakes_path}]
 
 
 def test_the_first_process_shows_how_far_an_evaluation_is(voc_folder, capsys):
