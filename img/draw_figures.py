@@ -10,6 +10,7 @@ import sys
 folder = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [folder, os.path.dirname(folder)]
 
+import cells  # noqa: E402, F401
 import diagrams  # noqa: E402, F401
 import photographs  # noqa: E402, F401
 from style import figures, plt  # noqa: E402

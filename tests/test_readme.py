@@ -348,6 +348,25 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path / 'detections')) == 6
 
 
+def test_a_first_training(tmp_path, monkeypatch):
+    """With shapes in place of cells, and one epoch."""
+    _, blocks, commands = section('A first training on a laptop')
+    for name in os.listdir(root):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(root, name), tmp_path)
+    for block in blocks:
+        set_parameters(tmp_path, block.replace('epochs = 16', 'epochs = 1'))
+    draw_dataset(str(tmp_path / 'BCCD_Dataset' / 'BCCD'), 6, 2)
+    for command in commands:
+        _, *arguments = shlex.split(command)
+        result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        if 'train.py' in command:
+            assert re.search(r'epoch 0  mAP 0\.\d+  best 0\.\d+\n$', result.stdout)
+    assert {'checkpoint_ssd300.pth', 'checkpoint_ssd300_best.pth', 'mistakes.png'} <= set(os.listdir(tmp_path))
+    assert len(os.listdir(tmp_path / 'detections')) == 8
+
+
 def test_other_peoples_weights():
     (block,) = section("Other people's weights")[1]
     names = {}
