@@ -268,7 +268,8 @@ def test_line_of_the_log_is_one_of_the_run_that_is_drawn():
 # ------------------------------------------------------------------------------------------------------- What is to run
 
 def test_all_python_blocks_are_run_by_a_test_below():
-    tested = ('Training', 'Inference', 'Your own pictures', "Other people's weights", 'Deployment')
+    tested = ('Training', 'Inference', 'Your own pictures', 'A first training on a laptop', "Other people's weights",
+              'Deployment')
     assert readme.count('```python\n') == sum(len(section(title)[1]) for title in tested)
     assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon', 'math'}
 
