@@ -578,6 +578,7 @@ def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
     (tmp_path / 'TRAIN_objects.json').write_text(json.dumps(objects * 7))
     program = ('import torch, train\nfrom files import run\n'
                'train.data_folder, train.checkpoint_path, train.pretrained, train.workers = ".", "c.pth", None, 1\n'
+               'train.thin = 16\n'
                'if __name__ == "__main__":\n    run(train.main)')
     result = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
                             env={**os.environ, 'PYTHONPATH': root})
