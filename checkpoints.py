@@ -34,7 +34,7 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
     :param optimizer: its optimizer
     :param label_map: dict of label -> index
     :param seed: the seed of the training
-    :param more: numbers to keep with it
+    :param more: numbers to keep with it, such as the mAP
     """
     content = {'version': checkpoint_version, 'epoch': epoch, 'label_map': label_map, 'seed': seed,
                'model': model.state_dict(), 'priors_cxcy': model.priors_cxcy, 'optimizer': optimizer.state_dict(),

@@ -8,7 +8,6 @@ included. Edit the parameters below first.
 """
 import os
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -31,7 +30,6 @@ batch_size = 16  # frames of an animated picture that go through the network tog
 show = False  # also open a window with each annotated picture
 
 load_font = cache(ImageFont.load_default)  # each size once: it takes longer than the drawing
-loading = threading.Lock()  # held by the thread that loads the detector
 
 
 @cache
@@ -164,13 +162,16 @@ def output_paths(paths):
     :return: for each of them where its annotated copy goes, perhaps with ".png" added: neither is the path of another,
         nor of one of the pictures, be it on a system that tells A from a or on others
     """
+    def both(path):  # as they are told from others
+        return {os.path.realpath(path + end).casefold() for end in ('', '.png')}
+
     taken, found = {os.path.realpath(path).casefold() for path in paths}, []
     for path in paths:
         stem, extension = os.path.splitext(os.path.basename(path))
         output_path, number = os.path.join(output_folder, stem + extension), 2
-        while taken & {os.path.realpath(output_path + end).casefold() for end in ('', '.png')}:
+        while taken & both(output_path):
             output_path, number = os.path.join(output_folder, f'{stem}-{number}{extension}'), number + 1
-        taken.add(os.path.realpath(output_path).casefold())
+        taken |= both(output_path)
         found.append(output_path)
     return found
 
@@ -185,14 +186,13 @@ def annotate(path, output_path):
     :raises UserError: see `files.opened_image`
     """
     frames, options = read_frames(path)
-    with loading:
-        model, label_map = kept_detector(checkpoint)
+    model, label_map = kept_detector(checkpoint)
     detections = []
     for i in range(0, len(frames), batch_size):
         detections += find_objects(frames[i:i + batch_size], min_score, max_overlap, top_k, model, label_map)
     frames = [draw_objects(frame, found, label_map) for frame, found in zip(frames, detections)]
     kept = ('.gif', '.png', '.webp') if len(frames) > 1 else ('.jpg', '.jpeg', '.png')
-    output_path += '' if output_path.lower().endswith(kept) else '.png'
+    output_path += '' if os.path.splitext(output_path)[1].lower() in kept else '.png'
     os.makedirs(output_folder, exist_ok=True)
     frames[0].save(output_path, quality=95, append_images=frames[1:], **options)
     if show:
@@ -204,8 +204,10 @@ def main():
     """Detect in the pictures on the command line, with the parameters at the top of this file."""
     paths = list_pictures(sys.argv[1:] or [img_path])
     n_threads = min(8, len(paths), torch.get_num_threads())
-    # While one picture is read or saved, others are in the network. Threads that share a network's work wait for each
-    # other, so each picture has a thread to itself: on two processor cores, this is what makes most of the difference.
+    if any(map(os.path.isfile, paths)):
+        kept_detector(checkpoint)  # before the threads begin: if it can't be loaded, that is said once
+    # While one picture is read, drawn or saved, others are in the network. Each thread computes with its share of the
+    # processor's cores.
     torch.set_num_threads(torch.get_num_threads() // n_threads)
     torch.backends.cudnn.allow_tf32 = False  # in all threads: `find_objects` could put it back while another computes
     pool, n_failed = ThreadPoolExecutor(n_threads), 0

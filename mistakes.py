@@ -121,7 +121,7 @@ def draw_mistake(image, box, true_box, caption):
     :return: a PIL image: the boxes with some surroundings, and the caption below
     """
     size = torch.tensor([image.width, image.height] * 2)  # (4)
-    boxes = [(b.cpu() * size, color) for b, color in ((true_box, 'lime'), (box, 'orange')) if b is not None]
+    boxes = [(b.cpu().clamp(0, 1) * size, color) for b, color in ((true_box, 'lime'), (box, 'orange')) if b is not None]
     corners = torch.stack([b for b, _ in boxes])  # (1 or 2, 4)
     low, high = corners[:, :2].amin(dim=0), corners[:, 2:].amax(dim=0)  # (2), (2)
     side = max(1.6 * (high - low).max().item(), 24)  # pixels of the picture that the tile shows, in each direction

@@ -80,7 +80,8 @@ def one_cycle(optimizer, n_steps, n_done=0):
     :param n_steps: how many steps the training has
     :param n_done: how many of them were done before
     """
-    def part(step):  # of the highest learning rate
+    def part(step):
+        """:return: what part of the highest learning rate a step has"""
         return min((step + 1) / (0.07 * n_steps), (n_steps - step) / (0.93 * n_steps), 1)
 
     for group in optimizer.param_groups:
@@ -97,13 +98,14 @@ def best_of(checkpoint_path):
 def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=0, seed=0, workers=0,
         decay_lr_at=(), decay_lr_to=0.1, rise_and_fall=False, test_set=None, evaluate_every=0, **options):
     """
-    Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch, and one of the epoch with the best mAP.
+    Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; if the mAP is measured, also one of the
+    best epoch.
 
     :param model: SSD300, on the device to train on
     :param optimizer: its optimizer
     :param train_set: PascalVOCDataset
     :param start_epoch: the first epoch to come, from 0
-    :param rise_and_fall: let the learning rate follow `one_cycle`, instead of `decay_lr_at`
+    :param rise_and_fall: let the learning rate follow `one_cycle`; then `decay_lr_at` should be empty
     :param test_set: PascalVOCDataset to measure the mAP on
     :param options: see `train`; the others are the parameters at the top of this file
     """
@@ -125,7 +127,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     if rise_and_fall:
         one_cycle(optimizer, epochs * len(train_loader), start_epoch * len(train_loader))
     for epoch in range(start_epoch, epochs):
-        if epoch in decay_lr_at and not rise_and_fall:
+        if epoch in decay_lr_at:
             adjust_learning_rate(optimizer, decay_lr_to)
         sampler.set_epoch(epoch)
         train(train_loader, network, criterion, optimizer, epoch, epochs=epochs, log_path=log_path, **options)
@@ -290,11 +292,12 @@ def standardize(model, images):
     :param images: some pictures, a tensor (N, 3, 300, 300)
     """
     def shift_and_scale(layer, _, output):
+        """Change a layer's weights and biases for these pictures; its output too, which the next layer gets."""
         spread, mean = torch.std_mean(output, dim=(0, 2, 3))  # (n_channels), (n_channels)
         spread = spread.clamp(min=1e-3)  # a channel that never changes is left as it is, or nearly so
         layer.weight /= spread.view(-1, 1, 1, 1)
         layer.bias.sub_(mean).div_(spread)
-        return (output - mean.view(-1, 1, 1)) / spread.view(-1, 1, 1)  # what the next layer gets
+        return (output - mean.view(-1, 1, 1)) / spread.view(-1, 1, 1)  # (N, n_channels, height, width)
 
     layers = [*model.base.children(), *model.aux_convs.children()]
     hooks = [layer.register_forward_hook(shift_and_scale) for layer in layers if isinstance(layer, nn.Conv2d)]
@@ -303,6 +306,7 @@ def standardize(model, images):
         hook.remove()
     for layer in model.pred_convs.children():
         layer.weight *= 0.1
+
 
 def restore(optimizer, saved, decay_lr_at, decay_lr_to):
     """
@@ -345,10 +349,11 @@ def main():
         standardize(model, torch.stack([train_set[i, i][0] for i in range(min(16, len(train_set)))]).to(device))
     learner = make_optimizer(model, lr, momentum, weight_decay, optimizer)
     rise_and_fall = optimizer == 'adamw'
+    decays = () if rise_and_fall else decay_lr_at
     start_epoch, first_seed = 0, seed
     if resumes:
         start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
-        restore(learner, saved, () if rise_and_fall else decay_lr_at, decay_lr_to)
+        restore(learner, saved, decays, decay_lr_to)
         if start_epoch >= epochs:
             raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
     del saved  # or its weights would take up memory to the end
@@ -356,7 +361,7 @@ def main():
         print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
     try:
         fit(model, learner, train_set, checkpoint_path, epochs, batch_size, start_epoch=start_epoch, seed=first_seed,
-            workers=workers, decay_lr_at=decay_lr_at, decay_lr_to=decay_lr_to, rise_and_fall=rise_and_fall,
+            workers=workers, decay_lr_at=decays, decay_lr_to=decay_lr_to, rise_and_fall=rise_and_fall,
             test_set=test_set, evaluate_every=evaluate_every, print_freq=print_freq, grad_clip=grad_clip,
             bfloat16=bfloat16)
     except KeyboardInterrupt:

@@ -30,7 +30,8 @@ def learn():
     """
     demo.draw_dataset(data_folder, demo.n_train, demo.n_test)
     create_data_lists(data_folder, None, data_folder, labels=demo.shapes)
-    watched = torch.stack([test_set()[i][0] for i in range(n_watched)])  # (12, 3, 300, 300)
+    test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
+    watched = torch.stack([test_set[i][0] for i in range(n_watched)])  # (12, 3, 300, 300)
 
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
@@ -80,6 +81,7 @@ def test_set():
     """
     :return: the demo's test pictures, a PascalVOCDataset
     """
+    left_by_learn(checkpoint_path)
     return PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
 
 
@@ -129,4 +131,4 @@ def read_table(path):
     :return: list of dicts of column -> number
     """
     with open(left_by_learn(path), newline='') as file:
-        return [{column: float(value) for column, value in row.items()} for row in csv.DictReader(file)]
+        return [{column: float(value) for column, value in row.items() if value} for row in csv.DictReader(file)]

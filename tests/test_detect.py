@@ -97,6 +97,26 @@ def test_of_many_pictures_each_keeps_its_own(checkpoint, tmp_path, monkeypatch, 
             assert annotated.tobytes() == detect.detect(image, detect.min_score, 0.45, 200).tobytes()
 
 
+def test_no_copy_has_the_name_of_another(checkpoint, tmp_path, monkeypatch):
+    """The first one's copy gets ".png" added, which is then the second one's name."""
+    folder, out = tmp_path / 'in', tmp_path / 'out'
+    folder.mkdir()
+    Image.new('RGB', (40, 30)).save(folder / 'y.tif')
+    Image.new('RGB', (50, 60)).save(folder / 'y.tif.png')
+    run_detect(monkeypatch, checkpoint, out, folder)
+    assert {path.name: Image.open(path).size for path in out.iterdir()} == {'y.tif.png': (40, 30),
+                                                                            'y.tif-2.png': (50, 60)}
+
+
+def test_a_damaged_checkpoint_is_named_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'c.pth').write_text('no checkpoint')
+    for i in range(9):
+        Image.new('RGB', (40, 30)).save(tmp_path / f'{i}.png')
+    with pytest.raises(UserError, match=r'c\.pth'):
+        run_detect(monkeypatch, str(tmp_path / 'c.pth'), tmp_path / 'out', tmp_path)
+    assert 'Error' not in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
 def test_an_error_while_saving_ends_it(checkpoint, tmp_path, monkeypatch):
     """A file is where the folder should be: the other pictures are not tried, and no thread stays."""
     for i in range(20):

@@ -83,13 +83,14 @@ def test_the_sheet_shows_the_surest(tmp_path, capsys):
     picture = Image.new('RGB', (200, 100), 'white')
     picture.paste((0, 0, 0), (20, 20, 60, 60))
     picture.save(tmp_path / 'a.png')
-    lists = [[torch.tensor([[.5, .5, .75, 1.]])], [torch.tensor([2])], [torch.tensor([.9])],
+    lists = [[torch.tensor([[.5, .5, .75, 1.], [-1e5, -1e5, 1e5, 1e5]])], [torch.tensor([2, 2])],  # one is enormous
+             [torch.tensor([.9, .8])],
              [torch.tensor([[.1, .2, .3, .6]])], [torch.tensor([1])], [torch.tensor([0])]]
     counts, alarms, missed = mistakes.find_mistakes(lists, label_map, 0.4)
-    assert counts == {'cat': Counter({'not found': 1}), 'dog': Counter({'nothing there': 1})}
+    assert counts == {'cat': Counter({'not found': 1}), 'dog': Counter({'nothing there': 2})}
     mistakes.print_counts(counts, 0.4)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1] == 'At scores above 0.4:' and printed[-1].split() == ['all', *'0100001']
+    assert printed[1] == 'At scores above 0.4:' and printed[-1].split() == ['all', *'0200001']
     mistakes.save_sheet(tmp_path / 'm.png', alarms, missed, [tmp_path / 'a.png'])
     sheet = Image.open(tmp_path / 'm.png')
     tile, step = mistakes.tile, mistakes.tile + mistakes.caption_height

@@ -31,8 +31,8 @@ def command(n, *arguments):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Lists of 40 training pictures."""
-    return draw_and_list(tmp_path_factory.mktemp('together'), 40, 1)
+    """Lists of 40 training pictures, and 3 for the test."""
+    return draw_and_list(tmp_path_factory.mktemp('together'), 40, 3)
 
 
 def test_two_processes_train_like_one_with_twice_the_batch(folder):
@@ -43,7 +43,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(folder):
             *rows, measured = csv.DictReader(file)
         losses[n], mean_average_precisions[n] = torch.tensor([float(row['loss']) for row in rows]), measured['mAP']
         weights[n] = torch.load(os.path.join(folder, f'{n}.pth'), weights_only=True)['model']
-    assert float(mean_average_precisions[1]) == pytest.approx(float(mean_average_precisions[2]), abs=1e-3)
+    assert float(mean_average_precisions[1]) == pytest.approx(float(mean_average_precisions[2]), rel=0.05)
+    assert float(mean_average_precisions[1]) > 0
     assert len(losses[1]) == 5 and losses[1][-1] != losses[1][0]
     torch.testing.assert_close(losses[1][0], losses[2][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(losses[1], losses[2], rtol=2e-3, atol=0)  # rounding grows from step to step

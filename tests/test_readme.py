@@ -286,6 +286,21 @@ def set_parameters(folder, block):
     script.write_text(text)
 
 
+def copy_scripts(folder):
+    """Copy the project's scripts into a folder."""
+    for name in os.listdir(root):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(root, name), folder)
+
+
+def run_in(folder, command):
+    """Run one of the README's commands that begin with "python", successfully; what it printed."""
+    _, *arguments = shlex.split(command)
+    result = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def test_going_on_is_set_at_the_top_of_the_script(tmp_path):
     (block,) = section('Training')[1]
     shutil.copy(os.path.join(root, 'train.py'), tmp_path)
@@ -309,9 +324,7 @@ def test_detection_from_python(tmp_path, monkeypatch):
 def test_the_next_command_after_the_demo(tmp_path):
     """As it stands: in the demo's folder, whose checkpoint detect.py then takes."""
     [command] = re.findall('^    (cd demo .*)$', section('Quick start')[0], re.M)
-    for name in os.listdir(root):
-        if name.endswith('.py'):
-            shutil.copy(os.path.join(root, name), tmp_path)
+    copy_scripts(tmp_path)
     draw_dataset(str(tmp_path / 'demo'), 1, 1)
     model = SSD300(n_classes=4, thin=16)
     save_checkpoint(str(tmp_path / 'demo' / 'checkpoint_ssd300.pth'), 0, model,
@@ -324,9 +337,7 @@ def test_the_next_command_after_the_demo(tmp_path):
 
 def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
     _, blocks, commands = section('Your own pictures')
-    for name in os.listdir(root):
-        if name.endswith('.py'):
-            shutil.copy(os.path.join(root, name), tmp_path)
+    copy_scripts(tmp_path)
     for block in blocks:
         set_parameters(tmp_path, block.replace('epochs = 30', 'epochs = 3'))
 
@@ -337,33 +348,27 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
     assert [shlex.split(command)[1] for command in commands[2:]] == ['create_data_lists.py', 'train.py', 'eval.py',
                                                                      'detect.py']
     for command in commands:
-        _, *arguments = shlex.split(command.replace('300, 0)', '6, 0)'))
-        result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        if arguments[0] == 'create_data_lists.py':
-            assert re.search(r'pictures +5 +1\n', result.stdout)
-        if arguments[0] == 'train.py':
-            assert "lack ['circle', 'square', 'triangle']" in result.stdout
-        if arguments[0] == 'eval.py':
-            assert re.search(r'^mAP +\d+ +\d', result.stdout, re.M)
+        printed = run_in(tmp_path, command.replace('300, 0)', '6, 0)'))
+        if 'create_data_lists.py' in command:
+            assert re.search(r'pictures +5 +1\n', printed)
+        if 'train.py' in command:
+            assert "lack ['circle', 'square', 'triangle']" in printed
+        if 'eval.py' in command:
+            assert re.search(r'^mAP +\d+ +\d', printed, re.M)
     assert len(os.listdir(tmp_path / 'detections')) == 6
 
 
 def test_a_first_training(tmp_path, monkeypatch):
     """With shapes in place of cells, and one epoch."""
     _, blocks, commands = section('A first training on a laptop')
-    for name in os.listdir(root):
-        if name.endswith('.py'):
-            shutil.copy(os.path.join(root, name), tmp_path)
+    copy_scripts(tmp_path)
     for block in blocks:
         set_parameters(tmp_path, block.replace('epochs = 16', 'epochs = 1'))
     draw_dataset(str(tmp_path / 'BCCD_Dataset' / 'BCCD'), 6, 2)
     for command in commands:
-        _, *arguments = shlex.split(command)
-        result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        printed = run_in(tmp_path, command)
         if 'train.py' in command:
-            assert re.search(r'epoch 0  mAP 0\.\d+  best 0\.\d+\n$', result.stdout)
+            assert re.search(r'epoch 0  mAP 0\.\d+  best 0\.\d+\n$', printed)
     assert {'checkpoint_ssd300.pth', 'checkpoint_ssd300_best.pth', 'mistakes.png'} <= set(os.listdir(tmp_path))
     assert len(os.listdir(tmp_path / 'detections')) == 8
 
@@ -377,7 +382,7 @@ def test_other_peoples_weights():
 
 @torch.no_grad()
 def find_a_few(model, image, min_score):
-    """Change random weights such that a few dozen scores are above `min_score`, none as high as another."""
+    """Change random weights such that at most a few dozen scores are above `min_score`."""
     none = torch.empty(0, 4), torch.empty(0), torch.empty(0)
     locs, scores = model(transform(image, *none, 'TEST')[0][None])  # (1, 8732, 4), (1, 8732, n_classes)
     bias = next(b for b in range(100) if (with_bias(scores / scores.std(), b)[..., 1:] > min_score).sum() < 60)
