@@ -293,8 +293,9 @@ def standardize(model, images):
     """
     def shift_and_scale(layer, _, output):
         """Change a layer's weights and biases for these pictures; its output too, which the next layer gets."""
-        spread, mean = torch.std_mean(output, dim=(0, 2, 3))  # (n_channels), (n_channels)
-        spread = spread.clamp(min=1e-3)  # a channel that never changes is left as it is, or nearly so
+        n_values = output[:, 0].numel()  # of each channel; of one picture, the last layers have a single one
+        spread, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
+        spread = spread.where(spread > 1e-3, 1)  # (n_channels); a channel that never changes is only shifted
         layer.weight /= spread.view(-1, 1, 1, 1)
         layer.bias.sub_(mean).div_(spread)
         return (output - mean.view(-1, 1, 1)) / spread.view(-1, 1, 1)  # (N, n_channels, height, width)

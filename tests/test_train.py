@@ -614,6 +614,14 @@ def test_standardized_layers_have_mean_0_and_spread_1(thin):
         torch.testing.assert_close(layer.weight, 0.1 * before)
 
 
+def test_one_picture_is_enough_to_standardize():
+    """Its last maps have one pixel, hence no spread."""
+    model = SSD300(len(label_map), thin=16)
+    train.standardize(model, torch.randn(1, 3, 300, 300))
+    assert all(parameter.isfinite().all() and parameter.abs().max() < 10 for parameter in model.base.parameters())
+    assert model.aux_convs.conv11_2.weight.abs().max() < 10
+
+
 def test_the_learning_rate_rises_and_falls_to_nothing():
     """At once, and with an interruption after 100 steps."""
     def rates(n_done, n_steps):

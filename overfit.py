@@ -1,0 +1,111 @@
+"""
+Learn a few pictures by heart, before you train for hours:
+
+    python overfit.py
+
+A detector that can't learn four pictures won't learn four thousand. If this one does not find all that is in them,
+there is a mistake in the boxes, in the labels, or in a change to the code. Edit the parameters below first.
+"""
+import torch
+from PIL import Image, ImageDraw
+
+from datasets import PascalVOCDataset, collate_fn
+from detect import draw_objects, find_objects, load_font
+from files import UserError, open_image, run
+from mistakes import find_mistakes
+from model import SSD300, MultiBoxLoss
+from train import make_optimizer, one_cycle, standardize, update
+
+data_folder = './'  # where create_data_lists.py wrote the lists
+n_pictures = 4  # the first so many training pictures are learned
+steps = 100  # all of these pictures are in each
+thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes fifteen times as long
+lr = 1e-3  # the highest learning rate; AdamW, from random weights
+min_score, max_overlap, top_k = 0.4, 0.45, 200  # what is counted and drawn: see detect.py
+picture_path = 'overfit.png'  # where a sheet goes: the objects, and what was found on the way
+
+tile = 360, 280  # width and height of a picture in the sheet
+
+
+def overfit(train_set, n_pictures, steps, thin, lr, picture_path, device):
+    """
+    Train on the same pictures in each step, and look four times at what is found in them.
+
+    :param train_set: PascalVOCDataset
+    :param device: where to train; the others are the parameters at the top of this file
+    :return: the last loss, and how many of the objects were found in the end
+    :raises UserError: the loss or the gradient was not finite
+    """
+    n_pictures = min(n_pictures, len(train_set))
+    train_set.split = 'TEST'  # the pictures as they are, without random variations
+    images, boxes, labels, difficulties = collate_fn([train_set[i] for i in range(n_pictures)])
+    images = images.to(device)  # (N, 3, 300, 300)
+    pictures = [open_image(path) for path in train_set.images[:n_pictures]]
+    n_objects = sum(map(len, boxes))
+
+    model = SSD300(len(train_set.label_map), thin=thin).to(device)
+    standardize(model, images)
+    criterion = MultiBoxLoss(model.priors_cxcy)
+    optimizer = make_optimizer(model, lr, momentum=0.9, weight_decay=0, kind='adamw')
+    one_cycle(optimizer, steps)
+
+    names = list(train_set.label_map)
+    columns = [(f'{n_objects} objects', [true_objects(picture, *of_picture, names)
+                                         for picture, *of_picture in zip(pictures, boxes, labels)])]
+    for step in range(1, steps + 1):
+        predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
+        loss = criterion(predicted_locs, predicted_scores, boxes, labels)
+        if not update(optimizer, loss, grad_clip=10):
+            raise UserError(f'the loss or the gradient became infinite or NaN in step {step}: check the boxes of these '
+                            'pictures, or lower lr in overfit.py')
+        if step in (steps // 4, steps // 2, 3 * steps // 4, steps):
+            with torch.no_grad():
+                found = model.detect_objects(*model(images), min_score, max_overlap, top_k)
+            counts, alarms, _ = find_mistakes([*found, boxes, labels, difficulties], train_set.label_map, min_score)
+            n_found = sum(of_label['hit'] + of_label['difficult'] for of_label in counts.values())
+            n_alarms = sum(map(len, alarms.values()))
+            print(f'step {step}  loss {loss.item():.4f}  found {n_found} of {n_objects}  false alarms {n_alarms}',
+                  flush=True)
+            detections = find_objects(pictures, min_score, max_overlap, top_k, model, train_set.label_map)
+            columns.append((f'step {step}: {n_found} found', detections))
+    save_sheet(picture_path, pictures, columns, train_set.label_map)
+    return loss.item(), n_found
+
+
+def true_objects(picture, boxes, labels, names):
+    """:return: a picture's objects as a list of (label, score 1, box in pixels), as `find_objects` returns detections"""
+    boxes = boxes * torch.tensor([picture.width, picture.height] * 2)  # (n_objects, 4)
+    return [(names[label], 1., box) for label, box in zip(labels, boxes.round().int().tolist())]
+
+
+def save_sheet(path, pictures, columns, label_map):
+    """
+    Save a row for each picture, and in it a column for each time.
+
+    :param path: where to save the sheet
+    :param pictures: list of PIL images in RGB
+    :param columns: list of (heading, a list of (label, score, box) for each picture)
+    :param label_map: dict of label -> index
+    """
+    header = 40
+    sheet = Image.new('RGB', (len(columns) * tile[0], header + len(pictures) * tile[1]), 'white')
+    for column, (heading, detections) in enumerate(columns):
+        ImageDraw.Draw(sheet).text((column * tile[0] + 5, 8), heading, fill='black', font=load_font(24))
+        for row, (picture, of_picture) in enumerate(zip(pictures, detections)):
+            drawn = draw_objects(picture, of_picture, label_map)
+            drawn.thumbnail((tile[0] - 10, tile[1] - 10))
+            sheet.paste(drawn, (column * tile[0] + 5, header + row * tile[1]))
+    sheet.save(path)
+
+
+def main():
+    """Overfit with the parameters at the top of this file."""
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.manual_seed(0)
+    train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
+    overfit(train_set, n_pictures, steps, thin, lr, picture_path, device)
+    print(f'Look at {picture_path}. If objects are still missing, look for a mistake before you train.')
+
+
+if __name__ == '__main__':
+    run(main)
