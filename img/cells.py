@@ -1,30 +1,90 @@
 """
-Real pictures: what the detector of "A first training on a laptop" in the README gets wrong. Follow that section first;
-its folder `cells` is not in the repository.
+Real pictures, of blood cells: what the detector of "A first training on a laptop" in the README finds, and what it gets
+wrong. Follow that section first; its folder `cells` is not in the repository.
 """
 import os
 import sys
 import tempfile
+from functools import cache
 
+import torch
+from matplotlib.lines import Line2D
 from PIL import Image
 
+import detect
 from checkpoints import load_detector
 from datasets import PascalVOCDataset
-from eval import evaluate, make_test_loader
-from style import figure
+from files import open_image
+from mistakes import find_mistakes, judge, save_sheet
+from photographs import dashes, outline, panels, rendered, show, write
+from style import figure, object_color, prediction_color, series, wrong_color
+from trained import find_in_all
+from utils import average_precision, find_hits
 
 folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'cells')
+shown = (71, 17, 40, 25, 10, 44)  # test pictures: together, they have about as many mistakes as others
 
 
-@figure('mistakes.png')
-def mistakes():
+@cache
+def evaluated():
+    """
+    :return: the test pictures, a PascalVOCDataset, and `find_in_all` of the trained detector and these
+    """
     checkpoint = os.path.join(folder, 'checkpoint_ssd300.pth')
     if not os.path.exists(checkpoint):
         sys.exit(f'Error: {checkpoint} is missing: train it as "A first training on a laptop" says')
-    model, _ = load_detector(checkpoint)
     test_set = PascalVOCDataset(folder, 'TEST', keep_difficult=True)
-    test_loader = make_test_loader(test_set, 8, 0, model.priors_cxcy.device)
+    return test_set, find_in_all(load_detector(checkpoint)[0].eval(), test_set)
+
+
+@figure('cells.png')
+def draw_cells():
+    """What the detector finds in six test pictures, right and wrong, and what it does not find."""
+    test_set, lists = evaluated()
+    letters = [{'WBC': 'W', 'Platelets': 'P'}.get(label) for label in test_set.label_map]  # most boxes are red cells
+    fig, axes = panels(2, 3, 4.1)
+    for ax, i in zip(axes, shown):
+        det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties = (values[i] for values in lists)
+        drawn = det_scores > detect.min_score  # (n)
+        det_boxes, det_labels = det_boxes[drawn].clamp(0, 1), det_labels[drawn]  # (n_drawn, 4), (n_drawn)
+        verdicts, found = judge(det_boxes, det_labels, true_boxes, true_labels, true_difficulties)
+        boxes = [(box, label, object_color if kind == 'hit' else wrong_color, '-', 'left')
+                 for (kind, _), box, label in zip(verdicts, det_boxes, det_labels)]
+        boxes += [(box, label, prediction_color, dashes, 'right')
+                  for target, (box, label) in enumerate(zip(true_boxes, true_labels)) if target not in found]
+        show(ax, open_image(test_set.images[i]))
+        for box, label, color, style, side in boxes:
+            outline(ax, box, color, linestyle=style, linewidth=1.5)
+            if letters[label]:
+                x_min, y_min, x_max, _ = box.tolist()
+                write(ax, x_min if side == 'left' else x_max, y_min, letters[label], color, ha=side, va='bottom')
+    lines = [Line2D([], [], color=object_color), Line2D([], [], color=wrong_color),
+             Line2D([], [], color=prediction_color, linestyle=dashes)]
+    fig.legend(lines, ('found', 'false alarm', 'not found'), loc='outside lower center', ncols=3,
+               title='W: white cell, P: platelet, without a letter: red cell', title_fontsize=12)
+    return rendered(fig)
+
+
+@figure('mistakes.png')
+def draw_mistakes():
+    """The sheet that eval.py draws."""
+    test_set, lists = evaluated()
+    _, alarms, missed = find_mistakes(lists, test_set.label_map, detect.min_score)
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, 'mistakes.png')
-        evaluate(test_loader, model, mistakes_path=path)
+        save_sheet(path, alarms, missed, test_set.images)
         return Image.open(path).copy()
+
+
+@figure('precision_recall.svg')
+def draw_precision_recall():
+    """Precision over recall for each class."""
+    test_set, lists = evaluated()
+    fig, [ax] = panels(1, 1, 3.6)
+    for (label, (hits, n_objects)), color in zip(find_hits(*lists, test_set.label_map).items(), series):
+        true_positives = hits.cumsum(0)  # (n)
+        ax.plot(true_positives / n_objects, true_positives / torch.arange(1, len(hits) + 1), color=color,
+                label=f'{label}: AP {average_precision(hits, n_objects):.3f}')
+    ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.03))
+    ax.legend(loc='lower left')
+    return fig

@@ -2,6 +2,8 @@
 The tutorial's diagrams and curves. Drawings on a `canvas` are measured in tenths of an inch, with y downward as in
 pictures. Whatever numbers they show come from the project's own functions.
 """
+import os
+
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba
@@ -81,6 +83,9 @@ def numbers(tensor):
 
 # ---------------------------------------------------------------------------------------------------------- The network
 
+convolution_color = tint(faint, 0.4)
+
+
 def output_shapes(layers, module, image):
     """
     :param layers: dict of name -> layer of the module
@@ -108,7 +113,7 @@ def draw_layers(axes, groups, shapes, middle, colors):
     :param groups: lists of names
     :param shapes: see `output_shapes`
     :param middle: y of the slabs' middle
-    :param colors: dict of name -> color, for slabs that stand out
+    :param colors: dict of name -> color, for slabs that are neither convolutions nor pools, or stand out
     :return: dict of name -> (x of the middle, y of the upper edge) of its slab
     """
     sizes = {name: (0.5 + shape[0] / 600, shape[1] / 14) if len(shape) == 3 else (0.7, shape[0] / 320)
@@ -126,18 +131,25 @@ def draw_layers(axes, groups, shapes, middle, colors):
         x = left + (column - sum(sizes[name][0] + 0.3 for name in group) + 0.3) / 2
         for name in group:
             thickness, height = sizes[name]
-            fill = colors.get(name, ink if 'pool' in name else tint(faint, 0.4))
+            fill = colors.get(name, ink if 'pool' in name else convolution_color)
             block(axes, x, middle - height / 2, thickness, height, fill=fill, linewidth=0.8)
             places[name] = x + thickness / 2, middle - height / 2
             x += thickness + 0.3
         for i, line in enumerate(text):
             write(axes, left + column / 2, bottom + 2 + 2 * i, line)
         left += column + gap
-    block(axes, 33, 1, 2, 1.6, fill=tint(faint, 0.4), linewidth=0.8)
-    write(axes, 36, 1.8, 'convolution, ReLU', ha='left')
-    block(axes, 51, 1, 2, 1.6, fill=ink, linewidth=0.8)
-    write(axes, 54, 1.8, 'max pool', ha='left')
     return places
+
+
+def draw_legend(axes, entries):
+    """
+    Say above `draw_layers` what the colors of the slabs mean.
+
+    :param entries: tuples of (left edge, color, text)
+    """
+    for x, color, text in entries:
+        block(axes, x, 1, 2, 1.6, fill=color, linewidth=0.8)
+        write(axes, x + 3, 1.8, text, ha='left')
 
 
 @figure('vgg16.svg')
@@ -149,9 +161,12 @@ def draw_vgg16():
     layers += [layer for layer in vgg.classifier if isinstance(layer, torch.nn.Linear)]
     shapes = output_shapes(dict(zip([*names, 'fc6', 'fc7', 'fc8'], layers, strict=True)), vgg, image)
     *groups, last = stages(shapes)
+    connected = {name: tint(series[3], 0.4) for name in ('fc6', 'fc7', 'fc8')}
     drawing, axes = canvas(32)
-    places = draw_layers(axes, [['picture'], *groups, last[:-1], last[-1:], ['fc6', 'fc7'], ['fc8']], shapes, 12, {})
-    write(axes, 63.3, places['fc7'][1] - 1.3, 'fully connected', ha='right')
+    draw_layers(axes, [['picture'], *groups, last[:-1], last[-1:], ['fc6', 'fc7'], ['fc8']], shapes, 12,
+                {'picture': paper, **connected})
+    draw_legend(axes, ((1, convolution_color, 'convolution, ReLU'), (23, ink, 'max pool'),
+                       (38, connected['fc6'], 'fully connected')))
     return drawing
 
 
@@ -162,7 +177,9 @@ def draw_base():
         base, image = VGGBase(), torch.zeros(1, 3, 300, 300)
     shapes = output_shapes(dict(base.named_children()), base, image)
     drawing, axes = canvas(47)
-    places = draw_layers(axes, [['picture'], *stages(shapes), ['conv6'], ['conv7']], shapes, 12, map_colors)
+    places = draw_layers(axes, [['picture'], *stages(shapes), ['conv6'], ['conv7']], shapes, 12,
+                         {'picture': paper, **map_colors})
+    draw_legend(axes, ((33, convolution_color, 'convolution, ReLU'), (51, ink, 'max pool')))
     for name in ('conv4_3', 'conv7'):
         x, top = places[name]
         arrow(axes, (x, top), (x, 7.5), map_colors[name])
@@ -330,44 +347,55 @@ def draw_decimation():
 
 @figure('prediction_channels.svg')
 def draw_prediction_channels():
-    """Rows of four offsets from the channels of a prediction convolution, with and without moving the channels last."""
-    n_channels, size = PredictionConvolutions(n_classes=2).loc_conv9_2.out_channels, feature_maps['conv9_2'].size
-    out = torch.arange(n_channels).view(1, -1, 1, 1) + 100 * torch.arange(size * size).view(1, 1, size, size)
-    right, wrong = out.permute(0, 2, 3, 1).reshape(-1, 4), out.reshape(-1, 4)  # (150, 4), (150, 4)
+    """
+    Rows of four offsets, and rows of class scores, from the channels of two prediction convolutions; and what comes of
+    it without moving the channels last.
+    """
+    size, offsets = feature_maps['conv10_2'].size, ('$g_{cx}$', '$g_{cy}$', '$g_w$', '$g_h$')
+    classes = ('background', 'Platelets', 'RBC', 'WBC')
+    convolutions, last = PredictionConvolutions(n_classes=len(classes)), size * size - 1
+    drawing, axes = canvas(64)
 
-    def color_of(value):
-        """The color of the tile that a value comes from: neighbors in a row have different ones."""
-        return tint(series[value // 100 % 5], 0.35)
+    def draw_row(x, y, values):
+        """Values side by side, each in the color of the tile that it comes from."""
+        fills = [tint(series[value // 100 % len(series)], 0.35) for value in values]
+        table(axes, x, y, [[str(value) for value in values]], (4.4, 2.5), [fills])
 
-    drawing, axes = canvas(60)
-    excerpt = out[0].flatten(1)[[0, 1, 2, 3, 4, -1]][:, [0, 1, 2, 3, -1]]  # (6, 5)
-    write(axes, 2, 1.8, f'loc_conv9_2 puts out {n_channels} channels for {size}×{size} tiles:', ha='left',
-          weight='bold')
-    write(axes, 2, 4.6, 'here numbered\n100 × tile + channel', ha='left', va='top')
-    names = ['$g_{cx}$', '$g_{cy}$', '$g_w$', '$g_h$', '$g_{cx}$', '$g_h$']
-    for i, (row, channel, name) in enumerate(zip(excerpt.tolist(), (0, 1, 2, 3, 4, n_channels - 1), names)):
-        y = 9.5 + 2.5 * i + 2.2 * (i == 5)
-        write(axes, 2, y + 1.2, f'channel {channel}', ha='left')
-        write(axes, 14.5, y + 1.2, f'prior {channel // 4}', ha='left')
-        write(axes, 21.5, y + 1.2, name, ha='left', fontsize=13)
-        for j, value in enumerate(row):
-            block(axes, 27 + 6 * j + 3 * (j == 4), y, 6, 2.5, str(value), color_of(value), linewidth=0.8)
-    for j, tile in enumerate((0, 1, 2, 3, size * size - 1)):
-        write(axes, 30 + 6 * j + 3 * (j == 4), 8, f'tile {tile}')
-    write(axes, 52.5, 15.5, '…')
-    write(axes, 39, 23.1, '…')
+    write(axes, 1, 1.8, f'conv10_2 has {size}×{size} tiles. Values are numbered 100 × tile + channel.', ha='left')
+    for y, layer, title, names in ((5.5, 'loc_conv10_2', 'rows of 4 offsets', offsets),
+                                   (31, 'cl_conv10_2', f'rows of {len(classes)} scores', classes)):
+        n_channels = getattr(convolutions, layer).out_channels
+        out = torch.arange(n_channels).view(-1, 1, 1) + 100 * torch.arange(size * size).view(size, size)  # (16, 3, 3)
+        of_tiles = out.flatten(1).tolist()  # (16, 9)
+        right, wrong = out.permute(1, 2, 0).reshape(-1, len(names)), out.reshape(-1, len(names))  # (36, 4), (36, 4)
+        write(axes, 1, y, f'{layer}: {n_channels} channels', ha='left', weight='bold')
+        for x, tile in ((18, 'tile 0'), (22.4, '1'), (28.5, str(last))):
+            write(axes, x + 2.2, y + 2.6, tile)
+        for i, channel in enumerate((0, 1, 2, 3, 4, n_channels - 1)):
+            row_y = y + 4 + 2.5 * i + 2 * (i == 5)
+            write(axes, 1, row_y + 1.2, f'prior {channel // len(names)}', ha='left')
+            write(axes, 8.2, row_y + 1.2, names[channel % len(names)], ha='left')
+            draw_row(18, row_y, of_tiles[channel][:2])
+            draw_row(28.5, row_y, of_tiles[channel][last:])
+        write(axes, 27.7, y + 10.2, '…')
+        write(axes, 22.4, y + 17.2, '…')
+        arrow(axes, (34.5, y + 10.5), (39, y + 10.5))
+        write(axes, 36.7, y + 8.5, 'channels')
+        write(axes, 36.7, y + 12.3, 'last')
+        write(axes, 42, y, title, ha='left', weight='bold')
+        for i, row in enumerate((0, 1, len(right) - 1)):
+            tile, prior = divmod(row, len(right) // (size * size))
+            row_y = y + 1.5 + 5.8 * i + 2.2 * (i == 2)
+            write(axes, 42, row_y + 1.1, f'row {row}: tile {tile}, prior {prior}', ha='left')
+            draw_row(42, row_y + 2.5, right[row].tolist())
+        write(axes, 50.8, y + 14.2, '…')
 
-    for x, title, rows, labels in (
-            (2, 'channels moved last, then\nrows of 4: a prior each', right,
-             ('tile 0, prior 0', 'tile 0, prior 1', f'tile {size * size - 1}, prior {n_channels // 4 - 1}')),
-            (34, 'rows of 4 at once: wrong,\na row mixes four tiles', wrong, ('', '', ''))):
-        write(axes, x, 33, title, ha='left', weight='bold', color=ink if rows is right else wrong_color)
-        for i, index in enumerate((0, 1, len(rows) - 1)):
-            y = 36.5 + 6.3 * i + 2 * (i == 2)
-            table(axes, x, y + 2.4, numbers(rows[index:index + 1]), (6, 2.5),
-                  [[color_of(value) for value in rows[index].tolist()]])
-            write(axes, x, y + 1.1, f'row {index}: {labels[i]}' if labels[i] else f'row {index}:', ha='left')
-        write(axes, x + 12, 49.6, '…')
+    write(axes, 1, 56.5, 'rows of 4 without moving the channels last: each mixes tiles', ha='left', weight='bold',
+          color=wrong_color)
+    for x, row in ((1, 0), (21, 1), (44, len(wrong) - 1)):
+        write(axes, x, 58.8, f'row {row}:', ha='left')
+        draw_row(x, 60.2, wrong[row].tolist())
+    write(axes, 41.4, 61.4, '…')
     return drawing
 
 
@@ -534,8 +562,10 @@ def draw_matching_steps():
             label_y = {'cat': y_max + 1, 'dog': y_min - 1.2}.get(name, (y_min + y_max) / 2)
             write(axes, (x_min + x_max) / 2, label_y, name)
         for i, (prior, color) in enumerate(zip(priors, prior_colors)):
-            outline(axes, cxcy_to_xy(prior) * 28 + offset, color, linewidth=1.5 if color == faint else 2.5,
-                    linestyle='-' if i % 2 else '--')
+            x_min, y_min, x_max, y_max = (cxcy_to_xy(prior) * 28 + offset).tolist()
+            gap = 0.35 * (i % 2)  # every other one a little smaller, lest edges of neighbors hide each other
+            outline(axes, (x_min + gap, y_min + gap, x_max - gap, y_max - gap), color,
+                    linewidth=1.5 if color == faint else 2.5)
             write(axes, *(prior[:2] * 28 + offset[:2]).tolist(), str(i + 1), color=color, fontsize=13, weight='bold')
 
     draw_boxes(2, 'three objects, six priors', [prior_color] * len(priors))
@@ -586,32 +616,51 @@ def draw_smooth_l1():
     return drawing
 
 
-@figure('hard_negatives.svg')
-def draw_hard_negatives():
-    """The trained demo detector's confidence losses for a test picture's background, and how few of them count."""
-    model, _ = trained.detector()
-    criterion = MultiBoxLoss(model.priors_cxcy)
+def confidence_losses(model):
+    """
+    :param model: SSD300
+    :return: confidence losses of the priors of the demo's first test picture: of the positive ones, and of the others
+        from the hardest down
+    """
     images, boxes, labels, _ = collate_fn([trained.test_set()[0]])
     with torch.no_grad():
         _, predicted_scores = model(images)  # (1, 8732, 4), (1, 8732, n_classes)
-    _, true_classes = criterion.match(boxes, labels)  # (1, 8732, 4), (1, 8732)
+    _, true_classes = MultiBoxLoss(model.priors_cxcy).match(boxes, labels)  # (1, 8732, 4), (1, 8732)
     losses = F.cross_entropy(predicted_scores[0], true_classes[0], reduction='none')  # (8732)
-    negatives = losses[true_classes[0] == 0].sort(descending=True).values
-    n_positive = int((true_classes > 0).sum())
-    n_hard = criterion.neg_pos_ratio * n_positive
-    ranks = torch.arange(1, len(negatives) + 1)
-    drawing, axes = charts(36)
-    axes.loglog(ranks, negatives, color=faint)
-    axes.loglog(ranks[:n_hard], negatives[:n_hard], color=wrong_color, linewidth=4)
-    axes.axvline(n_hard, color=ink, linewidth=1, linestyle='--')
-    axes.annotate(f'{criterion.neg_pos_ratio} × {n_positive} = {n_hard}', (n_hard, 0.97), (6, 0), fontsize=small,
-                  xycoords=('data', 'axes fraction'), textcoords='offset points', va='top')
-    sums = [part.sum().item() for part in (losses[true_classes[0] > 0], negatives[:n_hard], negatives[n_hard:])]
-    axes.text(0.03, 0.05, f'losses added up:\n{n_positive} positive priors: {sums[0]:.0f}\n'
-              f'{n_hard} hard negatives: {sums[1]:.0f}\n{len(negatives) - n_hard} others: {sums[2]:.0f}, not counted',
-              transform=axes.transAxes, fontsize=small)
-    axes.set(xlabel='background priors, the hardest first', ylabel='confidence loss')
+    positive = true_classes[0] > 0  # (8732)
+    return losses[positive], losses[~positive].sort(descending=True).values
+
+
+hard_negatives_path = os.path.join(trained.images_folder, 'hard_negatives.csv')
+
+
+@figure('hard_negatives.svg')
+def draw_hard_negatives():
+    """Confidence losses of a test picture's background, before and after the demo's training: the hardest count."""
+    finished, _ = trained.detector()
+    _, unfinished, _ = trained.start()
+    drawing, axes = charts(38)
+    rows = []
+    for state, model in (('before', unfinished), ('after', finished)):
+        positives, negatives = confidence_losses(model)
+        n_hard = MultiBoxLoss(model.priors_cxcy).neg_pos_ratio * len(positives)
+        parts = positives, negatives[:n_hard], negatives[n_hard:]
+        rows.append((state, *map(len, parts), *(round(part.sum().item(), 1) for part in parts)))
+        ranks = torch.arange(1, len(negatives) + 1)
+        axes.loglog(ranks, negatives, color=faint)
+        axes.loglog(ranks[:n_hard], negatives[:n_hard], color=wrong_color, linewidth=4)
+        axes.text(700, 1.3 * negatives[700], f'{state} training', fontsize=small, va='bottom')
+    texts = [('losses added up', 'before', 'after')]
+    texts += [(f'{n} {name}', f'{before:.0f}', f'{after:.0f}') for n, name, before, after in
+              zip(rows[0][1:4], ('positive priors', 'hard negatives', 'others, ignored'), rows[0][4:], rows[1][4:])]
+    for i, row in enumerate(texts):
+        for x, text, side in zip((0.02, 0.5, 0.62), row, ('left', 'right', 'right')):
+            axes.text(x, 0.31 - 0.09 * i, text, transform=axes.transAxes, ha=side, fontsize=small,
+                      color=wrong_color if 'hard' in row[0] else ink)
+    axes.set(xlabel='background priors, the hardest first', ylabel='confidence loss', ylim=(2e-7, 5))
     axes.xaxis.set_major_formatter('{x:.0f}')
+    trained.write_table(hard_negatives_path, ('training', 'positives', 'hard_negatives', 'ignored', 'positive_loss',
+                                              'hard_loss', 'ignored_loss'), rows)
     return drawing
 
 

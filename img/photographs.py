@@ -6,25 +6,28 @@ own aspect ratio.
 """
 import copy
 import math
+import os
 import random
 from functools import partial
 
 import numpy as np
 import torch
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 from skimage import data
 
 import examples
 from datasets import centers_inside, expand, photometric_distort, random_crop, resize, transform
-from detect import detect, draw_objects, find_objects
+from detect import draw_objects, find_objects
 from files import open_image
 from model import MultiBoxLoss
 from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
-from trained import detector, evaluated, min_score_path, read_table, snapshots, test_set
-from utils import (average_precision, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, feature_maps, find_hits,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, mean, non_maximum_suppression, std, xy_to_cxcy)
+from trained import detector, images_folder, min_score_path, read_table, snapshots, test_set, write_table
+from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy,
+                   make_color_map, mean, non_maximum_suppression, std, xy_to_cxcy)
 
 # The objects of scikit-image's photographs, in boundary coordinates in pixels
 objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 290), 'helmet': (277, 344, 512, 512)},
@@ -117,14 +120,33 @@ def grid(ax, size, color=paper, **options):
         ax.plot([0, 1], [line / size] * 2, color=color, **options)
 
 
+def legend(fig, colors, **options):
+    """
+    Say below a figure what the colors of its boxes mean.
+
+    :param colors: dict of text -> color
+    :param options: of matplotlib's legend
+    """
+    lines = [Line2D([], [], color=color) for color in colors.values()]
+    fig.legend(lines, list(colors), loc='outside lower center', ncols=len(lines), **options)
+
+
+def class_colors():
+    """
+    :return: dict of label -> color for the demo's classes
+    """
+    colors = make_color_map(detector()[1])
+    return {label: colors[label] for label in colors if label != 'background'}
+
+
 def rendered(fig):
     """
-    :return: the figure as a PIL image of 256 colors, which makes a small file
+    :return: the figure as a PIL image of the 256 colors that fit best, which makes a small file
     """
     fig.canvas.draw()
     image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert('RGB')
     plt.close(fig)
-    return image.quantize(256, dither=Image.Dither.NONE)
+    return image.quantize(256, kmeans=5, dither=Image.Dither.NONE)
 
 
 def vary(image, boxes, rng):
@@ -148,12 +170,17 @@ min_score = 0.5  # of the detections that are drawn, as in demo.py
 
 @figure('detections.png')
 def draw_detections():
-    """What the demo's detector finds in six of the test pictures, drawn by detect.py."""
-    fig, axes = panels(2, 3, 4.2)
+    """What the demo's detector finds in six of the test pictures, as detect.py does."""
+    colors = class_colors()
+    fig, axes = panels(2, 3, 4.4)
     for ax, i in zip(axes, found_in):
         image = open_image(test_set().images[i])
-        image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
-        show(ax, detect(image, min_score, max_overlap=0.45, top_k=200, detector=detector()))
+        show(ax, image)
+        for label, score, box in find_objects([image], min_score, 0.45, 200, *detector())[0]:
+            x_min, y_min, x_max, y_max = fractional(box, image).tolist()
+            outline(ax, (x_min, y_min, x_max, y_max), colors[label])
+            write(ax, x_min, y_min, f'{score:.2f}', ink, va='bottom', in_layout=False)
+    legend(fig, colors)
     return rendered(fig)
 
 
@@ -163,19 +190,21 @@ def draw_learning():
     What the detector finds in six test pictures after more and more iterations: of the best 50 boxes in each picture
     those above `min_score` in their class's color, and what else is among the best 5 in white.
     """
-    colors = list(make_color_map(detector()[1]).values())
+    colors = list(class_colors().values())
     frames = []
     for iteration, (boxes, labels, scores) in snapshots().items():
-        fig, axes = panels(2, 3, 4.8)
+        fig, axes = panels(2, 3, 5.2)
         fig.set_dpi(110)
         fig.suptitle(f'{iteration} iterations', fontsize=22)
         for ax, i in zip(axes, watched):
             show(ax, open_image(test_set().images[i]))
             for rank, (box, label, score) in enumerate(zip(boxes[i].clamp(0, 1), labels[i], scores[i])):
                 if score > min_score and rank < 50:
-                    outline(ax, box, colors[label])
+                    outline(ax, box, colors[label - 1])
                 elif rank < 5:
                     outline(ax, box, paper, linewidth=0.8, zorder=2)
+        legend(fig, class_colors() | {f'best five below {min_score}': paper}, facecolor=ink, framealpha=1,
+               labelcolor=paper, frameon=True)
         frames.append((rendered(fig), 1200))
     return [*frames[:-1], (frames[-1][0], 4000)]
 
@@ -355,10 +384,10 @@ def draw_decoding():
     scores = scores.softmax(dim=2)[0, :, 1:]  # (8732, n_classes - 1)
     best, labels = scores.max(dim=1)  # (8732), (8732)
 
-    fig, axes = panels(2, 2, 6.2)
-    show(axes[0], image, f'{len(boxes)} boxes')
-    for box, label in zip(boxes, labels + 1):
-        outline(axes[0], box, colors[label], linewidth=0.1)
+    fig, axes = panels(2, 2, 6)
+    show(axes[0], image, f'every hundredth of {len(boxes)} boxes')
+    for box, label in zip(boxes[::100], labels[::100] + 1):
+        outline(axes[0], box, colors[label], linewidth=0.8)
     for ax, threshold in zip(axes[1:3], (0.1, min_score)):
         found, labels = (scores > threshold).nonzero(as_tuple=True)  # (n), (n)
         show(ax, image, f'{len(found)} scores above {threshold}')
@@ -549,39 +578,70 @@ def draw_min_score():
     return fig
 
 
-@figure('precision_recall.svg')
-def draw_precision_recall():
-    """Precision over recall of the demo's detector, for each class."""
-    fig, [ax] = panels(1, 1, 3.6)
-    for (label, (hits, n_objects)), color in zip(find_hits(*evaluated(), detector()[1]).items(), series):
-        true_positives = hits.cumsum(0)
-        ax.plot(true_positives / n_objects, true_positives / torch.arange(1, len(hits) + 1), color=color,
-                label=f'{label}: AP {average_precision(hits, n_objects):.3f}')
-    ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.03))
-    ax.legend(loc='lower left')
-    return fig
+# ---------------------------------------------------------------------------------------------------------- Questions
+
+looked_at = ('conv4_3', 'conv7', 'conv8_2')  # maps
+n_looked_at = 40  # test pictures
+locality_path = os.path.join(images_folder, 'locality.csv')
 
 
-@figure('receptive_field_prior.png')
-def draw_receptive_field_prior():
-    """A prior that is wider than the kernel above it, and what the kernel has seen of the picture."""
-    name, row, column = 'conv9_2', 2, 2
-    image, _ = photograph('astronaut')
-    size, pixels = feature_maps[name].size, 300
-    prior = cxcy_to_xy(priors_by_map()[name][row, column, 3])  # of ratio 3
-    seen = examples.receptive_fields()[name][1] / pixels
-    c_x, c_y = (column + 0.5) / size, (row + 0.5) / size
-    kernel = (c_x - 1.5 / size, c_y - 1.5 / size, c_x + 1.5 / size, c_y + 1.5 / size)
-    fig, [ax] = panels(1, 1, 5)
-    show(ax, image)
-    ax.set(xlim=(-0.7, 1.7), ylim=(1.62, -0.62))
-    grid(ax, size, linewidth=0.8)
-    ax.add_patch(Rectangle(kernel[:2], 3 / size, 3 / size, color=prediction_color, alpha=0.35))
-    outline(ax, kernel, prediction_color)
-    outline(ax, prior, prior_color, linewidth=3)
-    outline(ax, (c_x - seen / 2, c_y - seen / 2, c_x + seen / 2, c_y + seen / 2), ink, linestyle=dashes)
-    write(ax, c_x, c_y - seen / 2, f'has seen {seen * pixels:.0f} pixels', ink, ha='center', va='center')
-    write(ax, 1.04, kernel[1], f'3x3 tiles\n{3 / size * pixels:.0f} pixels', prediction_color)
-    write(ax, -0.04, prior[1], f'prior\n{(prior[2] - prior[0]) * pixels:.0f} pixels', prior_color, ha='right')
-    write(ax, 0.5, 1.04, f'picture: {pixels} pixels', faint, ha='center')
+def sensitivity(name):
+    """
+    Ask how much each pixel matters to a prediction of the demo's detector: by how much the largest class score changes
+    if the pixel does, the mean over test pictures.
+
+    :param name: a feature map
+    :return: the share of each pixel, (300, 300), and the prior that the prediction is for, center-size coordinates (4):
+        the first one of the map's middle tile
+    """
+    model, _ = detector()
+    of_map = priors_by_map()[name]  # (size, size, priors per tile, 4)
+    prior = of_map[len(of_map) // 2, len(of_map) // 2, 0]  # (4)
+    index = (model.priors_cxcy == prior).all(dim=1).nonzero().item()
+    shares = torch.zeros(300, 300)
+    for i in range(n_looked_at):
+        image = test_set()[i][0].unsqueeze(0).requires_grad_()  # (1, 3, 300, 300)
+        _, scores = model(image)  # (1, 8732, n_classes)
+        gradient, = torch.autograd.grad(scores[0, index, 1:].max(), image)  # (1, 3, 300, 300)
+        shares += gradient[0].abs().sum(dim=0)  # (300, 300)
+    return shares / shares.sum(), prior
+
+
+def share_inside(shares, box):
+    """
+    :param shares: of each pixel, (300, 300)
+    :param box: fractional boundary coordinates (4)
+    :return: the share of the pixels inside the box, and the share of the picture's area that the box covers
+    """
+    x_min, y_min, x_max, y_max = (300 * box).clamp(0, 300).round().int().tolist()
+    inside = shares[y_min:y_max, x_min:x_max]
+    return inside.sum().item(), inside.numel() / shares.numel()
+
+
+@figure('locality.png')
+def draw_locality():
+    """
+    How much each pixel matters to a prediction for a prior in the middle: the darker, the more. In blue the prior, and
+    thin a box twice as wide and high; in black the part of the picture that the prediction can see at all.
+    """
+    heat = LinearSegmentedColormap.from_list('heat', (paper, prediction_color, ink))
+    fig, axes = panels(1, 3, 3)
+    rows = []
+    for ax, name in zip(axes, looked_at):
+        shares, prior = sensitivity(name)
+        double, seen = prior.clone(), prior.clone()
+        double[2:], seen[2:] = 2 * prior[2:], examples.receptive_fields()[name][1] / 300
+        (in_prior, prior_area), (in_double, double_area) = (share_inside(shares, cxcy_to_xy(box))
+                                                            for box in (prior, double))
+        rows.append((name, *(round(share, 4) for share in (in_prior, prior_area, in_double, double_area))))
+        ax.imshow(shares, cmap=heat, extent=(0, 1, 1, 0))
+        ax.axis('off')
+        ax.set_title(name)
+        outline(ax, (0, 0, 1, 1), faint, linewidth=1)
+        outline(ax, cxcy_to_xy(seen).clamp(0, 1), ink, linewidth=1)
+        outline(ax, cxcy_to_xy(double), prior_color, linewidth=1)
+        outline(ax, cxcy_to_xy(prior), prior_color)
+        ax.text(0.5, 1.05, f'prior: {in_prior:.0%} on {prior_area:.0%}\ndouble: {in_double:.0%} on {double_area:.0%}',
+                ha='center', va='top')
+    write_table(locality_path, ('map', 'in_prior', 'prior_area', 'in_double', 'double_area'), rows)
     return rendered(fig)

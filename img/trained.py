@@ -33,9 +33,7 @@ def learn():
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
     watched = torch.stack([test_set[i][0] for i in range(n_watched)])  # (12, 3, 300, 300)
 
-    torch.manual_seed(0)
-    train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
-    model, optimizer = demo.start(train_set, 4, 'cpu', demo.lr)
+    train_set, model, optimizer = start()
     snapshots, n_steps = {0: find(model, watched)}, 0
 
     def look(*_):
@@ -53,8 +51,16 @@ def learn():
     os.replace(unfinished_path, checkpoint_path)
 
     rows = [(min_score, round(mean_average_precision(min_score), 4)) for min_score in min_scores]
-    with open(min_score_path, 'w', newline='') as file:
-        csv.writer(file, lineterminator='\n').writerows([('min_score', 'mAP'), *rows])
+    write_table(min_score_path, ('min_score', 'mAP'), rows)
+
+
+def start():
+    """
+    :return: the demo's training pictures, SSD300 with the random weights that the demo starts from, and its optimizer
+    """
+    torch.manual_seed(0)
+    train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
+    return train_set, *demo.start(train_set, 4, 'cpu', demo.lr)
 
 
 @torch.no_grad()
@@ -65,6 +71,20 @@ def find(model, images):
     :return: boxes, labels and scores of what it finds at eval.py's settings, see `SSD300.detect_objects`
     """
     return model.detect_objects(*model(images), min_score=0.01, max_overlap=0.45, top_k=200)
+
+
+def find_in_all(model, test_set):
+    """
+    :param model: SSD300
+    :param test_set: a PascalVOCDataset
+    :return: boxes, labels, scores of what it finds in all pictures, and boxes, labels, difficulties of their objects:
+        lists with a tensor for each picture, as `calculate_mAP` takes them
+    """
+    lists = [[] for _ in range(6)]
+    for images, *objects in DataLoader(test_set, batch_size=8, collate_fn=collate_fn):
+        for values, of_batch in zip(lists, (*find(model, images), *objects)):
+            values.extend(of_batch)
+    return lists
 
 
 def left_by_learn(path):
@@ -104,14 +124,9 @@ def detector():
 @cache
 def evaluated():
     """
-    :return: boxes, labels, scores of the trained detector's detections in the test pictures, and boxes, labels,
-        difficulties of their objects: lists with a tensor for each picture, as `calculate_mAP` takes them
+    :return: `find_in_all` of the trained detector and the test pictures
     """
-    lists = [[] for _ in range(6)]
-    for images, *objects in DataLoader(test_set(), batch_size=8, collate_fn=collate_fn):
-        for values, of_batch in zip(lists, (*find(detector()[0], images), *objects)):
-            values.extend(of_batch)
-    return lists
+    return find_in_all(detector()[0], test_set())
 
 
 def mean_average_precision(min_score):
@@ -132,3 +147,13 @@ def read_table(path):
     """
     with open(left_by_learn(path), newline='') as file:
         return [{column: float(value) for column, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def write_table(path, columns, rows):
+    """
+    :param path: where a .csv file goes
+    :param columns: their names
+    :param rows: list of tuples
+    """
+    with open(path, 'w', newline='') as file:
+        csv.writer(file, lineterminator='\n').writerows([columns, *rows])
