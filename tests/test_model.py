@@ -217,6 +217,21 @@ def test_priors_by_hand_and_the_order_of_predictions(ssd, name, row, column, pri
     assert xy_to_cxcy(boxes[0])[0].tolist() == pytest.approx(moved, abs=1e-5)
 
 
+def test_prediction_convolutions_equal_a_plain_loop():
+    """Over maps, rows, columns, and the priors of a tile."""
+    heads = PredictionConvolutions(n_classes=3)
+    feats = [torch.randn(2, f.channels, f.size, f.size) for f in feature_maps.values()]
+    with torch.no_grad():
+        predictions = heads(*feats)
+        for kind, n, ours in zip(('loc', 'cl'), (4, 3), predictions):
+            rows = []
+            for (name, of_map), feat in zip(feature_maps.items(), feats):
+                out = getattr(heads, f'{kind}_{name}')(feat)  # (2, n_priors * n, size, size)
+                rows += [out[:, prior * n:(prior + 1) * n, row, column] for row in range(of_map.size)
+                         for column in range(of_map.size) for prior in range(len(of_map.ratios) + 1)]
+            torch.testing.assert_close(ours, torch.stack(rows, dim=1))  # (2, 8732, n)
+
+
 class _Predictor:
     """What detect_objects needs of a model."""
 
@@ -240,10 +255,31 @@ def scenes_without_conflicts(n):
     return boxes, labels
 
 
+quarters = torch.tensor([[.25, .25, .5, .5], [.75, .25, .5, .5], [.25, .75, .5, .5], [.75, .75, .5, .5]])  # priors
+
+
+def test_losses_by_hand():
+    """
+    Four priors, and three pictures: an object on the first prior, none, and one on the second prior. Two negatives
+    count for each of the two positives.
+    """
+    chances = torch.tensor([[.1, .2, .5, .4], [.9, .9, .9, .9], [.6, .7, .8, .8]])  # what softmax gives to the object
+    locs = torch.full((3, 4, 4), 9.)
+    locs[0, 0], locs[2, 1] = torch.tensor([.2, 1., -3., 0.]), torch.tensor([0., 0., -.2, 0.])
+    loc_loss, conf_loss = MultiBoxLoss(quarters, neg_pos_ratio=2).losses(
+        locs, torch.stack([1 - chances, chances], dim=2).log(),
+        [cxcy_to_xy(quarters[:1]), torch.empty(0, 4), cxcy_to_xy(quarters[1:2])],
+        [torch.tensor([1]), torch.empty(0, dtype=torch.long), torch.tensor([1])])
+    assert loc_loss.item() == pytest.approx((.02 + .5 + 2.5 + .02) / 2)
+    # What softmax gives to the true class: of the positives .1 and .7, of the hard negatives .5, .6, .2 and .2
+    assert conf_loss.item() == pytest.approx(-math.log(.1 * .5 * .6 * .7 * .2 * .2) / 2)
+
+
 def test_loss_and_gradients_equal_torchvisions():
     boxes, labels = scenes_without_conflicts(6)
     boxes.append(torch.empty(0, 4)), labels.append(torch.empty(0, dtype=torch.long))  # and a picture without objects
-    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21)
+    with torch.device('meta'):  # its loss needs no weights
+        theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21)
     priors_xy = cxcy_to_xy(create_prior_boxes())
     matches = [theirs.proposal_matcher(box_iou(b, priors_xy)) if len(b) else torch.full((8732,), -1) for b in boxes]
 
@@ -262,6 +298,39 @@ def test_loss_and_gradients_equal_torchvisions():
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert results[0][2].abs().sum() > 0 and results[0][3].abs().sum() > 0
+
+
+def test_match_by_hand():
+    """
+    Four priors, and three pictures: one with three objects, of which two want the first prior, and one is small; one
+    without any; and one whose object overlaps two priors by exactly the threshold.
+    """
+    boxes, priors_xy = torch.tensor([[.1, 0., .6, .5], [0., 0., .5, .5], [.7, .7, .8, .8]]), cxcy_to_xy(quarters)
+    true_boxes, true_classes = MultiBoxLoss(quarters).match(
+        [boxes, torch.empty(0, 4), torch.tensor([[0., .5, 1., 1.]])],
+        [torch.tensor([3, 2, 1]), torch.empty(0, dtype=torch.long), torch.tensor([4])])
+    assert true_classes.tolist() == [[2, 3, 0, 1], [0, 0, 0, 0], [0, 0, 4, 4]]
+    assert torch.equal(true_boxes[0], torch.stack([boxes[1], boxes[0], priors_xy[2], boxes[2]]))
+    assert torch.equal(true_boxes[1], priors_xy)
+
+
+def test_match_equals_a_plain_loop():
+    """Over pictures with no object, one, and many, and over priors."""
+    priors = create_prior_boxes()
+    priors_xy, boxes = cxcy_to_xy(priors), [random_boxes(7), torch.empty(0, 4), random_boxes(1), small_boxes(30)]
+    labels = [torch.randint(1, 21, (len(b),)) for b in boxes]
+    true_boxes, true_classes = MultiBoxLoss(priors).match(boxes, labels)
+    for picture, (of_picture, its_labels) in enumerate(zip(boxes, labels)):
+        expected_boxes, expected_classes = priors_xy.clone(), torch.zeros(8732, dtype=torch.long)
+        if len(of_picture) > 0:
+            overlap = find_jaccard_overlap(of_picture, priors_xy)
+            best, of_prior = overlap.max(dim=0)
+            for row, prior in enumerate(own_priors(overlap[None])[0]):
+                best[prior], of_prior[prior] = 1, row
+            for prior in (best >= 0.5).nonzero().flatten():
+                row = of_prior[prior]
+                expected_boxes[prior], expected_classes[prior] = of_picture[row], its_labels[row]
+        assert torch.equal(true_boxes[picture], expected_boxes) and torch.equal(true_classes[picture], expected_classes)
 
 
 def test_two_objects_that_want_the_same_prior_both_stay():
@@ -285,6 +354,12 @@ def small_boxes(n):
     sides = 0.02 + 0.06 * torch.rand(n, 2)
     corners = torch.rand(n, 2) * (1 - sides)
     return torch.cat([corners, corners + sides], dim=1)
+
+
+def test_a_prior_of_its_own_by_hand():
+    """In the first picture all three objects want the first prior; in the second, two are padding."""
+    overlap = torch.tensor([[[.6, .5, .1], [.7, .2, .3], [.7, .6, .3]], [[.1, .2, .2], [-1, -1, -1], [-1, -1, -1]]])
+    assert own_priors(overlap).tolist() == [[2, 0, 1], [1, 0, 0]]
 
 
 @pytest.mark.parametrize('some_boxes', [random_boxes, small_boxes])
@@ -431,13 +506,13 @@ def detect_plainly(predictor, locs, scores, min_score, max_overlap, top_k):
     for loc, score in zip(locs, scores.softmax(dim=2)):
         boxes, found = cxcy_to_xy(gcxgcy_to_cxcy(loc, predictor.priors_cxcy)), []
         for label in range(1, score.size(1)):
-            left = [i for i in score[:, label].argsort(descending=True).tolist() if score[i, label] > min_score]
-            overlaps = find_jaccard_overlap(boxes[left].double(), boxes[left].double())
-            kept = []
-            for k, i in enumerate(left):
-                if not kept or overlaps[k, kept].max() <= max_overlap:
-                    kept.append(k)
-                    found.append((score[i, label].item(), label, i))
+            left = score[:, label].argsort(descending=True)
+            left = left[score[left, label] > min_score]
+            while len(left) > 0:
+                best, left = left[0].item(), left[1:]
+                found.append((score[best, label].item(), label, best))
+                overlap = find_jaccard_overlap(boxes[best:best + 1].double(), boxes[left].double())[0]
+                left = left[overlap <= max_overlap]
         found = sorted(found, reverse=True)[:top_k]
         all_scores, labels, indices = zip(*found)
         pictures.append((boxes[list(indices)], list(labels), list(all_scores)))

@@ -10,17 +10,29 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 import utils
 from files import UserError
 from utils import (calculate_mAP, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, make_label_map, non_maximum_suppression,
-                   voc_labels, xy_to_cxcy)
+                   find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, make_label_map,
+                   non_maximum_suppression, priors_of_map, voc_labels, xy_to_cxcy)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Boxes
+
+def test_coordinates_by_hand():
+    xy, cxcy = torch.tensor([[[.25, .5, .75, 1.], [0., 0., .25, .5]]]), [[[.5, .75, .5, .5], [.125, .25, .25, .5]]]
+    assert xy_to_cxcy(xy).tolist() == cxcy and cxcy_to_xy(torch.tensor(cxcy)).equal(xy)
+
 
 def test_coordinates_equal_torchvisions_and_round_trip():
     xy = random_boxes(3, 50)
     torch.testing.assert_close(xy_to_cxcy(xy), box_convert(xy, 'xyxy', 'cxcywh'))
     torch.testing.assert_close(cxcy_to_xy(xy_to_cxcy(xy)), xy)
     assert xy_to_cxcy(torch.empty(0, 4)).shape == (0, 4)
+
+
+def test_overlaps_by_hand():
+    """A box with itself, with one that it shares a quarter of its area with, one beside it, and one far off."""
+    boxes = torch.tensor([[0., 0., 4., 4.], [2., 2., 6., 6.], [4., 0., 8., 4.], [8., 9., 9., 10.]])
+    assert find_intersection(boxes[:1], boxes).tolist() == [[16, 4, 0, 0]]
+    torch.testing.assert_close(find_jaccard_overlap(boxes[:1], boxes), torch.tensor([[1, 4 / 28, 0, 0]]))
 
 
 def test_overlaps_equal_torchvisions():
@@ -32,6 +44,14 @@ def test_overlaps_equal_torchvisions():
     assert find_jaccard_overlap(torch.zeros(1, 4), torch.zeros(1, 4)).item() == 0
 
 
+def test_encoding_by_hand():
+    """Half a width to the right, a quarter of a height up, twice as wide, half as high."""
+    prior, box = torch.tensor([[.5, .5, .2, .4]]), torch.tensor([[.6, .4, .4, .2]])
+    offsets = torch.tensor([[5, -2.5, 5 * math.log(2), -5 * math.log(2)]])
+    torch.testing.assert_close(cxcy_to_gcxgcy(box, prior), offsets)
+    torch.testing.assert_close(gcxgcy_to_cxcy(offsets, prior), box)
+
+
 def test_encoding_equals_torchvisions_and_round_trips():
     priors = create_prior_boxes()
     boxes = random_boxes(len(priors))
@@ -41,9 +61,17 @@ def test_encoding_equals_torchvisions_and_round_trips():
     torch.testing.assert_close(cxcy_to_xy(gcxgcy_to_cxcy(offsets, priors)), boxes, atol=1e-5, rtol=0)
 
 
+def test_suppression_by_hand():
+    """The best strikes out the second, which can then strike out nothing: the third stays. So does another class."""
+    boxes = torch.tensor([[.4, 0., .8, 1.], [.2, 0., .6, 1.], [0., 0., .4, 1.], [0., 0., .4, 1.]])
+    kept = non_maximum_suppression(boxes, torch.tensor([.7, .8, .9, .6]), torch.tensor([1, 1, 1, 2]), max_overlap=0.3)
+    assert kept.tolist() == [2, 0, 3]
+
+
 def test_suppression_equals_torchvisions():
     for n, n_classes in ((0, 5), (1, 5), (30, 5), (2000, 5), (20000, 90)):
-        boxes, scores, labels = random_boxes(n), torch.rand(n), torch.randint(0, n_classes, (n,))
+        boxes, labels = random_boxes(n), torch.randint(0, n_classes, (n,))
+        scores = torch.randperm(n) / max(n, 1)  # no two the same, of which any might come first
         expected = batched_nms(boxes.double(), scores.double(), labels, 0.45)
         assert torch.equal(non_maximum_suppression(boxes, scores, labels, 0.45), expected)
 
@@ -89,6 +117,15 @@ def test_number_of_priors_and_of_clamped_ones():
     counts = [f.size ** 2 * (len(f.ratios) + 1) for f in feature_maps.values()]
     assert counts == [5776, 2166, 600, 150, 36, 4]
     assert (cxcy_to_xy(priors) < 0).any()  # boxes are not cut at the picture's edge
+
+
+def test_priors_of_four_tiles_by_hand():
+    """Two rows of two tiles; one of the priors would be wider than the picture, and one higher."""
+    sizes = (.6, .6), (.7, .7), (1., .3), (.3, 1.)
+    expected = [[x, y, *size] for y in (.25, .75) for x in (.25, .75) for size in sizes]
+    priors = priors_of_map(2, 0.5, 0.6, 0.7, (1, 4, 1 / 4))
+    assert priors.dtype == torch.float32
+    torch.testing.assert_close(priors, torch.tensor(expected))
 
 
 def test_decimate():
