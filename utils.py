@@ -7,7 +7,7 @@ Boxes come in three forms, and names say which:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
     cxcy    center-size coordinates: (c_x, c_y, w, h)
     gcxgcy  a box as an offset from a prior: what the network predicts
-They are in fractions of the picture's width and height (0 to 1), unless a function says otherwise. See "Definitions".
+They are in fractions of the picture's width and height (0 to 1), unless a function says otherwise. See "Boxes".
 """
 import math
 from collections import Counter, namedtuple

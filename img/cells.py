@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 import detect
+import overfit
 from checkpoints import load_detector
 from datasets import PascalVOCDataset
 from files import open_image
@@ -74,6 +75,21 @@ def draw_mistakes():
         path = os.path.join(temporary, 'mistakes.png')
         save_sheet(path, alarms, missed, test_set.images)
         return Image.open(path).copy()
+
+
+@figure('overfit.png')
+def draw_overfit():
+    """The first two rows of the sheet that overfit.py draws."""
+    evaluated()  # or the message that says how to get the pictures
+    torch.manual_seed(0)
+    train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = os.path.join(temporary, 'overfit.png')
+        overfit.overfit(train_set, overfit.n_pictures, overfit.steps, overfit.thin, overfit.lr, path,
+                        torch.device('cpu'))
+        sheet = Image.open(path)
+        rows = sheet.crop((0, 0, sheet.width, sheet.height - 2 * overfit.tile[1]))
+        return rows.resize((1200, round(1200 * rows.height / rows.width))).quantize(256)
 
 
 @figure('precision_recall.svg')

@@ -45,7 +45,7 @@ def learn():
     optimizer.register_step_post_hook(look)
     unfinished_path = os.path.join(data_folder, 'unfinished.pth')
     fit(model, optimizer, train_set, unfinished_path, demo.epochs, demo.batch_size, rise_and_fall=True,
-        print_freq=5, grad_clip=10)
+        print_freq=10, grad_clip=10)
     torch.save(snapshots, snapshots_path)
     os.replace(os.path.join(data_folder, 'unfinished.csv'), learning_path)
     os.replace(unfinished_path, checkpoint_path)

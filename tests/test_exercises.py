@@ -48,7 +48,7 @@ wrong_answers = {
 def read_exercises():
     """Of each exercise its number and name, the text up to the next, all as strings."""
     with open(os.path.join(root, 'README.md'), encoding='utf-8') as file:
-        section = file.read().split('\n## Write it yourself\n')[1].split('\n## ')[0]
+        section = file.read().split('\n## Write it yourself\n')[1].split('\n### Four open ones\n')[0]
     fields = re.split(r'^### Exercise (\d+): `([\w.]+)`$', section, flags=re.M)[1:]
     return list(zip(fields[::3], fields[1::3], fields[2::3]))
 

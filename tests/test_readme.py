@@ -21,7 +21,7 @@ import onnxruntime
 import pytest
 import skimage.data
 import torch
-from conftest import root
+from conftest import draw_and_list, random_boxes, root
 from PIL import Image
 from torchvision.models.detection import ssd300_vgg16
 
@@ -31,7 +31,7 @@ import train
 from checkpoints import coco_weights, save_checkpoint
 from datasets import transform
 from demo import draw_dataset, shapes
-from model import SSD300
+from model import SSD300, MultiBoxLoss
 from utils import (create_prior_boxes, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_label_map,
                    priors_of_map)
 
@@ -180,9 +180,9 @@ def test_table_of_priors():
 
 
 def test_numbers_of_priors_in_the_text():
-    of_map = feature_maps['conv9_2']
-    assert f'{of_map.scale} · 1.414 = {of_map.scale * math.sqrt(2):.3f}' in readme
-    assert f'{of_map.scale} / 1.414 = {of_map.scale / math.sqrt(2):.3f}' in readme
+    of_map = feature_maps['conv8_2']
+    assert f'{of_map.scale} · 1.732 = {of_map.scale * math.sqrt(3):.3f}' in readme
+    assert f'{of_map.scale} / 1.732 = {of_map.scale / math.sqrt(3):.3f}' in readme
     changed = 0
     for _, size, scale, ratios in feature_maps.values():
         extra = priors_of_map(1, 1, scale, 0.5, ratios)  # without the extra prior, whose scale never exceeds 1
@@ -265,10 +265,63 @@ def test_line_of_the_log_is_one_of_the_run_that_is_drawn():
     assert [float(value) for value in line.groups()] in [[round(float(value), 4) for value in row] for row in rows]
 
 
+def read_rows(name):
+    """The rows of one of the tables that figures leave behind: dicts of column -> text."""
+    with open(os.path.join(root, 'img', name), newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_numbers_of_hard_negatives_are_those_of_the_picture():
+    words = ' '.join(readme.split())
+    before, after = ({name: float(value) for name, value in row.items() if name != 'training'}
+                     for row in read_rows('hard_negatives.csv'))
+    for row in before, after:
+        assert row['hard_negatives'] == 3 * row['positives']
+        assert sum(row[name] for name in ('positives', 'hard_negatives', 'ignored')) == len(create_prior_boxes())
+        row['negative_loss'] = row['hard_loss'] + row['ignored_loss']
+    n_negatives = len(create_prior_boxes()) - before['positives']
+    assert f"has {before['positives']:.0f} positive priors, and {n_negatives:.0f} negative ones" in words
+    assert f"lose {before['negative_loss'] / before['positive_loss']:.0f} times as much as the positives" in words
+    assert f"the {before['hard_negatives']:.0f} worst; the other {before['ignored']:.0f} are ignored" in words
+    assert (f"the {before['hard_negatives'] / n_negatives:.0%} that it keeps have "
+            f"{before['hard_loss'] / before['negative_loss']:.0%} of") in words
+    assert f"After training they have {after['hard_loss'] / after['negative_loss']:.0%}" in words
+    assert f'4 ln *n* before anything is learned, {4 * math.log(21):.1f} with' in words
+
+
+def test_numbers_of_locality_are_those_of_the_picture():
+    shares = [(row['map'], f"{float(row['prior_area']):.0%}", f"{float(row['in_prior']):.0%}")
+              for row in read_rows('locality.csv')]
+    (_, first_area, first_share), *others = shares
+    text = f'covers {first_area} of the picture and gets {first_share} of the weight'
+    text += ''.join(f'; on {name}, {area} and {share}' for name, area, share in others)
+    assert f'On {shares[0][0]}, the prior {text}.' in ' '.join(readme.split())
+
+
+def test_ssd512_as_described():
+    """With the changes that the README names, the maps have the sizes that it names, and as many priors."""
+    words = ' '.join(readme.split())
+    model = SSD300(n_classes=2, thin=16)
+    for name in ('conv10_2', 'conv11_2'):
+        assert f'{name}' in words
+        layer = getattr(model.aux_convs, name)
+        layer.stride, layer.padding = (2, 2), (1, 1)
+    n = model.aux_convs.conv11_2.out_channels
+    seventh = torch.nn.Sequential(torch.nn.Conv2d(n, n // 2, 1), torch.nn.Conv2d(n // 2, n, 3, stride=2, padding=1))
+    with torch.no_grad():
+        conv4_3_feats, conv7_feats = model.base(torch.zeros(1, 3, 512, 512))
+        maps = [conv4_3_feats, conv7_feats, *model.aux_convs(conv7_feats)]
+        maps.append(seventh(maps[-1]))
+    sizes, n_priors = [feats.size(3) for feats in maps], (4, 6, 6, 6, 6, 4, 4)
+    assert 'have {}, {}, {}, {}, {}, {} and {} tiles a side'.format(*sizes) in words
+    assert 'with {}, {}, {}, {}, {}, {} and {} priors each'.format(*n_priors) in words
+    assert f'each: {sum(n * size ** 2 for n, size in zip(n_priors, sizes)):,}.' in words
+
+
 # ------------------------------------------------------------------------------------------------------- What is to run
 
 def test_all_python_blocks_are_run_by_a_test_below():
-    tested = ('Training', 'Inference', 'Your own pictures', 'A first training on a laptop', "Other people's weights",
+    tested = ('Multibox loss', 'Training', 'Inference', 'Your own pictures', 'A first training on a laptop', "Other people's weights",
               'Deployment')
     assert readme.count('```python\n') == sum(len(section(title)[1]) for title in tested)
     assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon', 'math'}
@@ -301,8 +354,31 @@ def run_in(folder, command):
     return result.stdout
 
 
+@pytest.mark.parametrize('n_objects', [1, 3, 40])
+def test_plain_matching_gives_what_the_loss_does(n_objects):
+    (block,), names = section('Multibox loss')[1], {}
+    exec(block, names)
+    priors_cxcy, boxes = create_prior_boxes(), random_boxes(n_objects)
+    boxes[-1] = boxes[0]  # wants the same prior
+    labels = torch.randint(1, 21, (n_objects,))
+    true_boxes, true_classes = names['match'](boxes, labels, priors_cxcy)
+    [expected_boxes], [expected_classes] = MultiBoxLoss(priors_cxcy).match([boxes], [labels])
+    assert true_classes.equal(expected_classes) and (true_classes > 0).sum() >= n_objects
+    assert true_boxes[true_classes > 0].equal(expected_boxes[true_classes > 0])
+
+
+def test_the_plain_loop_learns(tmp_path, monkeypatch, capsys):
+    block, _ = section('Training')[1]
+    monkeypatch.chdir(tmp_path)
+    draw_and_list(tmp_path / 'demo', 12, 1)
+    capsys.readouterr()
+    exec(block, {})
+    losses = [float(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 6 and sum(losses[3:]) < sum(losses[:3])
+
+
 def test_going_on_is_set_at_the_top_of_the_script(tmp_path):
-    (block,) = section('Training')[1]
+    _, block = section('Training')[1]
     shutil.copy(os.path.join(root, 'train.py'), tmp_path)
     set_parameters(tmp_path, block)
     assert f'\n{block.splitlines()[1]}\n' in (tmp_path / 'train.py').read_text()
@@ -359,17 +435,18 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
 
 
 def test_a_first_training(tmp_path, monkeypatch):
-    """With shapes in place of cells, and one epoch."""
+    """With shapes in place of cells, one epoch, and one step to overfit."""
     _, blocks, commands = section('A first training on a laptop')
     copy_scripts(tmp_path)
     for block in blocks:
         set_parameters(tmp_path, block.replace('epochs = 16', 'epochs = 1'))
+    set_parameters(tmp_path, '# overfit.py\nsteps = 1')
     draw_dataset(str(tmp_path / 'BCCD_Dataset' / 'BCCD'), 6, 2)
     for command in commands:
         printed = run_in(tmp_path, command)
         if 'train.py' in command:
             assert re.search(r'epoch 0  mAP 0\.\d+  best 0\.\d+\n$', printed)
-    assert {'checkpoint_ssd300.pth', 'checkpoint_ssd300_best.pth', 'mistakes.png'} <= set(os.listdir(tmp_path))
+    assert {'checkpoint_ssd300.pth', 'checkpoint_ssd300_best.pth', 'mistakes.png', 'overfit.png'} <= set(os.listdir(tmp_path))
     assert len(os.listdir(tmp_path / 'detections')) == 8
 
 
