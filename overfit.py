@@ -73,7 +73,7 @@ def overfit(train_set, n_pictures, steps, thin, lr, picture_path, device):
 
 
 def true_objects(picture, boxes, labels, names):
-    """:return: a picture's objects as a list of (label, score 1, box in pixels), as `find_objects` returns detections"""
+    """:return: a picture's objects as `find_objects` returns detections: a list of (label, score, box in pixels)"""
     boxes = boxes * torch.tensor([picture.width, picture.height] * 2)  # (n_objects, 4)
     return [(names[label], 1., box) for label, box in zip(labels, boxes.round().int().tolist())]
 

@@ -68,18 +68,23 @@ def draw_cells():
 
 @figure('mistakes.png')
 def draw_mistakes():
-    """The sheet that eval.py draws."""
+    """Of each half of the sheet that eval.py draws, the first three columns."""
     test_set, lists = evaluated()
     _, alarms, missed = find_mistakes(lists, test_set.label_map, detect.min_score)
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, 'mistakes.png')
         save_sheet(path, alarms, missed, test_set.images)
-        return Image.open(path).copy()
+        sheet = Image.open(path)
+        half, kept = sheet.width // 2, sheet.width // 10 * 3
+        drawn = Image.new('RGB', (2 * kept, sheet.height), 'white')
+        for side in 0, 1:
+            drawn.paste(sheet.crop((side * half, 0, side * half + kept, sheet.height)), (side * kept, 0))
+        return drawn
 
 
 @figure('overfit.png')
 def draw_overfit():
-    """The first two rows of the sheet that overfit.py draws."""
+    """Of the sheet that overfit.py draws, the first picture: its objects, and what was found after some steps."""
     evaluated()  # or the message that says how to get the pictures
     torch.manual_seed(0)
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
@@ -88,8 +93,12 @@ def draw_overfit():
         overfit.overfit(train_set, overfit.n_pictures, overfit.steps, overfit.thin, overfit.lr, path,
                         torch.device('cpu'))
         sheet = Image.open(path)
-        rows = sheet.crop((0, 0, sheet.width, sheet.height - 2 * overfit.tile[1]))
-        return rows.resize((1200, round(1200 * rows.height / rows.width))).quantize(256)
+        width, height = overfit.tile[0], sheet.height - (overfit.n_pictures - 1) * overfit.tile[1]
+        drawn = Image.new('RGB', (2 * width, 2 * height), 'white')
+        for i, column in enumerate((0, 1, 2, 4)):
+            drawn.paste(sheet.crop((column * width, 0, (column + 1) * width, height)),
+                        (i % 2 * width, i // 2 * height))
+        return drawn.quantize(256)
 
 
 @figure('precision_recall.svg')

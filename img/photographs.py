@@ -187,7 +187,7 @@ def draw_detections():
 @figure('learning.gif')
 def draw_learning():
     """
-    What the detector finds in six test pictures after more and more iterations: of the best 50 boxes in each picture
+    What the detector finds in six test pictures after more and more steps: of the best 50 boxes in each picture
     those above `min_score` in their class's color, and what else is among the best 5 in white.
     """
     colors = list(class_colors().values())
@@ -195,7 +195,7 @@ def draw_learning():
     for iteration, (boxes, labels, scores) in snapshots().items():
         fig, axes = panels(2, 3, 5.2)
         fig.set_dpi(110)
-        fig.suptitle(f'{iteration} iterations', fontsize=22)
+        fig.suptitle(f'{iteration} steps', fontsize=22)
         for ax, i in zip(axes, watched):
             show(ax, open_image(test_set().images[i]))
             for rank, (box, label, score) in enumerate(zip(boxes[i].clamp(0, 1), labels[i], scores[i])):

@@ -180,27 +180,28 @@ def test_table_of_priors():
 
 
 def test_numbers_of_priors_in_the_text():
-    of_map = feature_maps['conv8_2']
-    assert f'{of_map.scale} · 1.732 = {of_map.scale * math.sqrt(3):.3f}' in readme
-    assert f'{of_map.scale} / 1.732 = {of_map.scale / math.sqrt(3):.3f}' in readme
+    of_map, words = feature_maps['conv8_2'], ' '.join(readme.split())
+    assert f'{of_map.scale} · 1.732 = {of_map.scale * math.sqrt(3):.3f}' in words
+    assert f'{of_map.scale} / 1.732 = {of_map.scale / math.sqrt(3):.3f}' in words
     changed = 0
     for _, size, scale, ratios in feature_maps.values():
         extra = priors_of_map(1, 1, scale, 0.5, ratios)  # without the extra prior, whose scale never exceeds 1
         plain = torch.tensor([[scale * ratio ** 0.5, scale / ratio ** 0.5] for ratio in ratios])
         kept = torch.cat([extra[:1], extra[2:]])[:, 2:]
         changed += size ** 2 * ((plain - kept).abs().amax(dim=1) > 1e-6).sum().item()
-    assert f'It changes {changed} of the {len(create_prior_boxes())}' in ' '.join(readme.split())
+    assert f'It changes {changed} of the {len(create_prior_boxes())}' in words
     wide = feature_maps['conv10_2'].scale * math.sqrt(2)
-    assert f'would be {wide:.3f} wide' in ' '.join(readme.split())
-    assert f'5 ln 2 = {5 * math.log(2):.2f}' in readme
+    assert f'would be {wide:.3f} wide' in words
+    assert f'5 ln 2 = {5 * math.log(2):.2f}' in words
 
 
 def test_numbers_of_parameters():
     fc6, fc7 = torch.nn.Linear(512 * 7 * 7, 4096, device='meta'), torch.nn.Linear(4096, 4096, device='meta')
-    assert f'fc6 alone has {sum(p.numel() for p in fc6.parameters()):,} parameters' in readme
+    words = ' '.join(readme.split())
+    assert f'fc6 alone has {sum(p.numel() for p in fc6.parameters()):,} parameters' in words
     base = SSD300(n_classes=21).base
     conv6, conv7 = (sum(p.numel() for p in layer.parameters()) for layer in (base.conv6, base.conv7))
-    assert f'has {conv6:,} and {conv7:,} parameters' in readme
+    assert f'has {conv6:,} and {conv7:,} parameters' in words
     assert fc7.in_features == 4096 == 4 * base.conv7.in_channels
 
 
@@ -321,8 +322,8 @@ def test_ssd512_as_described():
 # ------------------------------------------------------------------------------------------------------- What is to run
 
 def test_all_python_blocks_are_run_by_a_test_below():
-    tested = ('Multibox loss', 'Training', 'Inference', 'Your own pictures', 'A first training on a laptop', "Other people's weights",
-              'Deployment')
+    tested = ('Multibox loss', 'Training', 'Inference', 'Your own pictures', 'A first training on a laptop',
+              "Other people's weights", 'Deployment')
     assert readme.count('```python\n') == sum(len(section(title)[1]) for title in tested)
     assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon', 'math'}
 
@@ -446,7 +447,8 @@ def test_a_first_training(tmp_path, monkeypatch):
         printed = run_in(tmp_path, command)
         if 'train.py' in command:
             assert re.search(r'epoch 0  mAP 0\.\d+  best 0\.\d+\n$', printed)
-    assert {'checkpoint_ssd300.pth', 'checkpoint_ssd300_best.pth', 'mistakes.png', 'overfit.png'} <= set(os.listdir(tmp_path))
+    left = {'checkpoint_ssd300.pth', 'checkpoint_ssd300_best.pth', 'mistakes.png', 'overfit.png'}
+    assert left <= set(os.listdir(tmp_path))
     assert len(os.listdir(tmp_path / 'detections')) == 8
 
 
