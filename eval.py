@@ -28,7 +28,7 @@ mistakes_path = 'mistakes.png'  # where a sheet of the worst mistakes goes, or N
 bfloat16 = False  # compute in 16 bits: faster on many GPUs, but not quite what is measured otherwise
 
 
-# Many GPUs round what they multiply to 10 bits behind the point (TF32) unless told otherwise: then a mean average
+# Many GPUs round what they multiply to 10 bits after the point (TF32) unless told otherwise: then a mean average
 # precision, or what detect.py finds, would depend on the GPU.
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

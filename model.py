@@ -434,7 +434,7 @@ class MultiBoxLoss(nn.Module):
         overlap_of_prior, object_of_prior = overlap.max(dim=1)  # (N, 8732), (N, 8732)
 
         # An object that is nobody's largest overlap, or overlaps no prior by the threshold, would be lost: so each
-        # object takes one prior of its own. What padding takes is written behind the last prior, and cut off.
+        # object takes one prior of its own. What padding takes is written after the last prior, and cut off.
         own = own_priors(overlap).where(real, n_priors)  # (N, n_objects)
         objects = torch.arange(own.size(1), device=own.device).expand_as(own)  # (N, n_objects)
         object_of_prior = F.pad(object_of_prior, (0, 1)).scatter(1, own, objects)[:, :-1]  # (N, 8732)

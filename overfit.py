@@ -17,8 +17,8 @@ from model import SSD300, MultiBoxLoss
 from train import make_optimizer, one_cycle, standardize, update
 
 data_folder = './'  # where create_data_lists.py wrote the lists
-n_pictures = 4  # the first so many training pictures are learned
-steps = 100  # all of these pictures are in each
+n_pictures = 4  # how many of the first training pictures to learn
+steps = 100  # each with all of these pictures
 thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes fifteen times as long
 lr = 1e-3  # the highest learning rate; AdamW, from random weights
 min_score, max_overlap, top_k = 0.4, 0.45, 200  # what is counted and drawn: see detect.py

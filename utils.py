@@ -133,7 +133,7 @@ def priors_of_map(size, step, scale, extra_scale, ratios):
     """
     The priors of one feature map, row by row, tile by tile: see `create_prior_boxes`.
 
-    Widths and heights are clamped to at most 1, but priors are not cut at the picture's edge. See "Which".
+    Widths and heights are clamped to at most 1, but priors are not cut at the picture's edge. See "Which priors".
 
     :param size: tiles in a row, and rows, of the map
     :param step: distance between the centers of two tiles, as a fraction of the picture
@@ -197,8 +197,8 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :return: indices of the boxes that were kept, by decreasing score
     """
     # batched_nms keeps classes apart by moving each to a place of its own, (largest coordinate + 1) further on. A box
-    # left of 0 could then reach into another class, and behind an enormous box, or in 32 bits, the move would round
-    # small boxes away. So the boxes are moved and cut to a range that is wide, but not too wide for 64 bits.
+    # left of 0 could then reach into another class, and next to an enormous box, or in 32 bits, rounding would erase
+    # small ones. So the boxes are moved and cut to a range that is wide, but not too wide for 64 bits.
     boxes_xy = boxes_xy.double().clamp(-1e5, 1e5) + 1e5
     return batched_nms(boxes_xy, scores.double(), labels, max_overlap)
 
