@@ -523,15 +523,15 @@ def draw_log_sizes():
 
     drawing, panels = charts(40, 2)
     ratios, marked = torch.linspace(0.2, 4.2, 200), torch.tensor([1 / 4, 1 / 2, 1, 2, 4])
-    for axes, title, function in ((panels[0], 'difference $(w - w_p) / w_p$', lambda ratio: ratio - 1),
-                                  (panels[1], 'logarithm $g_w = 5 \\ln (w / w_p)$', encoded)):
+    for axes, title, function in ((panels[0], 'difference $(w - \\hat w) / \\hat w$', lambda ratio: ratio - 1),
+                                  (panels[1], 'logarithm $g_w = 5 \\ln (w / \\hat w)$', encoded)):
         axes.plot(ratios, function(ratios), color=ink)
         for ratio, value, name in zip(marked.tolist(), function(marked).tolist(), ('¼', '½', '1', '2', '4')):
             axes.plot([0, ratio], [value, value], color=prediction_color, linewidth=1, linestyle=':')
             axes.plot(ratio, value, 'o', color=prediction_color, markersize=7)
             axes.annotate(name, (ratio, value), (6, -4), textcoords='offset points', va='top')
         axes.margins(y=0.08)
-        axes.set(title=title, xlabel='$w / w_p$', xlim=(0, 4.7), yticks=function(marked).tolist())
+        axes.set(title=title, xlabel='$w / \\hat w$', xlim=(0, 4.7), yticks=function(marked).tolist())
         axes.yaxis.set_major_formatter('{x:.2f}')
         axes.tick_params('y', labelsize=small)
     return drawing
@@ -689,12 +689,12 @@ def draw_loss_curve():
     """The loss of the demo's training, and its two parts."""
     rows = trained.read_table(trained.learning_path)
     n_batches = max(row['batch'] for row in rows)
-    iterations = [row['epoch'] * n_batches + row['batch'] for row in rows]
+    steps = [row['epoch'] * n_batches + row['batch'] for row in rows]
     drawing, axes = charts(34)
     for column, color, label in (('loss', ink, 'loss'), ('conf_loss', prediction_color, 'confidence loss'),
                                  ('loc_loss', prior_color, 'localization loss')):
-        axes.plot(iterations, [row[column] for row in rows], color=color, label=label)
-    axes.set(xlabel='iteration', ylabel='loss', xlim=(0, None), ylim=(0, None))
+        axes.plot(steps, [row[column] for row in rows], color=color, label=label)
+    axes.set(xlabel='step', ylabel='loss', xlim=(0, None), ylim=(0, None))
     axes.legend(fontsize=small)
     return drawing
 

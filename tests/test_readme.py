@@ -283,9 +283,9 @@ def test_numbers_of_hard_negatives_are_those_of_the_picture():
     n_negatives = len(create_prior_boxes()) - before['positives']
     assert f"has {before['positives']:.0f} positive priors, and {n_negatives:.0f} negative ones" in words
     assert f"lose {before['negative_loss'] / before['positive_loss']:.0f} times as much as the positives" in words
-    assert f"the {before['hard_negatives']:.0f} worst; the other {before['ignored']:.0f} are ignored" in words
-    assert (f"the {before['hard_negatives'] / n_negatives:.0%} that it keeps have "
-            f"{before['hard_loss'] / before['negative_loss']:.0%} of") in words
+    share = before['hard_negatives'] / n_negatives
+    assert f"the {before['hard_negatives']:.0f} worst, {share:.0%} of all; the other {before['ignored']:.0f} " in words
+    assert f"the {share:.0%} that it keeps have {before['hard_loss'] / before['negative_loss']:.0%} of" in words
     assert f"After training they have {after['hard_loss'] / after['negative_loss']:.0%}" in words
     assert f'4 ln *n* before anything is learned, {4 * math.log(21):.1f} with' in words
 
