@@ -23,7 +23,7 @@ voc12_path = 'VOCdevkit/VOC2012'  # another such folder, whose trainval is added
 output_folder = './'  # where the lists go
 labels = voc_labels  # the classes to detect, without the background; or None for all that occur
 test_fraction = 0.2  # share of the pictures that are for the test, in a folder without ImageSets
-download = False  # fetch Pascal VOC first: 2.8 GB, into VOCdevkit in the current folder
+download = False  # fetch Pascal VOC first: 2.9 GB, into VOCdevkit in the current folder
 
 
 def download_voc(root):
