@@ -417,6 +417,7 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
     copy_scripts(tmp_path)
     for block in blocks:
         set_parameters(tmp_path, block)
+    set_parameters(tmp_path, '# train.py\nthin = 16')  # to be quick
 
     hub = tmp_path / 'hub' / 'checkpoints'  # where torchvision looks before it downloads
     hub.mkdir(parents=True)
