@@ -1,6 +1,9 @@
 """Shared by the tests: the project's root on the path, and small data sets."""
+import json
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -27,6 +30,20 @@ def seeded(monkeypatch, tmp_path):
     """The same random numbers in every run; and no sheet of mistakes among the project's files."""
     torch.manual_seed(0)
     monkeypatch.setattr('eval.mistakes_path', str(tmp_path / 'mistakes.png'))
+
+
+@pytest.fixture(scope='session')
+def run_forked():
+    """A function that runs a command that begins with "python", quickly: see forked.py."""
+    forked = [sys.executable, os.path.join(root, 'tests', 'forked.py')]
+    with subprocess.Popen(forked, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        def run(folder, command):
+            """:return: the exit code, and what was printed"""
+            python, *arguments = shlex.split(command)
+            assert python == 'python'
+            print(json.dumps([str(folder), arguments, dict(os.environ)]), file=process.stdin, flush=True)
+            return int(process.stdout.readline()), (folder / 'output.txt').read_text()
+        yield run
 
 
 @pytest.fixture(scope='session')

@@ -1,10 +1,11 @@
 """
-Runs pytest again and again, each time anew, for test_exercises.py.
+Runs a command that begins with "python" again and again, each time anew.
 
-Each line of the input is, in JSON, a folder with a copy of the project, and a list of pytest's arguments. The answer is
-pytest's exit code; what it printed is in output.txt in that folder. A run that takes a minute is ended.
+Each line of the input is, in JSON, a folder, a list of the command's arguments (of "python -m pytest ...", of "python -c
+..." or of "python script.py ..."), and the environment. The answer is the exit code; what was printed is in output.txt
+in that folder. A run that takes two minutes is ended.
 
-To start Python and to import torch takes seconds, the tests themselves a fraction of one. So this process does it once,
+To start Python and to import torch takes seconds, the rest often a fraction of one. So this process does it once,
 imports nothing of the project, and then forks for each run: the child begins with all that is imported here, and gets
 the project from its own folder.
 """
@@ -12,8 +13,10 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
+import traceback
 
 import pytest
 
@@ -22,26 +25,39 @@ for name in ('numpy', 'PIL.Image', 'torch.utils.data', 'torch.utils.flop_counter
     importlib.import_module(name)
 
 
-def run_pytest(folder, arguments):
+def run(folder, arguments, environment):
     """
     :param folder: where to run it
-    :param arguments: pytest's
+    :param arguments: what follows "python" in the command
+    :param environment: dict of the environment's variables
     :return: its exit code; negative if it took too long
     """
     child = os.fork()
     if child == 0:
-        code = -1
+        code = 1
         try:
-            signal.alarm(60)  # unless it has ended by then, this ends it
+            signal.alarm(120)  # unless it has ended by then, this ends it
+            os.environ.update(environment)
             os.chdir(folder)
-            sys.path[0] = folder  # as "python -m pytest" does; it was the folder of this file
+            sys.path[0] = folder  # as python does; it was the folder of this file
             sys.dont_write_bytecode = True  # files change too quickly to be told apart by their time
             with open('output.txt', 'w') as output:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
-            code = int(pytest.main(arguments))
-            sys.stdout.flush()
+            if arguments[:2] == ['-m', 'pytest']:
+                code = int(pytest.main(arguments[2:]))
+            elif arguments[0] == '-c':
+                exec(arguments[1], {})
+                code = 0
+            else:
+                sys.argv = arguments
+                runpy.run_path(arguments[0], run_name='__main__')
+                code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -49,4 +65,4 @@ def run_pytest(folder, arguments):
 if __name__ == '__main__':
     gc.freeze()  # what is there now is not searched for garbage in each run
     for line in sys.stdin:
-        print(run_pytest(*json.loads(line)), flush=True)
+        print(run(*json.loads(line)), flush=True)

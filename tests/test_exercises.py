@@ -3,13 +3,9 @@ The exercises of README.md's "Write it yourself": the command of each passes wit
 empty function, and with a plausible wrong answer.
 """
 import ast
-import json
 import os
 import re
-import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 from conftest import root
@@ -75,30 +71,17 @@ def emptied(source, names):
     return '\n'.join(lines) + '\n'
 
 
-@pytest.fixture(scope='module')
-def run():
-    """A function that runs a command such as "python -m pytest tests/test_utils.py" in a folder: see forked.py."""
-    command = [sys.executable, os.path.join(root, 'tests', 'forked.py')]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        def run(folder, command):
-            *python, module = shlex.split(command)[:3]
-            assert (python, module) == (['python', '-m'], 'pytest')
-            options = ['-q', '--assert=plain', '-p', 'no:cacheprovider', f'--basetemp={folder / "tmp"}']
-            print(json.dumps([str(folder), shlex.split(command)[3:] + options]), file=process.stdin, flush=True)
-            return int(process.stdout.readline())
-        yield run
-
-
 def test_there_are_twelve():
     assert [int(number) for number, _, _ in exercises] == list(range(1, 13))
     assert [name for _, name, _ in exercises] == list(wrong_answers)
 
 
 @pytest.mark.parametrize('number, name, text', exercises, ids=[name for _, name, _ in exercises])
-def test_command_passes_with_the_code_and_fails_without_it(run, tmp_path, number, name, text):
+def test_command_passes_with_the_code_and_fails_without_it(run_forked, tmp_path, number, name, text):
     names, file_name = functions_and_file(text)
     assert text.startswith(f'\n\nEmpty [`{names[0]}`]') and name in names
-    [command] = re.findall(r'^    (.*)$', text, re.M)
+    [command] = re.findall(r'^    (python -m pytest .*)$', text, re.M)
+    options = f' -q --assert=plain -p no:cacheprovider --basetemp={tmp_path / "tmp"}'
 
     (tmp_path / 'tests').mkdir()
     for folder in ('.', 'tests'):
@@ -111,4 +94,5 @@ def test_command_passes_with_the_code_and_fails_without_it(run, tmp_path, number
     for kind, answer, code in (('right', source, 0), ('no', emptied(source, names), 1),
                                ('wrong', source.replace(piece, wrong_piece), 1)):  # 1: tests have run, and failed
         (tmp_path / file_name).write_text(answer)
-        assert run(tmp_path, command) == code, f'{kind} answer:\n' + (tmp_path / 'output.txt').read_text()
+        exit_code, printed = run_forked(tmp_path, command + options)
+        assert exit_code == code, f'{kind} answer:\n{printed}'

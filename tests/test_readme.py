@@ -347,14 +347,6 @@ def copy_scripts(folder):
             shutil.copy(os.path.join(root, name), folder)
 
 
-def run_in(folder, command):
-    """Run one of the README's commands that begin with "python", successfully; what it printed."""
-    _, *arguments = shlex.split(command)
-    result = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @pytest.mark.parametrize('n_objects', [1, 3, 40])
 def test_plain_matching_gives_what_the_loss_does(n_objects):
     (block,), names = section('Multibox loss')[1], {}
@@ -412,7 +404,7 @@ def test_the_next_command_after_the_demo(tmp_path):
     assert sorted(os.listdir(tmp_path / 'demo' / 'detections')) == ['test_0000.jpg', 'trainval_0000.jpg']
 
 
-def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
+def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch, run_forked):
     _, blocks, commands = section('Your own pictures')
     copy_scripts(tmp_path)
     for block in blocks:
@@ -426,7 +418,8 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
     assert [shlex.split(command)[1] for command in commands[2:]] == ['create_data_lists.py', 'train.py', 'eval.py',
                                                                      'detect.py']
     for command in commands:
-        printed = run_in(tmp_path, command.replace('300, 0)', '6, 0)'))
+        code, printed = run_forked(tmp_path, command.replace('300, 0)', '6, 0)'))
+        assert code == 0, printed
         if 'create_data_lists.py' in command:
             assert re.search(r'pictures +5 +1\n', printed)
         if 'train.py' in command:
@@ -436,7 +429,7 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path / 'detections')) == 6
 
 
-def test_a_first_training(tmp_path, monkeypatch):
+def test_a_first_training(tmp_path, run_forked):
     """With shapes in place of cells, one epoch, and one step to overfit."""
     _, blocks, commands = section('A first training on a laptop')
     copy_scripts(tmp_path)
@@ -445,9 +438,10 @@ def test_a_first_training(tmp_path, monkeypatch):
     set_parameters(tmp_path, '# overfit.py\nsteps = 1')
     draw_dataset(str(tmp_path / 'BCCD_Dataset' / 'BCCD'), 6, 2)
     for command in commands:
-        printed = run_in(tmp_path, command)
+        code, printed = run_forked(tmp_path, command)
+        assert code == 0, printed
         if 'train.py' in command:
-            assert re.search(r'epoch 0  mAP 0\.\d+  best 0\.\d+\n$', printed)
+            assert re.search(r'^epoch 0  mAP 0\.\d+  best 0\.\d+$', printed, re.M)
     left = {'checkpoint_ssd300.pth', 'checkpoint_ssd300_best.pth', 'mistakes.png', 'overfit.png'}
     assert left <= set(os.listdir(tmp_path))
     assert len(os.listdir(tmp_path / 'detections')) == 8

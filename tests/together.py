@@ -121,7 +121,7 @@ def main():
     if what == 'train':
         batch_size, epochs = map(int, sys.argv[3:])
         torch.manual_seed(0)
-        model = SSD300(n_classes=4, thin=8).to(device)
+        model = SSD300(n_classes=4, thin=16).to(device)
         print(f'process {process_number()} is {os.getpid()}', flush=True)
         train.evaluate = partial(evaluate, min_score=0, top_k=5000)  # so that there are some hits
         fit(model, make_optimizer(model, 1e-5, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
