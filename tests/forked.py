@@ -1,9 +1,9 @@
 """
 Runs a command that begins with "python" again and again, each time anew.
 
-Each line of the input is, in JSON, a folder, a list of the command's arguments (of "python -m pytest ...", of "python -c
-..." or of "python script.py ..."), and the environment. The answer is the exit code; what was printed is in output.txt
-in that folder. A run that takes two minutes is ended.
+Each line of the input is, in JSON, a folder, what follows "python" in the command (-m pytest ..., -c ... or a script), and
+the environment. The answer is the exit code; what was printed is in output.txt in that folder. A run that takes two
+minutes is ended.
 
 To start Python and to import torch takes seconds, the rest often a fraction of one. So this process does it once,
 imports nothing of the project, and then forks for each run: the child begins with all that is imported here, and gets
