@@ -1,8 +1,8 @@
 """
 Runs a command that begins with "python" again and again, each time anew.
 
-Each line of the input is, in JSON, a folder, what follows "python" in the command (-m pytest ..., -c ... or a script), and
-the environment. The answer is the exit code; what was printed is in output.txt in that folder. A run that takes two
+Each line of the input is, in JSON, a folder, what follows "python" in the command (-m pytest ..., -c ... or a script),
+and the environment. The answer is the exit code; what was printed is in output.txt in that folder. A run that takes two
 minutes is ended.
 
 To start Python and to import torch takes seconds, the rest often a fraction of one. So this process does it once,
