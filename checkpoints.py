@@ -275,6 +275,7 @@ class SafeUnpickler(pickle._Unpickler):  # the one in C takes gigabytes if a wro
     """Unpickles what is harmless, and refuses all else."""
 
     def find_class(self, module, name):
+        """:return: what a name in the file stands for"""
         path = f'{module}.{name}'.replace('__builtin__', 'builtins')  # Python 2's name
         if path not in harmless:
             raise pickle.UnpicklingError(f'GLOBAL {path} is refused')  # as torch.load says it, see `reason`
@@ -288,6 +289,7 @@ class SafePickle:
 
     @staticmethod
     def load(file, **options):
+        """:return: what an open file holds"""
         return SafeUnpickler(file, **options).load()
 
 

@@ -162,7 +162,8 @@ def output_paths(paths):
     :return: for each of them where its annotated copy goes, perhaps with ".png" added: neither is the path of another,
         nor of one of the pictures, be it on a system that tells A from a or on others
     """
-    def both(path):  # as they are told from others
+    def both(path):
+        """:return: the path, and with ".png" added, in the form in which they are told from others"""
         return {os.path.realpath(path + end).casefold() for end in ('', '.png')}
 
     taken, found = {os.path.realpath(path).casefold() for path in paths}, []

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from datasets import PascalVOCDataset, collate_fn
-from detect import draw_objects, find_objects, load_font
+from detect import draw_objects, load_font
 from files import UserError, open_image, run
 from mistakes import find_mistakes
-from model import SSD300, MultiBoxLoss
+from model import SSD300, MultiBoxLoss, possible_thin
 from train import make_optimizer, one_cycle, standardize, update
 
 data_folder = './'  # where create_data_lists.py wrote the lists
@@ -50,9 +50,8 @@ def overfit(train_set, n_pictures, steps, thin, lr, picture_path, device):
     optimizer = make_optimizer(model, lr, momentum=0.9, weight_decay=0, kind='adamw')
     one_cycle(optimizer, steps)
 
-    names = list(train_set.label_map)
-    columns = [(f'{n_objects} objects', [true_objects(picture, *of_picture, names)
-                                         for picture, *of_picture in zip(pictures, boxes, labels)])]
+    certain = [torch.ones(len(of_picture)) for of_picture in labels]  # the score of what is really there
+    columns = [(f'{n_objects} objects', boxes, labels, certain)]
     for step in range(1, steps + 1):
         predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
         loss = criterion(predicted_locs, predicted_scores, boxes, labels)
@@ -61,22 +60,15 @@ def overfit(train_set, n_pictures, steps, thin, lr, picture_path, device):
                             'pictures, or lower lr in overfit.py')
         if step in (steps // 4, steps // 2, 3 * steps // 4, steps):
             with torch.no_grad():
-                found = model.detect_objects(*model(images), min_score, max_overlap, top_k)
+                found = model.detect_objects(*model(images), min_score, max_overlap, top_k)  # boxes, labels, scores
             counts, alarms, _ = find_mistakes([*found, boxes, labels, difficulties], train_set.label_map, min_score)
             n_found = sum(of_label['hit'] for of_label in counts.values())
             n_alarms = sum(map(len, alarms.values()))
             print(f'step {step}  loss {loss.item():.4f}  found {n_found} of {n_objects}  false alarms {n_alarms}',
                   flush=True)
-            detections = find_objects(pictures, min_score, max_overlap, top_k, model, train_set.label_map)
-            columns.append((f'step {step}: {n_found} found', detections))
+            columns.append((f'step {step}: {n_found} found', *found))
     save_sheet(picture_path, pictures, columns, train_set.label_map)
     return loss.item(), n_found
-
-
-def true_objects(picture, boxes, labels, names):
-    """:return: a picture's objects as `find_objects` returns detections: a list of (label, score, box in pixels)"""
-    boxes = boxes * torch.tensor([picture.width, picture.height] * 2)  # (n_objects, 4)
-    return [(names[label], 1., box) for label, box in zip(labels, boxes.round().int().tolist())]
 
 
 def save_sheet(path, pictures, columns, label_map):
@@ -85,15 +77,18 @@ def save_sheet(path, pictures, columns, label_map):
 
     :param path: where to save the sheet
     :param pictures: list of PIL images in RGB
-    :param columns: list of (heading, a list of (label, score, box) for each picture)
+    :param columns: tuples of a heading, and boxes, labels and scores as `SSD300.detect_objects` returns them
     :param label_map: dict of label -> index
     """
-    header = 40
+    header, names = 40, list(label_map)
     sheet = Image.new('RGB', (len(columns) * tile[0], header + len(pictures) * tile[1]), 'white')
-    for column, (heading, detections) in enumerate(columns):
+    for column, (heading, *lists) in enumerate(columns):
         ImageDraw.Draw(sheet).text((column * tile[0] + 5, 8), heading, fill='black', font=load_font(24))
-        for row, (picture, of_picture) in enumerate(zip(pictures, detections)):
-            drawn = draw_objects(picture, of_picture, label_map)
+        for row, (picture, boxes, labels, scores) in enumerate(zip(pictures, *lists)):
+            boxes = boxes.cpu().clamp(0, 1) * torch.tensor([picture.width, picture.height] * 2)  # (n, 4)
+            found = zip(labels.tolist(), scores.tolist(), boxes.round().int().tolist())
+            drawn = draw_objects(picture, [(names[label], score, box) for label, score, box in found if label > 0],
+                                 label_map)
             drawn.thumbnail((tile[0] - 10, tile[1] - 10))
             sheet.paste(drawn, (column * tile[0] + 5, header + row * tile[1]))
     sheet.save(path)
@@ -101,6 +96,9 @@ def save_sheet(path, pictures, columns, label_map):
 
 def main():
     """Overfit with the parameters at the top of this file."""
+    if min(n_pictures, steps) < 1 or thin not in possible_thin:
+        raise UserError(f'n_pictures = {n_pictures}, steps = {steps}, thin = {thin} in overfit.py: set the first two to '
+                        f'at least 1, and thin to one of {possible_thin}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)

@@ -293,7 +293,7 @@ def standardize(model, images):
     """
     def shift_and_scale(layer, _, output):
         """Change a layer's weights and biases for these pictures; its output too, which the next layer gets."""
-        n_values = output[:, 0].numel()  # of each channel; of one picture, the last layers have a single one
+        n_values = output[:, 0].numel()  # of each channel; with one picture, conv11_2's have a single one
         spread, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
         spread = spread.where(spread > 1e-3, 1)  # (n_channels); a channel that never changes is only shifted
         layer.weight /= spread.view(-1, 1, 1, 1)

@@ -46,6 +46,11 @@ def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, caps
     overfit.main()
     assert f'Look at {tmp_path / "sheet.png"}' in capsys.readouterr().out
     assert Image.open(tmp_path / 'sheet.png').height == 40 + overfit.tile[1]
+    for name in 'n_pictures', 'steps', 'thin':
+        with monkeypatch.context() as wrong:
+            wrong.setattr(overfit, name, 0)
+            with pytest.raises(UserError, match=f'{name} = 0.* in overfit.py'):
+                overfit.main()
     monkeypatch.setattr(overfit, 'data_folder', str(tmp_path))
     with pytest.raises(UserError, match='create_data_lists.py'):
         overfit.main()
