@@ -97,8 +97,8 @@ def save_sheet(path, pictures, columns, label_map):
 def main():
     """Overfit with the parameters at the top of this file."""
     if min(n_pictures, steps) < 1 or thin not in possible_thin:
-        raise UserError(f'n_pictures = {n_pictures}, steps = {steps}, thin = {thin} in overfit.py: set the first two to '
-                        f'at least 1, and thin to one of {possible_thin}')
+        raise UserError(f'n_pictures = {n_pictures}, steps = {steps}, thin = {thin} in overfit.py: set the first two '
+                        f'to at least 1, and thin to one of {possible_thin}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
