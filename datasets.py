@@ -1,5 +1,5 @@
 """
-The data set: pictures and objects from the lists that create_data_lists.py wrote, their random variations for training,
+The data set: images and objects from the lists that create_data_lists.py wrote, their random variations for training,
 and how they make a batch.
 """
 import json
@@ -24,10 +24,10 @@ from utils import find_jaccard_overlap, mean, std
 
 class PascalVOCDataset(Dataset):
     """
-    Pictures with their objects, ready for the network. See "Inputs".
+    Images with their objects, ready for the network. See "Inputs".
 
     :param data_folder: the folder with the lists
-    :param split: 'TRAIN' for random variations of the training pictures, or 'TEST'
+    :param split: 'TRAIN' for random variations of the training images, or 'TEST'
     :param keep_difficult: keep objects that are marked as difficult
     :raises UserError: a list is missing, or is not from the same run as the others
     """
@@ -48,7 +48,7 @@ class PascalVOCDataset(Dataset):
 
     def __getitem__(self, i):
         """
-        :param i: a picture's index; or (index, seed), then the same seed gives the same variation (see EpochSampler)
+        :param i: an image's index; or (index, seed), then the same seed gives the same variation (see EpochSampler)
         :return: image (3, 300, 300), boxes in fractional boundary coordinates (n_objects, 4), labels (n_objects),
             difficulties (n_objects) byte
         """
@@ -84,13 +84,13 @@ def read_list(data_folder, name):
 
 class EpochSampler(Sampler):
     """
-    Shuffles the pictures anew in each epoch, and hands out a seed with each. Order and variations depend on nothing but
+    Shuffles the images anew in each epoch, and hands out a seed with each. Order and variations depend on nothing but
     `seed` and the epoch: not on the number of workers, nor on whether training was interrupted before. See "Inputs".
 
-    :param n: number of pictures
+    :param n: number of images
     :param seed: the seed of the training
     :param process: number of this process; of n_processes, each gets its share of each batch that one would get
-    :param n_processes: all get the same number of pictures, so up to n_processes - 1 sit out an epoch
+    :param n_processes: all get the same number of images, so up to n_processes - 1 sit out an epoch
     """
 
     def __init__(self, n, seed, process=0, n_processes=1):
@@ -105,13 +105,13 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         rng = random.Random(f'{self.seed} {self.epoch}')
-        pictures = [(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)]
-        return iter(pictures[self.process::self.n_processes][:len(self)])
+        images = [(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)]
+        return iter(images[self.process::self.n_processes][:len(self)])
 
 
 def collate_fn(batch):
     """
-    Pictures stack into a tensor; objects can't, because each picture has its own number of them.
+    Images stack into a tensor; objects can't, because each image has its own number of them.
 
     :param batch: N items of PascalVOCDataset
     :return: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N tensors
@@ -134,7 +134,7 @@ def load_batches(loader):
     try:
         yield from batches
     except (OSError, EOFError, RuntimeError) as error:
-        if loader.num_workers == 0 or str(error).startswith('Caught '):  # an error in the loading of a picture
+        if loader.num_workers == 0 or str(error).startswith('Caught '):  # an error in the loading of an image
             raise
         if 'Too many open files' in str(error):
             raise UserError(one_line(error)) from None
@@ -146,7 +146,7 @@ def load_batches(loader):
 def quiet_worker(_):
     """
     Let a data loader's worker not print that the main process hung up on it, which happens when the user stops
-    training. Errors in pictures are not printed here, but handed over to the main process.
+    training. Errors in images are not printed here, but handed over to the main process.
     """
     sys.excepthook = lambda *_: None
 
@@ -183,7 +183,7 @@ def photometric_distort(image, rng=random):
 
 
 # Zooming out and in moves no pixels at first. `expand` and `random_crop` only choose a window: a rectangle
-# (x_min, y_min, x_max, y_max) in the picture's pixels that may reach beyond the picture. `resize` then draws what the
+# (x_min, y_min, x_max, y_max) in the image's pixels that may reach beyond the image. `resize` then draws what the
 # window shows, in one pass over those pixels that are really seen, and only these are distorted.
 
 def expand(window, rng=random):
@@ -247,18 +247,18 @@ def centers_inside(boxes, window):
 
 def resize(image, boxes, window, dims=(300, 300), distort=None):
     """
-    Draw what a window shows of a picture; beyond the picture it shows the ImageNet mean.
+    Draw what a window shows of an image; beyond the image it shows the ImageNet mean.
 
     :param image: a PIL image in RGB
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
-    :param window: boundary coordinates in pixels, it must show some of the picture
+    :param window: boundary coordinates in pixels, it must show some of the image
     :param dims: width and height to draw
-    :param distort: a function from PIL image to PIL image for what is drawn of the picture, the mean beyond excepted
+    :param distort: a function from PIL image to PIL image for what is drawn of the image, the mean beyond excepted
     :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)
     """
     x_min, y_min, x_max, y_max = window
     scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)
-    # The part of the picture that the window shows, and the whole pixels where it is drawn
+    # The part of the image that the window shows, and the whole pixels where it is drawn
     part = max(x_min, 0), max(y_min, 0), min(x_max, image.width), min(y_max, image.height)
     left, top = (min(round((part[0] - x_min) * scale_x), dims[0] - 1),
                  min(round((part[1] - y_min) * scale_y), dims[1] - 1))
@@ -290,7 +290,7 @@ def flip(image, boxes):
 
 def transform(image, boxes, labels, difficulties, split, rng=random):
     """
-    Prepare a picture for the network; for training, as a random variation of it (the paper's section 2.2). See
+    Prepare an image for the network; for training, as a random variation of it (the paper's section 2.2). See
     "Transforms".
 
     :param image: a PIL image in RGB

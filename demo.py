@@ -4,7 +4,7 @@ The whole pipeline, without a GPU or a download:
     python demo.py
 
 draws a small data set in Pascal VOC's layout, lists it, trains SSD300 on it from random weights, measures the mean
-average precision on pictures it did not train on, and saves a sheet of detections.
+average precision on images it did not train on, and saves a sheet of detections.
 """
 import math
 import os
@@ -28,10 +28,10 @@ from train import fit, make_optimizer, momentum, standardize, weight_decay
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
 sides = (28, 200)  # of the smallest and the largest shapes, in pixels
-n_train = 300  # pictures to train on
-n_test = 80  # other pictures, to measure on
-epochs = 5  # times to go through the training pictures
-batch_size = 2  # pictures in a batch: with few pictures, many small steps teach more than few large ones
+n_train = 300  # images to train on
+n_test = 80  # other images, to measure on
+epochs = 5  # times to go through the training images
+batch_size = 2  # images in a batch: with few images, many small steps teach more than few large ones
 lr = 1e-3  # the highest learning rate of AdamW, which needs far fewer steps here than train.py's gradient descent
 
 
@@ -80,7 +80,7 @@ def draw_shape(image, shape, box, difficult, rng):
     image.paste(random_color(rng, saturation=(60, 100), lightness=(60, 80)), mask=mask)
 
 
-def draw_picture(rng):
+def draw_image(rng):
     """
     :return: a PIL image with up to eight shapes, and a list of (shape, box, difficult) for each; boxes are boundary
         coordinates in pixels from 0, the last pixels included
@@ -105,12 +105,12 @@ def draw_picture(rng):
 
 def draw_dataset(folder, n_train, n_test, seed=0):
     """
-    Draw pictures, with annotations and splits in Pascal VOC's layout.
+    Draw images, with annotations and splits in Pascal VOC's layout.
 
     :param folder: where JPEGImages, Annotations and ImageSets/Main go
-    :param n_train: number of pictures in the split trainval
-    :param n_test: number of pictures in the split test
-    :param seed: the same seed draws the same pictures
+    :param n_train: number of images in the split trainval
+    :param n_test: number of images in the split test
+    :param seed: the same seed draws the same images
     """
     for subfolder in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
         os.makedirs(os.path.join(folder, subfolder), exist_ok=True)
@@ -120,7 +120,7 @@ def draw_dataset(folder, n_train, n_test, seed=0):
         with open(os.path.join(folder, 'ImageSets', 'Main', split + '.txt'), 'w') as file:
             file.write('\n'.join(names) + '\n')
         for name in names:
-            image, objects = draw_picture(rng)
+            image, objects = draw_image(rng)
             image.save(os.path.join(folder, 'JPEGImages', name + '.jpg'), quality=90)
             root = ET.Element('annotation')
             ET.SubElement(root, 'filename').text = name + '.jpg'
@@ -138,10 +138,10 @@ def draw_dataset(folder, n_train, n_test, seed=0):
 
 def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
     """
-    Save one picture with the detections in many.
+    Save one image with the detections in many.
 
     :param path: where to save it
-    :param image_paths: the pictures to detect in
+    :param image_paths: the images to detect in
     :param detector: see `detect.detect`
     """
     rows = -(-len(image_paths) // columns)
@@ -165,10 +165,10 @@ def main():
     """Draw, list, train, evaluate, detect."""
     began = time.time()
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    print(f'1. Drawing {n_train + n_test} pictures of shapes into {folder}')
+    print(f'1. Drawing {n_train + n_test} images of shapes into {folder}')
     draw_dataset(folder, n_train, n_test)
 
-    print('\n2. Listing pictures and objects, as create_data_lists.py does')
+    print('\n2. Listing images and objects, as create_data_lists.py does')
     create_data_lists(folder, None, folder, labels=shapes)
 
     thin = 1 if device.type == 'cuda' else 4
@@ -181,7 +181,7 @@ def main():
     fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, rise_and_fall=True, print_freq=10,
         grad_clip=10)
 
-    print(f'\n4. Evaluating on {n_test} other pictures, as eval.py does')
+    print(f'\n4. Evaluating on {n_test} other images, as eval.py does')
     model, label_map = load_detector(checkpoint_path)
     test_set = PascalVOCDataset(folder, 'TEST', keep_difficult=True)
     _, mean_average_precision = evaluate(DataLoader(test_set, batch_size, collate_fn=collate_fn), model.to(device))
@@ -193,9 +193,9 @@ def main():
 mAP {mean_average_precision:.3f} after {(time.time() - began) / 60:.1f} minutes. Look at {sheet_path}.
 
 Next: read README.md beside the code, then
-  - detect in other pictures, in the folder of the checkpoint:
+  - detect in other images, in the folder of the checkpoint:
         cd {folder} && python {os.path.join('..', 'detect.py')} JPEGImages
-  - set download = True in create_data_lists.py, and train on real pictures:
+  - set download = True in create_data_lists.py, and train on real images:
         python create_data_lists.py && python train.py && python eval.py''')
 
 

@@ -1,9 +1,9 @@
 """
-Detect objects in pictures, and draw them:
+Detect objects in images, and draw them:
 
-    python detect.py photo.jpg another.png folder_of_pictures
+    python detect.py photo.jpg another.png folder_of_images
 
-prints each detection's label, score and box in pixels, and saves an annotated copy of each picture, animated ones
+prints each detection's label, score and box in pixels, and saves an annotated copy of each image, animated ones
 included. Edit the parameters below first.
 """
 import os
@@ -17,17 +17,17 @@ from tqdm import tqdm
 
 from checkpoints import load_detector
 from datasets import transform
-from files import UserError, is_picture, opened_image, run, to_rgb
+from files import UserError, is_image, opened_image, run, to_rgb
 from utils import make_color_map
 
-img_path = 'photo.jpg'  # picture or folder, if none is given on the command line
+img_path = 'photo.jpg'  # image or folder, if none is given on the command line
 checkpoint = 'checkpoint_ssd300.pth'  # the weights, from train.py; None for torchvision's, trained on COCO's 80 classes
 output_folder = 'detections'  # where the annotated copies go
 min_score = 0.4  # how certain a detection must be to be drawn
 max_overlap = 0.45  # of two boxes of a class that overlap by more, only the better is kept
-top_k = 200  # draw at most this many detections in a picture
-batch_size = 16  # frames of an animated picture that go through the network together
-show = False  # also open a window with each annotated picture
+top_k = 200  # draw at most this many detections in an image
+batch_size = 16  # frames of an animated image that go through the network together
+show = False  # also open a window with each annotated image
 
 load_font = cache(ImageFont.load_default)  # each size once: it takes longer than the drawing
 
@@ -35,7 +35,7 @@ load_font = cache(ImageFont.load_default)  # each size once: it takes longer tha
 @cache
 def kept_detector(checkpoint):
     """
-    Load a detector once, and keep it for the pictures to come.
+    Load a detector once, and keep it for the images to come.
 
     :param checkpoint: see `checkpoints.load_detector`; if there is no such file, torchvision's weights are taken
     :return: SSD300 on the GPU, if there is one, and its dict of label -> index
@@ -87,7 +87,7 @@ def draw_objects(image, detections, label_map):
     for label, score, (x_min, y_min, x_max, y_max) in reversed(detections):
         text = f'{label} {score:.2f}'
         size = max(10, round(min(image.size) / 25))
-        while True:  # a smaller font, if the text is wider than the picture
+        while True:  # a smaller font, if the text is wider than the image
             font = load_font(size)
             left, top, right, bottom = font.getbbox(text)
             width, height = right - left + 2 * line_width, bottom - top + 2 * line_width
@@ -119,27 +119,27 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
     return draw_objects(image, detections, label_map)
 
 
-def list_pictures(paths):
+def list_images(paths):
     """
     :param paths: files and folders
-    :return: the files, and in place of each folder the pictures in it, by name
-    :raises UserError: a folder without pictures
+    :return: the files, and in place of each folder the images in it, by name
+    :raises UserError: a folder without images
     """
     files = []
     for path in paths:
         if not os.path.isdir(path):
             files.append(path)
             continue
-        inside = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_picture(name)]
+        inside = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_image(name)]
         if not inside:
-            raise UserError(f'{path} has no pictures in it: give a picture, or a folder with pictures')
+            raise UserError(f'{path} has no images in it: give an image, or a folder with images')
         files += inside
     return files
 
 
 def read_frames(path):
     """
-    :param path: a picture file; errors as in `files.opened_image`
+    :param path: an image file; errors as in `files.opened_image`
     :return: its frames as a list of PIL images in RGB, one unless it is an animated GIF, PNG or WebP; and what
         `Image.save` has to know to write them again
     """
@@ -158,9 +158,9 @@ def read_frames(path):
 
 def output_paths(paths):
     """
-    :param paths: pictures
+    :param paths: images
     :return: for each of them where its annotated copy goes, perhaps with ".png" added: neither is the path of another,
-        nor of one of the pictures, be it on a system that tells A from a or on others
+        nor of one of the images, be it on a system that tells A from a or on others
     """
     def both(path):
         """:return: the path, and with ".png" added, in the form in which they are told from others"""
@@ -179,9 +179,9 @@ def output_paths(paths):
 
 def annotate(path, output_path):
     """
-    Read a picture, detect objects in it, and save it with these.
+    Read an image, detect objects in it, and save it with these.
 
-    :param path: a picture
+    :param path: an image
     :param output_path: where to save it; ".png" is added, if it is of a kind that would not show everything
     :return: where it was saved; and for each frame what `find_objects` found
     :raises UserError: see `files.opened_image`
@@ -202,19 +202,19 @@ def annotate(path, output_path):
 
 
 def main():
-    """Detect in the pictures on the command line, with the parameters at the top of this file."""
-    paths = list_pictures(sys.argv[1:] or [img_path])
+    """Detect in the images on the command line, with the parameters at the top of this file."""
+    paths = list_images(sys.argv[1:] or [img_path])
     n_threads = min(8, len(paths), torch.get_num_threads())
     if any(map(os.path.isfile, paths)):
         kept_detector(checkpoint)  # before the threads begin: if it can't be loaded, that is said once
-    # While one picture is read, drawn or saved, others are in the network. Each thread computes with its share of the
+    # While one image is read, drawn or saved, others are in the network. Each thread computes with its share of the
     # processor's cores.
     torch.set_num_threads(torch.get_num_threads() // n_threads)
     torch.backends.cudnn.allow_tf32 = False  # in all threads: `find_objects` could put it back while another computes
     pool, n_failed = ThreadPoolExecutor(n_threads), 0
     try:
         annotated = [pool.submit(annotate, *both) for both in zip(paths, output_paths(paths))]
-        for path, result in zip(tqdm(paths, unit='picture', disable=True if len(paths) == 1 else None), annotated):
+        for path, result in zip(tqdm(paths, unit='image', disable=True if len(paths) == 1 else None), annotated):
             try:
                 output_path, detections = result.result()
             except UserError as error:

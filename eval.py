@@ -1,5 +1,5 @@
 """
-Measure a trained SSD300 on the test pictures, the way Pascal VOC 2007 does:
+Measure a trained SSD300 on the test images, the way Pascal VOC 2007 does:
 
     python eval.py
 
@@ -17,13 +17,13 @@ from checkpoints import load_detector
 from datasets import PascalVOCDataset, collate_fn, load_batches, quiet_worker
 from files import UserError, run
 from mistakes import find_mistakes, print_counts, save_sheet
-from processes import gather_pictures, join_processes, leave_processes, n_processes, process_number
+from processes import gather_images, join_processes, leave_processes, n_processes, process_number
 from utils import calculate_mAP
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py; None for torchvision's, trained on COCO
-batch_size = 32  # pictures in a batch; fewer if memory runs out
-workers = 4  # processes that load pictures
+batch_size = 32  # images in a batch; fewer if memory runs out
+workers = 4  # processes that load images
 mistakes_path = 'mistakes.png'  # where a sheet of the worst mistakes goes, or None; at the scores that detect.py draws
 bfloat16 = False  # compute in 16 bits: faster on many GPUs, but not quite what is measured otherwise
 
@@ -35,7 +35,7 @@ bfloat16 = False  # compute in 16 bits: faster on many GPUs, but not quite what 
 def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False,
              mistakes_path=None):
     """
-    Detect objects in all test pictures, compare them with the true ones, and print a table.
+    Detect objects in all test images, compare them with the true ones, and print a table.
 
     :param test_loader: DataLoader of PascalVOCDataset's split TEST, with difficult objects kept: detections of them
         are neither right nor wrong, but the evaluation has to know
@@ -50,7 +50,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     model.eval()
     device = model.priors_cxcy.device
     # Of each batch: boxes, labels and scores of the detections; boxes, labels and difficulties of the objects. They are
-    # kept in one piece, with a count for each picture: many small ones would be scattered all over the memory, and take
+    # kept in one piece, with a count for each image: many small ones would be scattered all over the memory, and take
     # long to exchange between processes.
     batches, counts = [[] for _ in range(6)], [[] for _ in range(6)]
     start = time.time()
@@ -62,7 +62,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
         for batch, count, values in zip(batches, counts, (*found, *objects)):
             batch.append(torch.cat(values))
             count.extend(map(len, values))
-    lists = [gather_pictures(batch, count) for batch, count in zip(batches, counts)]
+    lists = [gather_images(batch, count) for batch, count in zip(batches, counts)]
     seconds = time.time() - start
 
     label_map = test_loader.dataset.label_map
@@ -76,7 +76,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
         shown = f'{average_precisions[label]:.3f}' if label in average_precisions else '-'
         print(f'{label:20}{n_objects:10}{shown:>10}')
     print(f'{"mAP":20}{(difficulties == 0).sum().item():10}{mean_average_precision:10.3f}')
-    print(f'{len(lists[0])} pictures, {len(lists[0]) / seconds:.1f} pictures/s on {device}')
+    print(f'{len(lists[0])} images, {len(lists[0]) / seconds:.1f} images/s on {device}')
     if mistakes_path is not None:
         counts, alarms, missed = find_mistakes(lists, label_map, detect.min_score)
         print_counts(counts, detect.min_score)

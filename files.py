@@ -1,5 +1,5 @@
 """
-What can go wrong with files: errors that end in one line, files that must not be left half written, and pictures of any
+What can go wrong with files: errors that end in one line, files that must not be left half written, and images of any
 kind. Skip this file on a first reading; `UserError` is all that the others need to know of it.
 """
 import os
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 not_enough_memory = 'there is not enough memory: lower batch_size'
-killed_worker = 'a process that loads pictures was killed, perhaps for lack of memory: lower workers'
+killed_worker = 'a process that loads images was killed, perhaps for lack of memory: lower workers'
 
 # What PyTorch raises as a mere RuntimeError, told apart by words in its message, and our line
 runtime_errors = {
@@ -88,24 +88,24 @@ def write_whole(*paths, mode='wb'):
             os.remove(temporary)
 
 
-# ------------------------------------------------------------------------------------------------------------- Pictures
+# ------------------------------------------------------------------------------------------------------------- Images
 
-def is_picture(name):
+def is_image(name):
     """
     :param name: of a file
-    :return: whether its extension is that of a picture that Pillow reads by itself
+    :return: whether its extension is that of an image that Pillow reads by itself
     """
-    picture_format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return picture_format in Image.OPEN and picture_format not in ('EPS', 'MPEG')
+    image_format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
+    return image_format in Image.OPEN and image_format not in ('EPS', 'MPEG')
 
 
 @contextmanager
 def opened_image(path):
     """
-    Open a picture file; the pixels are read when they are needed.
+    Open an image file; the pixels are read when they are needed.
 
     :param path: a file
-    :raises UserError: the file is missing, or is no picture that Pillow can read whole
+    :raises UserError: the file is missing, or is no image that Pillow can read whole
     """
     try:
         with Image.open(path) as image:
@@ -113,14 +113,14 @@ def opened_image(path):
     except FileNotFoundError:
         raise UserError(f'{path} is missing: check the path') from None
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        raise UserError(f'{path} is not a picture that can be read: {one_line(error)}') from None
+        raise UserError(f'{path} is not an image that can be read: {one_line(error)}') from None
 
 
 def image_header(path):
     """
-    :param path: a picture file, of which little more than the header is read; errors as in `opened_image`
-    :return: (width, height) in pixels, as `open_image` will have them; and EXIF's orientation: 1 if the picture is
-        stored upright, 2 to 4 if it is upside down or mirrored, 5 to 8 if its rows are the upright picture's columns
+    :param path: an image file, of which little more than the header is read; errors as in `opened_image`
+    :return: (width, height) in pixels, as `open_image` will have them; and EXIF's orientation: 1 if the image is
+        stored upright, 2 to 4 if it is upside down or mirrored, 5 to 8 if its rows are the upright image's columns
     """
     with opened_image(path) as image:
         orientation = image.getexif().get(0x0112)
@@ -137,7 +137,7 @@ def image_header(path):
 
 def open_image(path):
     """
-    :param path: a picture file; errors as in `opened_image`
+    :param path: an image file; errors as in `opened_image`
     :return: a PIL image in RGB, see `to_rgb`
     """
     with opened_image(path) as image:
@@ -146,7 +146,7 @@ def open_image(path):
 
 def to_rgb(image):
     """
-    Bring a picture of any mode to 8-bit RGB, turned the way its EXIF orientation says.
+    Bring an image of any mode to 8-bit RGB, turned the way its EXIF orientation says.
 
     :param image: a PIL image, which stays as it is
     :return: a new PIL image in RGB

@@ -18,7 +18,7 @@ caption_height = 34  # pixels below it
 
 def judge(det_boxes, det_labels, true_boxes, true_labels, true_difficulties):
     """
-    Say of each detection of a picture what it is:
+    Say of each detection of an image what it is:
 
     - hit: it overlaps an object of its class by more than 0.5, and is the first to do so;
     - second box: it does, but the object has been found;
@@ -29,7 +29,7 @@ def judge(det_boxes, det_labels, true_boxes, true_labels, true_difficulties):
 
     :param det_boxes: boundary coordinates, by decreasing score, (n, 4)
     :param det_labels: (n)
-    :param true_boxes: the picture's objects, boundary coordinates, (n_objects, 4)
+    :param true_boxes: the image's objects, boundary coordinates, (n_objects, 4)
     :param true_labels: (n_objects)
     :param true_difficulties: (n_objects)
     :return: list of (kind, index of the object that it is about or None); and the set of the objects that were found
@@ -59,14 +59,14 @@ def find_mistakes(lists, label_map, min_score):
     :param label_map: dict of label -> index
     :param min_score: detections with a lower score do not count
     :return: dicts of label -> a Counter of `kinds`, and of objects 'not found'; the false alarms from the surest down,
-        tuples of (score, picture, box, true box or None, caption); the objects that were not found from the largest
-        down, tuples of (area, picture, None, true box, caption)
+        tuples of (score, image, box, true box or None, caption); the objects that were not found from the largest
+        down, tuples of (area, image, None, true box, caption)
     """
     labels = list(label_map)
     counts, alarms, missed = {}, {}, {}
     for label in labels[1:]:
         counts[label], alarms[label], missed[label] = Counter(), [], []
-    for picture, tensors in enumerate(zip(*lists)):
+    for image, tensors in enumerate(zip(*lists)):
         det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties = (t.cpu() for t in tensors)
         shown = (det_scores > min_score) & (det_labels > 0)  # (n)
         det_boxes, det_labels, det_scores = det_boxes[shown], det_labels[shown], det_scores[shown]
@@ -78,11 +78,11 @@ def find_mistakes(lists, label_map, min_score):
             if kind not in ('hit', 'difficult'):
                 true_box = None if target is None else true_boxes[target]
                 what = f'{kind}: {true_labels[target]}' if kind == 'wrong class' else kind
-                alarms[label].append((score, picture, box, true_box, f'{label} {score:.2f}\n{what}'))
+                alarms[label].append((score, image, box, true_box, f'{label} {score:.2f}\n{what}'))
         for target, (box, label) in enumerate(zip(true_boxes, true_labels)):
             if target not in found and not true_difficulties[target]:
                 counts[label]['not found'] += 1
-                missed[label].append(((box[2:] - box[:2]).prod().item(), picture, None, box, f'{label}\nnot found'))
+                missed[label].append(((box[2:] - box[:2]).prod().item(), image, None, box, f'{label}\nnot found'))
     for of_label in (*alarms.values(), *missed.values()):
         of_label.sort(key=lambda mistake: mistake[0], reverse=True)
     return counts, alarms, missed
@@ -101,13 +101,13 @@ def save_sheet(path, alarms, missed, image_paths):
     Draw a row for each class: its surest false alarms, then the largest of its objects that were not found.
 
     :param path: where the sheet goes
-    :param image_paths: the pictures' paths; the others are what `find_mistakes` returns
+    :param image_paths: the images' paths; the others are what `find_mistakes` returns
     """
     sheet = Image.new('RGB', (2 * n_shown * (tile + 10), len(alarms) * (tile + caption_height)), 'white')
     for row, label in enumerate(alarms):
         for first_column, of_label in ((0, alarms[label]), (n_shown, missed[label])):
-            for column, (_, picture, *mistake) in enumerate(of_label[:n_shown], first_column):
-                drawn = draw_mistake(open_image(image_paths[picture]), *mistake)
+            for column, (_, image, *mistake) in enumerate(of_label[:n_shown], first_column):
+                drawn = draw_mistake(open_image(image_paths[image]), *mistake)
                 sheet.paste(drawn, (column * (tile + 10), row * (tile + caption_height)))
     sheet.save(path)
 
@@ -124,7 +124,7 @@ def draw_mistake(image, box, true_box, caption):
     boxes = [(b.cpu().clamp(0, 1) * size, color) for b, color in ((true_box, 'lime'), (box, 'orange')) if b is not None]
     corners = torch.stack([b for b, _ in boxes])  # (1 or 2, 4)
     low, high = corners[:, :2].amin(dim=0), corners[:, 2:].amax(dim=0)  # (2), (2)
-    side = max(1.6 * (high - low).max().item(), 24)  # pixels of the picture that the tile shows, in each direction
+    side = max(1.6 * (high - low).max().item(), 24)  # pixels of the image that the tile shows, in each direction
     left, top = ((low + high) / 2 - side / 2).tolist()
     cut = image.crop((round(left), round(top), round(left + side), round(top + side))).resize((tile, tile))
     drawn = Image.new('RGB', (tile, tile + caption_height), 'white')

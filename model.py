@@ -1,12 +1,12 @@
 """
 SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", 2016, arXiv 1512.02325) and its loss.
 
-A picture goes through three sets of convolutions: the base finds low-level features, the auxiliary convolutions
+An image goes through three sets of convolutions: the base finds low-level features, the auxiliary convolutions
 higher-level ones on ever coarser maps, and the prediction convolutions turn six of these maps into 8732 predictions,
 one for each prior: how the prior has to move and stretch to fit an object, and a score for each class. The loss says
 how wrong they are; `SSD300.detect_objects` turns them into detections.
 
-Each class names the section of README.md that explains it. In the comments on shapes, N is the number of pictures in
+Each class names the section of README.md that explains it. In the comments on shapes, N is the number of images in
 the batch; the numbers of channels are those of the whole network, of which a thin one has a part (see `thin_out`).
 Boxes and priors: see utils.py.
 """
@@ -73,7 +73,7 @@ class VGGBase(nn.Module):
 
     def forward(self, image):
         """
-        :param image: pictures, a tensor (N, 3, 300, 300), see `datasets.to_input`
+        :param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
         """
         # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. Before or after a pool
@@ -269,7 +269,7 @@ class SSD300(nn.Module):
 
     def forward(self, image):
         """
-        :param image: pictures, a tensor (N, 3, 300, 300), see `datasets.to_input`
+        :param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), before softmax
         """
         conv4_3_feats, conv7_feats = self.base(image)  # (N, 512, 38, 38), (N, 1024, 19, 19)
@@ -284,15 +284,15 @@ class SSD300(nn.Module):
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
         """
         Turn predictions into detections: decode the boxes, drop low scores, suppress boxes that overlap a better one of
-        their class, and keep each picture's best. See "Processing predictions".
+        their class, and keep each image's best. See "Processing predictions".
 
         :param predicted_locs: offsets from the priors, (N, 8732, 4)
         :param predicted_scores: class scores before softmax, (N, 8732, n_classes)
         :param min_score: a score must be above this to count
         :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
-        :param top_k: keep at most this many detections of a picture
+        :param top_k: keep at most this many detections of an image
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
-            long, scores (n). A picture without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0.
+            long, scores (n). An image without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0.
         """
         all_boxes, all_labels, all_scores = [], [], []
         for locs, scores in zip(predicted_locs.float(), predicted_scores.float()):
@@ -346,7 +346,7 @@ def thin_out(model, thin):
             weight, bias = decimate(layer.weight.detach(), m), decimate(layer.bias.detach(), m[:1])
             layer.out_channels, layer.in_channels = weight.shape[:2]
             # A sum over a quarter of the channels would spread half as much, and after fifteen layers nothing would be
-            # left of the picture: so weights grow by the square root of what their number shrank by.
+            # left of the image: so weights grow by the square root of what their number shrank by.
             layer.weight = nn.Parameter(weight * math.sqrt(n_inputs / layer.in_channels))
             layer.bias = nn.Parameter(bias.clone())
     model.rescale_factors = nn.Parameter(decimate(model.rescale_factors.detach(), (None, thin, None, None)).clone())
@@ -391,7 +391,7 @@ class MultiBoxLoss(nn.Module):
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
         # All positives of the batch. Of several processes, it is their mean number, so that the mean of their losses is
-        # the loss of all pictures. Without any object the sums below are 0, and so is the loss.
+        # the loss of all images. Without any object the sums below are 0, and so is the loss.
         n_positive_of_all = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
@@ -400,7 +400,7 @@ class MultiBoxLoss(nn.Module):
         loc_loss = loc_loss.where(positive, 0).sum() / n_positive_of_all
 
         # Confidence: cross entropy (equation 3) over the positive priors, and over the hard negatives: those with the
-        # highest loss, in each picture three times as many as positives.
+        # highest loss, in each image three times as many as positives.
         conf_loss = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
                                     reduction='none').view_as(true_classes)  # (N, 8732)
         negatives = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
@@ -420,13 +420,13 @@ class MultiBoxLoss(nn.Module):
         priors_xy = cxcy_to_xy(self.priors_cxcy)  # (8732, 4)
         n_priors = len(priors_xy)
 
-        # To treat all pictures at once, their objects are padded with zeros to the largest number, which is at least 1.
+        # To treat all images at once, their objects are padded with zeros to the largest number, which is at least 1.
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]  # (N, n_objects, 4)
         labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1]  # (N, n_objects)
         boxes, labels = (padded.to(priors_xy.device, non_blocking=True) for padded in (boxes, labels))
         real = labels > 0  # (N, n_objects)
-        # A few pictures at a time: the areas on the way to the overlaps take several times the memory of the overlaps,
-        # which in crowded pictures, with hundreds of objects in each, is a lot.
+        # A few images at a time: the areas on the way to the overlaps take several times the memory of the overlaps,
+        # which in crowded images, with hundreds of objects in each, is a lot.
         overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(4)])  # (N, n_objects, 8732)
         overlap.masked_fill_(~real.unsqueeze(2), -1)
 
@@ -452,11 +452,11 @@ def own_priors(overlap):
     one that overlaps it more keeps it, and the other takes its next best. Of equals, the first one in order wins: a
     small object overlaps all priors that contain it equally.
 
-    All objects of all pictures ask at once, in rounds, until nobody asks for what another keeps. It ends where one
+    All objects of all images ask at once, in rounds, until nobody asks for what another keeps. It ends where one
     would by taking pair after pair, the largest overlap first, and takes far fewer steps.
 
     :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732); of what is no object, -1
-    :return: the index of each object's prior, no two the same in a picture, (N, n_objects); of what is no object, 0
+    :return: the index of each object's prior, no two the same in an image, (N, n_objects); of what is no object, 0
     """
     overlap = overlap.clone()
     # Of two objects that overlap a prior equally, the earlier one wins.

@@ -82,20 +82,20 @@ def share_gradients(model):
     return network
 
 
-def gather_pictures(pieces, counts):
+def gather_images(pieces, counts):
     """
-    :param pieces: tensors (n, ...), each with the values of several pictures that this process had, one after the
-        other; of n processes, process i had the pictures i, i + n, i + 2n, ...
-    :param counts: how many values belong to each picture
-    :return: list with a tensor for each picture of all processes, in order, on the CPU, the same in each process
+    :param pieces: tensors (n, ...), each with the values of several images that this process had, one after the
+        other; of n processes, process i had the images i, i + n, i + 2n, ...
+    :param counts: how many values belong to each image
+    :return: list with a tensor for each image of all processes, in order, on the CPU, the same in each process
     """
-    mine = torch.cat(pieces).cpu() if pieces else torch.empty(0)  # of few pictures, a process may have none
+    mine = torch.cat(pieces).cpu() if pieces else torch.empty(0)  # of few images, a process may have none
     parts = [(mine, counts)] * n_processes()
     if n_processes() > 1:
         dist.all_gather_object(parts, (mine, counts))  # one large tensor takes far less time than many small ones
     parts = [values.split(counts) for values, counts in parts]
-    # The first picture of each process, then the second of each; the last time, some have none left.
-    return [picture for pictures in zip_longest(*parts) for picture in pictures if picture is not None]
+    # The first image of each process, then the second of each; the last time, some have none left.
+    return [image for images in zip_longest(*parts) for image in images if image is not None]
 
 
 def download_weights(weights, remedy):

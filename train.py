@@ -1,5 +1,5 @@
 """
-Train SSD300 on the pictures that create_data_lists.py has listed:
+Train SSD300 on the images that create_data_lists.py has listed:
 
     python train.py
 
@@ -31,7 +31,7 @@ from utils import adjust_learning_rate, clip_gradient, fast_in_bfloat16
 # Data
 data_folder = './'  # where create_data_lists.py wrote the lists
 keep_difficult = True  # train on objects that are marked as difficult, too
-workers = 4  # processes that load pictures
+workers = 4  # processes that load images
 
 # Model
 checkpoint = None  # a checkpoint to go on from, or None to start anew
@@ -39,10 +39,10 @@ checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
 pretrained = 'imagenet'  # start: 'imagenet' for VGG-16's base, 'coco' for a whole detector, None for random weights
 thin = 1  # of a new training, every thin-th channel is kept: 1 for the paper's network, 4 for one a laptop can train
 
-# Learning: the paper's recipe, 120,000 iterations of 32 pictures of VOC 07+12, in epochs and with a smaller batch
-batch_size = 8  # pictures in a batch, of each process if there are several
-epochs = 232  # times to go through the training pictures
-optimizer = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for few pictures or random weights
+# Learning: the paper's recipe, 120,000 iterations of 32 images of VOC 07+12, in epochs and with a smaller batch
+batch_size = 8  # images in a batch, of each process if there are several
+epochs = 232  # times to go through the training images
+optimizer = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for few images or random weights
 lr = 1e-3  # learning rate; with 'sgd', biases learn at twice this rate; with 'adamw', it is the highest
 decay_lr_at = (154, 193)  # with 'sgd', epochs from which the learning rate is lower ...
 decay_lr_to = 0.1  # ... by this factor, each time; with 'adamw', it rises and falls by itself
@@ -164,9 +164,9 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     losses, n_images, loading, last_line = [], 0, 0., time.time()  # since the last line of the log
     end = time.time()  # of the last batch
 
-    # To name a batch's pictures: their order is fixed within an epoch, so the sampler tells us, too, which they are.
+    # To name a batch's images: their order is fixed within an epoch, so the sampler tells us, too, which they are.
     batches = zip(train_loader.batch_sampler, load_batches(train_loader))
-    for i, (pictures, (images, boxes, labels, _)) in enumerate(batches):
+    for i, (images, (images, boxes, labels, _)) in enumerate(batches):
         loading += time.time() - end
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
 
@@ -175,10 +175,10 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         loc_loss, conf_loss = criterion.losses(predicted_locs, predicted_scores, boxes, labels)
         loss = conf_loss + criterion.alpha * loc_loss
         if not update(optimizer, loss, grad_clip):
-            names = ', '.join(os.path.basename(train_loader.dataset.images[index]) for index, _ in pictures)
+            names = ', '.join(os.path.basename(train_loader.dataset.images[index]) for index, _ in images)
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1}. Here, '
-                            f'the loss was {loss.item()}, of the pictures {names}. The weights were not changed, and '
-                            'the last checkpoint is as it was: check the boxes of these pictures, lower lr, or set '
+                            f'the loss was {loss.item()}, of the images {names}. The weights were not changed, and '
+                            'the last checkpoint is as it was: check the boxes of these images, lower lr, or set '
                             'grad_clip')
 
         losses.append(torch.stack([loc_loss, conf_loss]).detach())  # left on the GPU until a line is printed
@@ -283,17 +283,17 @@ def make_model(label_map, checkpoint, pretrained, thin):
 @torch.no_grad()
 def standardize(model, images):
     """
-    Prepare random weights for learning. Layer after layer, random weights make different pictures more alike, until
-    hardly anything tells them apart. So shift and scale each layer but the predictions, such that over some pictures
+    Prepare random weights for learning. Layer after layer, random weights make different images more alike, until
+    hardly anything tells them apart. So shift and scale each layer but the predictions, such that over some images
     each of its channels has the mean 0 and the spread 1 (Salimans and Kingma, "Weight normalization", 2016). And let
     the first predictions be nearly 0: random ones would be wild guesses, which would take many steps to take back.
 
     :param model: SSD300 with random weights, which are changed in place
-    :param images: some pictures, a tensor (N, 3, 300, 300)
+    :param images: some images, a tensor (N, 3, 300, 300)
     """
     def shift_and_scale(layer, _, output):
-        """Change a layer's weights and biases for these pictures; its output too, which the next layer gets."""
-        n_values = output[:, 0].numel()  # of each channel; with one picture, conv11_2's have a single one
+        """Change a layer's weights and biases for these images; its output too, which the next layer gets."""
+        n_values = output[:, 0].numel()  # of each channel; with one image, conv11_2's have a single one
         spread, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
         spread = spread.where(spread > 1e-3, 1)  # (n_channels); a channel that never changes is only shifted
         layer.weight /= spread.view(-1, 1, 1, 1)
@@ -359,7 +359,7 @@ def main():
             raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
     del saved  # or its weights would take up memory to the end
     if process_number() == 0:
-        print(f'Training on {device} with {len(train_set)} pictures, epochs {start_epoch} to {epochs - 1}.')
+        print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
     try:
         fit(model, learner, train_set, checkpoint_path, epochs, batch_size, start_epoch=start_epoch, seed=first_seed,
             workers=workers, decay_lr_at=decays, decay_lr_to=decay_lr_to, rise_and_fall=rise_and_fall,

@@ -7,7 +7,7 @@ Boxes come in three forms, and names say which:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
     cxcy    center-size coordinates: (c_x, c_y, w, h)
     gcxgcy  a box as an offset from a prior: what the network predicts
-They are in fractions of the picture's width and height (0 to 1), unless a function says otherwise. See "Boxes".
+They are in fractions of the image's width and height (0 to 1), unless a function says otherwise. See "Boxes".
 """
 import math
 from collections import Counter, namedtuple
@@ -133,11 +133,11 @@ def priors_of_map(size, step, scale, extra_scale, ratios):
     """
     The priors of one feature map, row by row, tile by tile: see `create_prior_boxes`.
 
-    Widths and heights are clamped to at most 1, but priors are not cut at the picture's edge. See "Which priors".
+    Widths and heights are clamped to at most 1, but priors are not cut at the image's edge. See "Which priors".
 
     :param size: tiles in a row, and rows, of the map
-    :param step: distance between the centers of two tiles, as a fraction of the picture
-    :param scale: square root of the area of the priors, as a fraction of the picture's
+    :param step: distance between the centers of two tiles, as a fraction of the image
+    :param scale: square root of the area of the priors, as a fraction of the image's
     :param extra_scale: the same for the extra prior
     :param ratios: aspect ratios, width to height, the first is 1
     :return: priors in fractional center-size coordinates, a tensor (size * size * (number of ratios + 1), 4)
@@ -209,7 +209,7 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     """
     Average precision of each class, and their mean, as Pascal VOC 2007 defines them. See "Evaluation".
 
-    The arguments are lists with a tensor for each picture. Boxes are in boundary coordinates, all of one kind.
+    The arguments are lists with a tensor for each image. Boxes are in boundary coordinates, all of one kind.
 
     :param det_boxes: detections, (n, 4) each
     :param det_labels: (n) each; label 0, the placeholder for no detection, does not count
@@ -236,12 +236,12 @@ def find_hits(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_d
     :return: dict of label -> whether each detection that counts is a hit, by decreasing score, a bool tensor (n), and
         how many objects there were to find; for classes with objects. The arguments are those of `calculate_mAP`.
     """
-    # Picture by picture: which object does each detection belong to? Objects are numbered through all pictures.
+    # Image by image: which object does each detection belong to? Objects are numbered through all images.
     targets, n_before = [], 0
-    for picture in zip(det_boxes, det_labels, true_boxes, true_labels):
-        of_picture = find_targets(*(tensor.cpu() for tensor in picture))  # (n)
-        targets.append(of_picture.where(of_picture < 0, of_picture + n_before))  # (n)
-        n_before += len(picture[3])
+    for image in zip(det_boxes, det_labels, true_boxes, true_labels):
+        of_image = find_targets(*(tensor.cpu() for tensor in image))  # (n)
+        targets.append(of_image.where(of_image < 0, of_image + n_before))  # (n)
+        n_before += len(image[3])
 
     det_labels, det_scores = torch.cat(det_labels).cpu(), torch.cat(det_scores).cpu()  # (n_all), (n_all)
     by_score = det_scores.sort(descending=True, stable=True).indices  # (n_all)
@@ -266,9 +266,9 @@ def find_hits(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_d
 
 def find_targets(det_boxes, det_labels, true_boxes, true_labels):
     """
-    :param det_boxes: detections of a picture, boundary coordinates, (n, 4)
+    :param det_boxes: detections of an image, boundary coordinates, (n, 4)
     :param det_labels: (n)
-    :param true_boxes: the picture's objects, boundary coordinates, (n_objects, 4)
+    :param true_boxes: the image's objects, boundary coordinates, (n_objects, 4)
     :param true_labels: (n_objects)
     :return: for each detection, the object of its class that it overlaps most: its index, of equals the first, or -1
         if they overlap by no more than 0.5, (n)

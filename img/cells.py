@@ -1,5 +1,5 @@
 """
-Real pictures, of blood cells: what the detector of "A first training on a laptop" in the README finds, and what it gets
+Real images, of blood cells: what the detector of "A first training on a laptop" in the README finds, and what it gets
 wrong. Follow that section first; its folder `cells` is not in the repository.
 """
 import os
@@ -23,13 +23,13 @@ from trained import find_in_all
 from utils import average_precision, find_hits
 
 folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'cells')
-shown = (71, 17, 40, 25, 10, 44)  # test pictures: together, they have about as many mistakes as others
+shown = (71, 17, 40, 25, 10, 44)  # test images: together, they have about as many mistakes as others
 
 
 @cache
 def evaluated():
     """
-    :return: the test pictures, a PascalVOCDataset, and `find_in_all` of the trained detector and these
+    :return: the test images, a PascalVOCDataset, and `find_in_all` of the trained detector and these
     """
     checkpoint = os.path.join(folder, 'checkpoint_ssd300.pth')
     if not os.path.exists(checkpoint):
@@ -40,7 +40,7 @@ def evaluated():
 
 @figure('cells.png')
 def draw_cells():
-    """What the detector finds in six test pictures, right and wrong, and what it does not find."""
+    """What the detector finds in six test images, right and wrong, and what it does not find."""
     test_set, lists = evaluated()
     letters = [{'WBC': 'W', 'Platelets': 'P'}.get(label) for label in test_set.label_map]  # most boxes are red cells
     fig, axes = panels(2, 3, 4.1)
@@ -84,16 +84,16 @@ def draw_mistakes():
 
 @figure('overfit.png')
 def draw_overfit():
-    """Of the sheet that overfit.py draws, the first picture: its objects, and what was found after some steps."""
-    evaluated()  # or the message that says how to get the pictures
+    """Of the sheet that overfit.py draws, the first image: its objects, and what was found after some steps."""
+    evaluated()  # or the message that says how to get the images
     torch.manual_seed(0)
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, 'overfit.png')
-        overfit.overfit(train_set, overfit.n_pictures, overfit.steps, overfit.thin, overfit.lr, path,
+        overfit.overfit(train_set, overfit.n_images, overfit.steps, overfit.thin, overfit.lr, path,
                         torch.device('cpu'))
         sheet = Image.open(path)
-        width, height = overfit.tile[0], sheet.height - (overfit.n_pictures - 1) * overfit.tile[1]
+        width, height = overfit.tile[0], sheet.height - (overfit.n_images - 1) * overfit.tile[1]
         drawn = Image.new('RGB', (2 * width, 2 * height), 'white')
         for i, column in enumerate((0, 1, 2, 4)):
             drawn.paste(sheet.crop((column * width, 0, (column + 1) * width, height)),

@@ -1,6 +1,6 @@
 """
 The tutorial's diagrams and curves. Drawings on a `canvas` are measured in tenths of an inch, with y downward as in
-pictures. Whatever numbers they show come from the project's own functions.
+images. Whatever numbers they show come from the project's own functions.
 """
 import os
 
@@ -93,7 +93,7 @@ def output_shapes(layers, module, image):
     :param image: its input
     :return: dict of name -> shape of what the layer puts out, (channels, size, size), or (outputs) if fully connected
     """
-    shapes = {'picture': tuple(image.shape[1:])}
+    shapes = {'image': tuple(image.shape[1:])}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: tuple(output.shape[1:])}))
     module(image)
@@ -154,7 +154,7 @@ def draw_legend(axes, entries):
 
 @figure('vgg16.svg')
 def draw_vgg16():
-    """VGG-16: the maps of each stage for a picture of 224x224, and the three fully connected layers."""
+    """VGG-16: the maps of each stage for an image of 224x224, and the three fully connected layers."""
     with torch.device('meta'):  # tensors that have a shape, but no numbers
         vgg, image, names = vgg16(), torch.zeros(1, 3, 224, 224), [name for name, _ in VGGBase().named_children()][:18]
     layers = [layer for layer in vgg.features if not isinstance(layer, torch.nn.ReLU)]
@@ -163,8 +163,8 @@ def draw_vgg16():
     *groups, last = stages(shapes)
     connected = {name: tint(series[3], 0.4) for name in ('fc6', 'fc7', 'fc8')}
     drawing, axes = canvas(32)
-    draw_layers(axes, [['picture'], *groups, last[:-1], last[-1:], ['fc6', 'fc7'], ['fc8']], shapes, 12,
-                {'picture': paper, **connected})
+    draw_layers(axes, [['image'], *groups, last[:-1], last[-1:], ['fc6', 'fc7'], ['fc8']], shapes, 12,
+                {'image': paper, **connected})
     draw_legend(axes, ((1, convolution_color, 'convolution, ReLU'), (23, ink, 'max pool'),
                        (38, connected['fc6'], 'fully connected')))
     return drawing
@@ -177,8 +177,8 @@ def draw_base():
         base, image = VGGBase(), torch.zeros(1, 3, 300, 300)
     shapes = output_shapes(dict(base.named_children()), base, image)
     drawing, axes = canvas(47)
-    places = draw_layers(axes, [['picture'], *stages(shapes), ['conv6'], ['conv7']], shapes, 12,
-                         {'picture': paper, **map_colors})
+    places = draw_layers(axes, [['image'], *stages(shapes), ['conv6'], ['conv7']], shapes, 12,
+                         {'image': paper, **map_colors})
     draw_legend(axes, ((33, convolution_color, 'convolution, ReLU'), (51, ink, 'max pool')))
     for name in ('conv4_3', 'conv7'):
         x, top = places[name]
@@ -186,13 +186,13 @@ def draw_base():
     write(axes, (places['conv4_3'][0] + places['conv7'][0]) / 2, 6, 'to the predictions')
     sides = {name: shape[1] for name, shape in shapes.items()}
     conv6 = f'{base.conv6.kernel_size[0]}×{base.conv6.kernel_size[1]}, dilation {base.conv6.dilation[0]}'
-    changes = {'picture': f'The picture has {sides["picture"]}×{sides["picture"]} pixels, not 224×224.',
+    changes = {'image': f'The image has {sides["image"]}×{sides["image"]} pixels, not 224×224.',
                'pool3': f'pool3 rounds {sides["conv3_3"] / 2} up to {sides["pool3"]}.',
                'pool5': f'pool5 (3×3, stride 1) does not halve: {sides["conv5_3"]} stays {sides["pool5"]}.',
                'conv6': f'fc6 became conv6 ({conv6}), fc7 became conv7 (1×1). No fc8.'}
     for i, (name, change) in enumerate(changes.items()):
         x, top = places[name]
-        beside = (x + 2.2, top + 1) if name == 'picture' else (x + 0.5, top - 2)
+        beside = (x + 2.2, top + 1) if name == 'image' else (x + 0.5, top - 2)
         for x, y in (beside, (2.5, 37 + 2.7 * i)):
             write(axes, x, y, str(i + 1), color=paper, weight='bold',
                   bbox={'boxstyle': 'circle,pad=0.15', 'facecolor': wrong_color, 'edgecolor': 'none'})
@@ -250,10 +250,10 @@ def priors_by_map():
 
 @figure('ssd300.svg')
 def draw_ssd300():
-    """The whole network: from the picture to 8732 predictions, and what becomes of them."""
+    """The whole network: from the image to 8732 predictions, and what becomes of them."""
     drawing, axes = canvas(74)
     shade = tint(faint, 0.25)
-    block(axes, 1, 1, 14, 5, 'picture\n300×300 × 3')
+    block(axes, 1, 1, 14, 5, 'image\n300×300 × 3')
     arrow(axes, (8, 6), (8, 9))
     block(axes, 1, 9, 14, 12.5, 'VGGBase', shade)
     arrow(axes, (8, 21.5), (8, 23.5))
@@ -411,24 +411,24 @@ def draw_receptive_fields():
                   label='sides of the priors' if i == 0 else None)
         axes.text(field + 8, i, field, va='center', fontsize=small)
     axes.axvline(300, color=ink, linestyle='--', linewidth=1.2)
-    axes.text(306, -0.75, 'width of the picture: 300', fontsize=small)
-    axes.set(yticks=range(6), yticklabels=feature_maps, ylim=(5.6, -1.1), xlim=(0, 960), xlabel='pixels of the picture')
+    axes.text(306, -0.75, 'width of the image: 300', fontsize=small)
+    axes.set(yticks=range(6), yticklabels=feature_maps, ylim=(5.6, -1.1), xlim=(0, 960), xlabel='pixels of the image')
     axes.legend(loc='upper right', bbox_to_anchor=(1, 0.9), fontsize=small)
     return drawing
 
 
 @figure('pipeline.svg')
 def draw_pipeline():
-    """What happens to pictures in training, and in use."""
+    """What happens to images in training, and in use."""
     drawing, axes = canvas(74)
-    training = [('create_data_lists', 'lists of pictures and objects'),
+    training = [('create_data_lists', 'lists of images and objects'),
                 ('PascalVOCDataset, transform', 'a random variation'),
                 ('collate_fn', 'images (N, 3, 300, 300)'),
                 ('SSD300', 'locs (N, 8732, 4)\nscores (N, 8732, n_classes)'),
                 ('MultiBoxLoss', 'the loss, a number'),
                 ('optimizer', 'better weights'),
                 ('save_checkpoint', '')]
-    use = [('a picture', ''),
+    use = [('an image', ''),
            ('to_rgb', 'RGB, upright'),
            ('resize, to_input', 'image (1, 3, 300, 300)'),
            ('SSD300', 'locs (1, 8732, 4)\nscores (1, 8732, n_classes)'),
@@ -507,8 +507,8 @@ def draw_prior_sizes():
     for name, priors in priors_by_map().items():
         widths, heights = priors[..., 2:].flatten(0, 1).unique(dim=0).unbind(dim=1)
         axes.plot(widths, heights, 'o', color=map_colors[name], markersize=8, label=name)
-    axes.set(xlim=(0, 1.12), ylim=(0, 1.12), aspect='equal', xlabel='width, as a fraction of the picture',
-             ylabel='height, as a fraction of the picture')
+    axes.set(xlim=(0, 1.12), ylim=(0, 1.12), aspect='equal', xlabel='width, as a fraction of the image',
+             ylabel='height, as a fraction of the image')
     drawing.legend(loc='outside upper center', ncols=3, fontsize=small, handletextpad=0.2)
     return drawing
 
@@ -619,7 +619,7 @@ def draw_smooth_l1():
 def confidence_losses(model):
     """
     :param model: SSD300
-    :return: confidence losses of the priors of the demo's first test picture: of the positive ones, and of the others
+    :return: confidence losses of the priors of the demo's first test image: of the positive ones, and of the others
         from the hardest down
     """
     images, boxes, labels, _ = collate_fn([trained.test_set()[0]])
@@ -636,7 +636,7 @@ hard_negatives_path = os.path.join(trained.images_folder, 'hard_negatives.csv')
 
 @figure('hard_negatives.svg')
 def draw_hard_negatives():
-    """Confidence losses of a test picture's background, before and after the demo's training: the hardest count."""
+    """Confidence losses of a test image's background, before and after the demo's training: the hardest count."""
     finished, _ = trained.detector()
     _, unfinished, _ = trained.start()
     drawing, axes = charts(38)

@@ -1,4 +1,4 @@
-"""The worked examples of the tutorial: the README shows their numbers, pictures show them, and a test computes them."""
+"""The worked examples of the tutorial: the README shows their numbers, images show them, and a test computes them."""
 import torch
 
 from model import SSD300
@@ -23,7 +23,7 @@ n_objects = 5
 
 def receptive_fields():
     """
-    :return: dict of feature map -> how many pixels wide the part of the picture is that one of its tiles has seen, and
+    :return: dict of feature map -> how many pixels wide the part of the image is that one of its tiles has seen, and
         that its prediction convolution sees
     """
     model, field, step, fields = SSD300(n_classes=2), 1, 1, {}

@@ -1,7 +1,7 @@
 """
-The tutorial's pictures with photographs in them, and of the demo's detector at work (see trained.py).
+The tutorial's images with photographs in them, and of the demo's detector at work (see trained.py).
 
-All boxes are drawn in fractional coordinates: `show` stretches a picture over the square from 0 to 1, at the picture's
+All boxes are drawn in fractional coordinates: `show` stretches an image over the square from 0 to 1, at the image's
 own aspect ratio.
 """
 import copy
@@ -34,7 +34,7 @@ objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 2
            'coffee': {'cup': (172, 18, 409, 308), 'saucer': (77, 68, 480, 388), 'spoon': (326, 66, 425, 327)},
            'motorcycle': {'motorcycle': (93, 45, 684, 452), 'bench': (41, 106, 283, 310)},
            'chelsea': {}}
-letters = 11  # points, of the text in pictures
+letters = 11  # points, of the text in images
 dashes = (0, (4, 3))  # of lines: four line widths on, three off
 
 
@@ -71,7 +71,7 @@ def panels(rows, columns, height, row_heights=None):
 
 def show(ax, image, title='', margin=0.):
     """
-    Draw a picture.
+    Draw an image.
 
     :param image: a PIL image
     :param margin: white space around it, as a fraction of its size
@@ -114,7 +114,7 @@ def write(ax, x, y, text, color, **options):
 
 
 def grid(ax, size, color=paper, **options):
-    """Draw the tiles of a feature map over a picture."""
+    """Draw the tiles of a feature map over an image."""
     for line in range(size + 1):
         ax.plot([line / size] * 2, [0, 1], color=color, **options)
         ax.plot([0, 1], [line / size] * 2, color=color, **options)
@@ -163,14 +163,14 @@ def vary(image, boxes, rng):
 
 # ------------------------------------------------------------------------------------------------------- Detections
 
-found_in = (25, 70, 74, 6, 9, 71)  # test pictures with detections
+found_in = (25, 70, 74, 6, 9, 71)  # test images with detections
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
 min_score = 0.5  # of the detections that are drawn, as in demo.py
 
 
 @figure('detections.png')
 def draw_detections():
-    """What the demo's detector finds in six of the test pictures, as detect.py does."""
+    """What the demo's detector finds in six of the test images, as detect.py does."""
     colors = class_colors()
     fig, axes = panels(2, 3, 4.4)
     for ax, i in zip(axes, found_in):
@@ -187,7 +187,7 @@ def draw_detections():
 @figure('learning.gif')
 def draw_learning():
     """
-    What the detector finds in six test pictures after more and more steps: of the best 50 boxes in each picture
+    What the detector finds in six test images after more and more steps: of the best 50 boxes in each image
     those above `min_score` in their class's color, and what else is among the best 5 in white.
     """
     colors = list(class_colors().values())
@@ -213,7 +213,7 @@ def draw_learning():
 
 @figure('coordinates.png')
 def draw_coordinates():
-    """A box in boundary and in center-size coordinates, in pixels and in fractions of the picture's size."""
+    """A box in boundary and in center-size coordinates, in pixels and in fractions of the image's size."""
     image, boxes = photograph('coffee')
     box = fractional(boxes[0], image)
     (x_min, y_min, x_max, y_max), (c_x, c_y, _, _) = box.tolist(), xy_to_cxcy(box).tolist()
@@ -248,7 +248,7 @@ def draw_coordinates():
 
 @figure('feature_maps.png')
 def draw_feature_maps():
-    """The tiles of the six feature maps over the picture that the network sees."""
+    """The tiles of the six feature maps over the image that the network sees."""
     image, _ = photograph('astronaut')
     fig, axes = panels(2, 3, 4.8)
     for ax, (name, feature_map) in zip(axes, feature_maps.items()):
@@ -268,7 +268,7 @@ def priors_by_map():
 
 @figure('priors.png')
 def draw_priors():
-    """For each feature map the priors of one of its tiles; they may reach over the picture's edge."""
+    """For each feature map the priors of one of its tiles; they may reach over the image's edge."""
     image, _ = photograph('astronaut')
     fig, axes = panels(2, 3, 4)
     for ax, (name, priors), color in zip(axes, priors_by_map().items(), series):
@@ -373,7 +373,7 @@ def draw_matching():
 
 @figure('decoding.png')
 def draw_decoding():
-    """From predictions to detections in a test picture of the demo."""
+    """From predictions to detections in a test image of the demo."""
     model, label_map = detector()
     image, normalized = open_image(test_set().images[found_in[-1]]), test_set()[found_in[-1]][0]
     image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
@@ -487,10 +487,10 @@ def draw_expand():
 
 def show_crop(ax, image, boxes, window, title=''):
     """
-    Draw a picture, pale outside of a window, and the objects' boxes and centers, faint if the crop leaves them out.
+    Draw an image, pale outside of a window, and the objects' boxes and centers, faint if the crop leaves them out.
 
     :param boxes: boundary coordinates in pixels, (n_objects, 4)
-    :param window: boundary coordinates in pixels, inside the picture
+    :param window: boundary coordinates in pixels, inside the image
     """
     corners = [round(edge) for edge in window]
     pale = Image.blend(image, Image.new('RGB', image.size, paper), 0.6)
@@ -581,14 +581,14 @@ def draw_min_score():
 # ---------------------------------------------------------------------------------------------------- Receptive fields
 
 looked_at = ('conv4_3', 'conv7', 'conv8_2')  # maps
-n_looked_at = 40  # test pictures
+n_looked_at = 40  # test images
 locality_path = os.path.join(images_folder, 'locality.csv')
 
 
 def sensitivity(name):
     """
     Ask how much each pixel matters to a prediction of the demo's detector: by how much the largest class score changes
-    if the pixel does, the mean over test pictures.
+    if the pixel does, the mean over test images.
 
     :param name: a feature map
     :return: the share of each pixel, (300, 300), and the prior that the prediction is for, center-size coordinates (4):
@@ -611,7 +611,7 @@ def share_inside(shares, box):
     """
     :param shares: of each pixel, (300, 300)
     :param box: fractional boundary coordinates (4)
-    :return: the share of the pixels inside the box, and the share of the picture's area that the box covers
+    :return: the share of the pixels inside the box, and the share of the image's area that the box covers
     """
     x_min, y_min, x_max, y_max = (300 * box).clamp(0, 300).round().int().tolist()
     inside = shares[y_min:y_max, x_min:x_max]
@@ -622,7 +622,7 @@ def share_inside(shares, box):
 def draw_locality():
     """
     How much each pixel matters to a prediction for a prior in the middle: the darker, the more. In blue the prior, and
-    thin a box twice as wide and high; in black the part of the picture that the prediction can see at all.
+    thin a box twice as wide and high; in black the part of the image that the prediction can see at all.
     """
     heat = LinearSegmentedColormap.from_list('heat', (paper, prediction_color, ink))
     fig, axes = panels(1, 3, 3)

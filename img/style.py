@@ -1,4 +1,4 @@
-"""What all of the tutorial's pictures have in common: colors, fonts, line widths, and a list of who draws which."""
+"""What all of the tutorial's images have in common: colors, fonts, line widths, and a list of who draws which."""
 import matplotlib
 
 matplotlib.use('Agg')  # draws into files, without a screen
@@ -24,7 +24,7 @@ def figure(name):
     Enter a function into the list of those that draw. It returns a matplotlib figure, a PIL image, or, for a .gif, a
     list of (PIL image, milliseconds).
 
-    :param name: the picture's file name
+    :param name: the image's file name
     """
     def enter(draw):
         figures[name] = draw

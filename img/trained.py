@@ -1,4 +1,4 @@
-"""The detector of demo.py, watched while it learns: the tutorial's pictures of a detector at work come from it."""
+"""The detector of demo.py, watched while it learns: the tutorial's images of a detector at work come from it."""
 import csv
 import os
 from functools import cache
@@ -20,7 +20,7 @@ snapshots_path = os.path.join(data_folder, 'snapshots.pth')
 learning_path = os.path.join(images_folder, 'learning.csv')  # train.py's log
 min_score_path = os.path.join(images_folder, 'min_score.csv')  # mAP without the detections below a score
 milestones = (0, 50, 100, 200, 400, 750)  # iterations after which we look what the detector finds
-n_watched = 12  # test pictures that we look at then
+n_watched = 12  # test images that we look at then
 min_scores = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -56,7 +56,7 @@ def learn():
 
 def start():
     """
-    :return: the demo's training pictures, SSD300 with the random weights that the demo starts from, and its optimizer
+    :return: the demo's training images, SSD300 with the random weights that the demo starts from, and its optimizer
     """
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
@@ -77,8 +77,8 @@ def find_in_all(model, test_set):
     """
     :param model: SSD300
     :param test_set: a PascalVOCDataset
-    :return: boxes, labels, scores of what it finds in all pictures, and boxes, labels, difficulties of their objects:
-        lists with a tensor for each picture, as `calculate_mAP` takes them
+    :return: boxes, labels, scores of what it finds in all images, and boxes, labels, difficulties of their objects:
+        lists with a tensor for each image, as `calculate_mAP` takes them
     """
     lists = [[] for _ in range(6)]
     for images, *objects in DataLoader(test_set, batch_size=8, collate_fn=collate_fn):
@@ -99,7 +99,7 @@ def left_by_learn(path):
 
 def test_set():
     """
-    :return: the demo's test pictures, a PascalVOCDataset
+    :return: the demo's test images, a PascalVOCDataset
     """
     left_by_learn(checkpoint_path)
     return PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
@@ -107,7 +107,7 @@ def test_set():
 
 def snapshots():
     """
-    :return: dict of iteration -> boxes, labels, scores: lists with a tensor for each picture that was watched
+    :return: dict of iteration -> boxes, labels, scores: lists with a tensor for each image that was watched
     """
     return torch.load(left_by_learn(snapshots_path), weights_only=True)
 
@@ -124,7 +124,7 @@ def detector():
 @cache
 def evaluated():
     """
-    :return: `find_in_all` of the trained detector and the test pictures
+    :return: `find_in_all` of the trained detector and the test images
     """
     return find_in_all(detector()[0], test_set())
 
@@ -132,11 +132,11 @@ def evaluated():
 def mean_average_precision(min_score):
     """
     :param min_score: detections with no higher score are left out
-    :return: mAP of the trained detector on the test pictures
+    :return: mAP of the trained detector on the test images
     """
     *detections, true_boxes, true_labels, true_difficulties = evaluated()
     kept = [scores > min_score for scores in detections[2]]
-    detections = [[values[of_picture] for values, of_picture in zip(tensors, kept)] for tensors in detections]
+    detections = [[values[of_image] for values, of_image in zip(tensors, kept)] for tensors in detections]
     return calculate_mAP(*detections, true_boxes, true_labels, true_difficulties, detector()[1])[1]
 
 

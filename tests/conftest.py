@@ -48,25 +48,25 @@ def run_forked():
 
 @pytest.fixture(scope='session')
 def voc_folder(tmp_path_factory):
-    """A folder in VOC layout with 3 training and 2 test pictures, and the lists in it."""
+    """A folder in VOC layout with 3 training and 2 test images, and the lists in it."""
     return draw_and_list(tmp_path_factory.mktemp('voc'), 3, 2)
 
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
-    """Lists of 40 training pictures and 3 for the test."""
+    """Lists of 40 training images and 3 for the test."""
     return draw_and_list(tmp_path_factory.mktemp('folder'), 40, 3)
 
 
 def copy_lists(folder, tmp_path):
-    """Copy the lists, not the pictures."""
+    """Copy the lists, not the images."""
     for name in os.listdir(folder):
         if name.endswith('.json'):
             shutil.copy(os.path.join(folder, name), tmp_path)
 
 
 def draw_and_list(folder, n_train, n_test):
-    """Draw the demo's pictures into a folder, and write their lists there; the folder's path."""
+    """Draw the demo's images into a folder, and write their lists there; the folder's path."""
     draw_dataset(str(folder), n_train, n_test)
     create_data_lists(str(folder), None, str(folder), labels=shapes)
     return str(folder)

@@ -25,7 +25,7 @@ import train
 from checkpoints import (coco_detector, coco_index, from_torchvision, load_checkpoint, load_detector, save_checkpoint,
                          start_from_coco)
 from datasets import to_input
-from demo import draw_picture
+from demo import draw_image
 from files import UserError
 from model import SSD300
 from utils import (cxcy_to_xy, find_jaccard_overlap, gcxgcy_to_cxcy, make_label_map, non_maximum_suppression,
@@ -295,7 +295,7 @@ def test_checkpoints_of_the_earlier_implementation(earlier_folder, zipped):
     assert all(torch.equal(model.state_dict()[key], expected[key]) for key in expected)
     reference = SSD300(21)
     reference.load_state_dict(expected)
-    image = to_input(draw_random_picture()).unsqueeze(0)
+    image = to_input(draw_random_image()).unsqueeze(0)
     with torch.no_grad():
         for mine, other in zip(model(image), reference(image)):
             assert torch.equal(mine, other)
@@ -311,7 +311,7 @@ def test_scripts_take_earlier_checkpoints(earlier_folder, voc_folder, tmp_path, 
     assert 'tvmonitor' in capsys.readouterr().out
     detect.kept_detector.cache_clear()
     monkeypatch.setattr(detect, 'checkpoint', earlier)
-    assert detect.detect(draw_random_picture(), 0.1, 0.45, 5).size == (300, 300)
+    assert detect.detect(draw_random_image(), 0.1, 0.45, 5).size == (300, 300)
 
     for name, value in (('checkpoint_path', str(tmp_path / 'a.pth')), ('epochs', 1), ('lr', 1e-9)):
         monkeypatch.setattr(train, name, value)
@@ -342,7 +342,7 @@ def theirs():
     for head in (model.head.classification_head, model.head.regression_head):
         for layer in head.module_list:
             torch.nn.init.normal_(layer.bias)
-    image = draw_random_picture()
+    image = draw_random_image()
     with torch.no_grad():  # scale each map's outputs to a spread of 2 for scores, of 1 for offsets
         features = list(model.backbone(to_their_input(image)).values())
         for head, spread in ((model.head.classification_head, 2.), (model.head.regression_head, 1.)):
@@ -353,9 +353,9 @@ def theirs():
     return model
 
 
-def draw_random_picture():
+def draw_random_image():
     """A PIL image of 300x300."""
-    return draw_picture(random.Random(4))[0].resize((300, 300))
+    return draw_image(random.Random(4))[0].resize((300, 300))
 
 
 def to_pixels(image):
@@ -379,7 +379,7 @@ def to_our_order(tensor):
 
 @torch.no_grad()
 def test_predictions_equal_torchvisions(theirs):
-    image = draw_random_picture()
+    image = draw_random_image()
     ours = from_torchvision(theirs.state_dict()).eval()
     features = list(theirs.backbone(to_their_input(image)).values())
     outputs = theirs.head(features)
@@ -407,7 +407,7 @@ def test_predictions_equal_torchvisions(theirs):
 
 @torch.no_grad()
 def test_a_choice_of_classes_keeps_their_scores(theirs):
-    image = to_input(draw_random_picture()).unsqueeze(0)
+    image = to_input(draw_random_image()).unsqueeze(0)
     locs, scores = from_torchvision(theirs.state_dict())(image)
     some_locs, some_scores = from_torchvision(theirs.state_dict(), [0, 17, 3])(image)
     torch.testing.assert_close(some_locs, locs)
@@ -492,7 +492,7 @@ def test_with_the_file_in_place_no_network_is_touched(theirs, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     detect.kept_detector.cache_clear()
     capsys.readouterr()  # older versions of PyTorch say that a download begins
-    annotated = detect.detect(draw_random_picture(), 0.1, 0.45, 5)
+    annotated = detect.detect(draw_random_image(), 0.1, 0.45, 5)
     assert annotated.size == (300, 300)
     line = capsys.readouterr().err
     assert line.startswith('There is no checkpoint_ssd300.pth') and line.count('\n') == 1 and 'COCO' in line

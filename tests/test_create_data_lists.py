@@ -17,7 +17,7 @@ from PIL import Image
 
 import create_data_lists as script
 import files
-from create_data_lists import create_data_lists, parse_annotation, picture_names, read_split
+from create_data_lists import create_data_lists, parse_annotation, image_names, read_split
 from demo import draw_dataset
 from files import UserError, open_image, run
 from utils import make_label_map
@@ -58,12 +58,12 @@ def test_wrong_objects_are_dropped_with_a_reason(tmp_path, name, box, reason):
     assert parsed['boxes'] == [[4, 4, 9, 8]] and len(parsed['dropped']) == 1 and reason in parsed['dropped'][0]
 
 
-def test_without_a_size_in_the_annotation_the_pictures_counts(tmp_path):
+def test_without_a_size_in_the_annotation_the_images_counts(tmp_path):
     for size in ('', '<size><width>0</width><height>0</height></size>'):
         text = annotation(('dog', (5, 5, 110, 9), ''), ('cat', (5, 5, 100, 80), ''), size=size)
         assert len(parse(tmp_path, text, size=(100, 80))['dropped']) == 1
         assert len(parse(tmp_path, text)['dropped']) == 0
-    with pytest.raises(UserError, match='a.xml is for a picture of 100x80 pixels, but the picture has 80x100: '):
+    with pytest.raises(UserError, match='a.xml is for an image of 100x80 pixels, but the image has 80x100: '):
         parse(tmp_path, annotation(), size=(80, 100))
 
 
@@ -113,7 +113,7 @@ def test_encodings_and_ends_of_lines(tmp_path, encoding):
 
 
 def boxes_of(folder, size, box):
-    """The boxes of a data set's only picture, when its annotation states this size, or None, and this box."""
+    """The boxes of a data set's only image, when its annotation states this size, or None, and this box."""
     size = '' if size is None else '<size><width>{}</width><height>{}</height></size>'.format(*size)
     (folder / 'Annotations/a.xml').write_text(annotation(('dog', box, ''), size=size))
     [(_, parsed)], _ = read_split(str(folder), 'test', ['a'], make_label_map(['dog']))
@@ -121,14 +121,14 @@ def boxes_of(folder, size, box):
 
 
 def red_box(image):
-    """Where a picture is red: the first and last columns and rows, from 1."""
+    """Where an image is red: the first and last columns and rows, from 1."""
     rows, columns = (np.array(image.convert('RGB')) == (255, 0, 0)).all(axis=2).nonzero()
     return columns.min() + 1, rows.min() + 1, columns.max() + 1, rows.max() + 1
 
 
 @pytest.mark.parametrize('height', [25, 40])  # the second: square
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_boxes_for_the_stored_picture_are_turned_upright(tmp_path, orientation, height):
+def test_boxes_for_the_stored_image_are_turned_upright(tmp_path, orientation, height):
     (tmp_path / 'JPEGImages').mkdir()
     (tmp_path / 'Annotations').mkdir()
     stored = Image.new('RGB', (40, height))
@@ -145,7 +145,7 @@ def test_boxes_for_the_stored_picture_are_turned_upright(tmp_path, orientation, 
         assert boxes_of(tmp_path, stored.size, red_box(stored)) == expected
         assert boxes_of(tmp_path, stored.size, (0, 0, 41, 26)) == [[0, 0, 25, 40]]  # a pixel beyond each edge
         assert boxes_of(tmp_path, stored.size, (1, 1, 40, 28)) == []  # outside
-    elif orientation > 1:  # nothing tells that the box is for the stored picture
+    elif orientation > 1:  # nothing tells that the box is for the stored image
         assert boxes_of(tmp_path, stored.size, red_box(stored)) == [[edge - 1 for edge in red_box(stored)]]
 
 
@@ -156,10 +156,10 @@ def test_a_list_of_names_from_windows(tmp_path):
     path = tmp_path / 'ImageSets/Main/test.txt'
     names = path.read_text().split()
     path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*names, '', 'IMG (1) ']).encode())
-    assert picture_names(str(tmp_path), 'test', 0) == [*names, 'IMG (1)']
+    assert image_names(str(tmp_path), 'test', 0) == [*names, 'IMG (1)']
     path.write_bytes(b'\xff\xfe\x00\xd8')
     with pytest.raises(UserError, match='test.txt is no list of names'):
-        picture_names(str(tmp_path), 'test', 0)
+        image_names(str(tmp_path), 'test', 0)
 
 
 def test_the_label_background_is_dropped_where_all_labels_are_taken(tmp_path, capsys):
@@ -197,7 +197,7 @@ def test_lists(tmp_path, capsys):
 
 
 def make_voc_folder(folder, n_train, n_test):
-    """A folder in VOC layout with pictures of 20x20 pixels, each of a dog; trainval_00.jpg, ..., test_00.jpg, ..."""
+    """A folder in VOC layout with images of 20x20 pixels, each of a dog; trainval_00.jpg, ..., test_00.jpg, ..."""
     for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
         (folder / name).mkdir(parents=True)
     size = '<size><width>20</width><height>20</height></size>'
@@ -210,28 +210,28 @@ def make_voc_folder(folder, n_train, n_test):
 
 
 def list_names(folder):
-    """The names of the listed pictures, without extension: for training, for the test."""
+    """The names of the listed images, without extension: for training, for the test."""
     return [[os.path.splitext(os.path.basename(path))[0] for path in json.loads((folder / name).read_text())]
             for name in ('TRAIN_images.json', 'TEST_images.json')]
 
 
-def cut_picture(path):
+def cut_image(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
 @pytest.mark.parametrize('labels', [('dog',), None])
 def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, labels):
     make_voc_folder(tmp_path, 50, 20)
-    pictures, annotations = tmp_path / 'JPEGImages', tmp_path / 'Annotations'
-    cut_picture(pictures / 'trainval_03.jpg')
+    images, annotations = tmp_path / 'JPEGImages', tmp_path / 'Annotations'
+    cut_image(images / 'trainval_03.jpg')
     (annotations / 'trainval_05.xml').unlink()
-    (pictures / 'trainval_07.jpg').unlink()
+    (images / 'trainval_07.jpg').unlink()
     (annotations / 'trainval_09.xml').write_text('<annotation>')
     (annotations / 'trainval_11.xml').write_text(annotation(size='<size><width>7</width><height>9</height></size>'))
-    cut_picture(pictures / 'test_00.jpg')
+    cut_image(images / 'test_00.jpg')
     (annotations / 'test_01.xml').unlink()
     (annotations / 'test_01.xml').mkdir()
-    text = (annotations / 'test_00.xml').read_text().replace('dog', 'cat')  # the only cat is in a picture left out
+    text = (annotations / 'test_00.xml').read_text().replace('dog', 'cat')  # the only cat is in an image left out
     (annotations / 'test_00.xml').write_text(text)
 
     create_data_lists(str(tmp_path), None, str(tmp_path), labels)
@@ -239,11 +239,11 @@ def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, 
                                     [f'test_{i:02}' for i in range(2, 20)]]
     assert json.loads((tmp_path / 'label_map.json').read_text()) == {'background': 0, 'dog': 1}
     assert len(json.loads((tmp_path / 'TRAIN_objects.json').read_text())) == 45
-    _, lines = capsys.readouterr().out.split("Left out 7 pictures that can't be read, or whose annotation can't:\n")
-    expected = (r'test_00\.jpg is not a picture .*truncated', r'Errno.*test_01\.xml',
-                r'trainval_03\.jpg is not a picture .*truncated', r'trainval_05\.xml is missing',
+    _, lines = capsys.readouterr().out.split("Left out 7 images that can't be read, or whose annotation can't:\n")
+    expected = (r'test_00\.jpg is not an image .*truncated', r'Errno.*test_01\.xml',
+                r'trainval_03\.jpg is not an image .*truncated', r'trainval_05\.xml is missing',
                 r'trainval_07\.\* is missing', r'trainval_09\.xml is not an annotation',
-                r'trainval_11\.xml is for a picture of 7x9 pixels')
+                r'trainval_11\.xml is for an image of 7x9 pixels')
     for line, pattern in zip(lines.splitlines(), expected):
         assert re.search(pattern, line), line
     assert lines.count('\n') == 8 and lines.splitlines()[7].startswith('The lists are in')
@@ -256,26 +256,26 @@ def test_more_than_a_tenth_of_a_split_that_cannot_be_read_is_an_error(tmp_path, 
     make_voc_folder(tmp_path / '12', 110, 0)
     folders = str(tmp_path / '07'), str(tmp_path / '12')
     for i in range(11):
-        cut_picture(tmp_path / f'12/JPEGImages/trainval_{i:02}.jpg')
+        cut_image(tmp_path / f'12/JPEGImages/trainval_{i:02}.jpg')
     create_data_lists(*folders, str(tmp_path), labels)  # exactly a tenth
     assert len(list_names(tmp_path)[0]) == 199
     before = {path.name: path.read_bytes() for path in tmp_path.glob('*.json')}
     capsys.readouterr()
 
     (tmp_path / '12/Annotations/trainval_11.xml').unlink()
-    with pytest.raises(UserError, match="12 of the 110 pictures in .*/12's split trainval can't be read") as error:
+    with pytest.raises(UserError, match="12 of the 110 images in .*/12's split trainval can't be read") as error:
         create_data_lists(*folders, str(tmp_path), labels)
     assert '\n' not in str(error.value)
     out, err = capsys.readouterr()
     assert out == '' and err.count('\n') == 10
-    assert re.findall(r'trainval_(\d+)\.jpg is not a picture', err) == [f'{i:02}' for i in range(10)]
+    assert re.findall(r'trainval_(\d+)\.jpg is not an image', err) == [f'{i:02}' for i in range(10)]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_one_broken_picture_of_three_is_an_error_in_one_line(tmp_path, capsys):
+def test_one_broken_image_of_three_is_an_error_in_one_line(tmp_path, capsys):
     make_voc_folder(tmp_path, 3, 2)
-    cut_picture(tmp_path / 'JPEGImages/trainval_01.jpg')
-    with pytest.raises(SystemExit, match=r"^Error: 1 of the 3 pictures in .* split trainval can't be read") as end:
+    cut_image(tmp_path / 'JPEGImages/trainval_01.jpg')
+    with pytest.raises(SystemExit, match=r"^Error: 1 of the 3 images in .* split trainval can't be read") as end:
         run(lambda: create_data_lists(str(tmp_path), None, str(tmp_path)))
     assert '\n' not in end.value.code and 'trainval_01.jpg is not' in capsys.readouterr().err
     assert not list(tmp_path.glob('*.json'))
@@ -284,16 +284,16 @@ def test_one_broken_picture_of_three_is_an_error_in_one_line(tmp_path, capsys):
 def test_a_folder_without_annotations_is_named_where_all_labels_are_taken(tmp_path):
     make_voc_folder(tmp_path, 3, 2)
     shutil.rmtree(tmp_path / 'Annotations')
-    with pytest.raises(UserError, match="2 of the 2 pictures in .* split test can't be read"):
+    with pytest.raises(UserError, match="2 of the 2 images in .* split test can't be read"):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
 
 
 @pytest.mark.parametrize('extension', ['.png', '.PNG'])
-def test_two_pictures_of_one_name_are_an_error_if_a_split_names_them(tmp_path, extension):
+def test_two_images_of_one_name_are_an_error_if_a_split_names_them(tmp_path, extension):
     make_voc_folder(tmp_path, 3, 2)
     for name in ('unused.jpg', 'unused' + extension):
         Image.new('RGB', (20, 20)).save(tmp_path / 'JPEGImages' / name)
-    (tmp_path / 'JPEGImages/trainval_01.txt').write_text('no picture')
+    (tmp_path / 'JPEGImages/trainval_01.txt').write_text('no image')
     create_data_lists(str(tmp_path), None, str(tmp_path))
     assert len(list_names(tmp_path)[0]) == 3
 
@@ -315,7 +315,7 @@ def test_lists_of_two_folders_and_unknown_labels(tmp_path, capsys):
         create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=('dragon',))
     for path in (tmp_path / '07/Annotations').iterdir():
         path.write_text('<annotation></annotation>')
-    with pytest.raises(UserError, match='no object in the training pictures of .*07'):
+    with pytest.raises(UserError, match='no object in the training images of .*07'):
         create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=None)
 
 
@@ -333,21 +333,21 @@ def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
         {'background': 0, 'circle': 1, 'square': 2, 'triangle': 3}
 
 
-@pytest.mark.parametrize('breakage', ['picture', 'cut picture', 'annotation', 'no picture', 'size', 'disk full',
+@pytest.mark.parametrize('breakage', ['image', 'cut image', 'annotation', 'no image', 'size', 'disk full',
                                       'disk full later'])
 def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys, breakage):
     draw_dataset(str(tmp_path), 3, 1)
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square', 'circle', 'triangle'))
     before = {path.name: path.read_bytes() for path in tmp_path.glob('*.json')}
-    picture, annotated = tmp_path / 'JPEGImages/test_0000.jpg', tmp_path / 'Annotations/test_0000.xml'
-    if breakage == 'picture':
-        picture.unlink()
-    elif breakage == 'cut picture':
-        picture.write_bytes(picture.read_bytes()[:-300])
+    image, annotated = tmp_path / 'JPEGImages/test_0000.jpg', tmp_path / 'Annotations/test_0000.xml'
+    if breakage == 'image':
+        image.unlink()
+    elif breakage == 'cut image':
+        image.write_bytes(image.read_bytes()[:-300])
     elif breakage == 'annotation':
         annotated.unlink()
-    elif breakage == 'no picture':
-        picture.write_text('text')
+    elif breakage == 'no image':
+        image.write_text('text')
     elif breakage == 'size':
         annotated.write_text(annotation(size='<size><width>7</width><height>7</height></size>'))
     else:
@@ -358,7 +358,7 @@ def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys, br
             if len(written) == {'disk full': 1, 'disk full later': 3}[breakage]:
                 raise OSError(28, 'No space left on device')
         monkeypatch.setattr(files.os, 'fsync', fsync)
-    with pytest.raises(UserError, match='No space left on device' if 'disk' in breakage else '1 of the 1 pictures'):
+    with pytest.raises(UserError, match='No space left on device' if 'disk' in breakage else '1 of the 1 images'):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square',))
     assert 'disk' in breakage or 'test_0000' in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

@@ -34,7 +34,7 @@ def test_dataset_items(voc_folder):
         assert labels.dtype == torch.long and difficulties.dtype == torch.uint8 and len(difficulties) == len(labels)
 
 
-def test_pictures_whose_objects_are_all_difficult_or_that_have_none(voc_folder, tmp_path):
+def test_images_whose_objects_are_all_difficult_or_that_have_none(voc_folder, tmp_path):
     shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
     objects = json.loads((tmp_path / 'TEST_objects.json').read_text())
     objects[0]['difficulties'] = [1] * len(objects[0]['labels'])
@@ -62,7 +62,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(voc_folder):
     assert batches[0].shape == (6, 3, 300, 300) and torch.equal(*batches)
 
 
-def test_sampler_visits_each_picture_once_in_a_new_order():
+def test_sampler_visits_each_image_once_in_a_new_order():
     sampler, orders = EpochSampler(50, seed=0), []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -71,7 +71,7 @@ def test_sampler_visits_each_picture_once_in_a_new_order():
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_a_picture_is_varied_anew_in_each_epoch(voc_folder):
+def test_an_image_is_varied_anew_in_each_epoch(voc_folder):
     dataset, sampler, seen = PascalVOCDataset(voc_folder, 'TRAIN'), EpochSampler(3, seed=0), []
     for epoch in (0, 1, 2, 1):
         sampler.set_epoch(epoch)
@@ -112,7 +112,7 @@ def test_processes_share_the_batches_of_one(n):
         sampler.set_epoch(2)
         shares.append(list(sampler))
         assert len(shares[-1]) == len(sampler) == 23 // n
-    together = [picture for pictures in zip(*shares) for picture in pictures]
+    together = [image for images in zip(*shares) for image in images]
     assert together == list(alone)[:23 // n * n]
 
 
@@ -121,8 +121,8 @@ def test_processes_share_the_batches_of_one(n):
 red, gray = (255, 0, 0), (120, 120, 120)
 
 
-def picture_with_rectangle(rng):
-    """A gray picture with a red rectangle, and the rectangle's box in pixels."""
+def image_with_rectangle(rng):
+    """A gray image with a red rectangle, and the rectangle's box in pixels."""
     width, height = rng.randint(200, 600), rng.randint(200, 600)
     w, h = rng.randint(30, width // 2), rng.randint(30, height // 2)
     x, y = rng.randint(0, width - w), rng.randint(0, height - h)
@@ -143,7 +143,7 @@ def test_boxes_stay_on_their_objects(monkeypatch, split):
     monkeypatch.setattr(datasets, 'photometric_distort', lambda image, rng: image)  # so that red stays red
     rng, areas = random.Random(1), []
     for _ in range(200):
-        image, boxes = picture_with_rectangle(rng)
+        image, boxes = image_with_rectangle(rng)
         tensor, boxes, labels, difficulties = transform(image, boxes, torch.tensor([3]), torch.tensor([0]), split, rng)
         assert tensor.shape == (3, 300, 300) and boxes.shape == (1, 4)
         assert labels.tolist() == [3] and difficulties.tolist() == [0]
@@ -154,17 +154,17 @@ def test_boxes_stay_on_their_objects(monkeypatch, split):
 
 
 def test_expand():
-    rng, picture = random.Random(0), (10., 20., 110., 70.)
+    rng, image = random.Random(0), (10., 20., 110., 70.)
     scales = []
     for _ in range(2000):
-        x_min, y_min, x_max, y_max = expand(picture, rng)
+        x_min, y_min, x_max, y_max = expand(image, rng)
         assert x_min <= 10 and y_min <= 20 and x_max >= 110 - 1e-9 and y_max >= 70 - 1e-9
         assert (x_max - x_min) / (y_max - y_min) == pytest.approx(2)
         scales.append((x_max - x_min) / 100)
     assert 1 <= min(scales) < 1.01 and 3.99 < max(scales) <= 4 and np.mean(scales) == pytest.approx(2.5, abs=.1)
 
 
-def test_beyond_the_picture_there_is_the_mean():
+def test_beyond_the_image_there_is_the_mean():
     image, boxes = resize(Image.new('RGB', (100, 100), 'white'), torch.empty(0, 4), (-100., -100., 300., 300.))
     pixels = to_input(image)
     assert pixels[:, :70, :].abs().max() < 0.02 and pixels[:, 80:145, 80:145].min() > 2 and boxes.shape == (0, 4)
@@ -269,7 +269,7 @@ def test_each_distortion_is_drawn_half_of_the_time_from_its_whole_range(monkeypa
 
 
 @pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
-def test_pictures_without_objects(split):
+def test_images_without_objects(split):
     rng = random.Random(0)
     for _ in range(20):
         tensor, boxes, labels, difficulties = transform(Image.new('RGB', (50, 80)), torch.empty(0, 4),
@@ -278,7 +278,7 @@ def test_pictures_without_objects(split):
 
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 700), (3000, 2)])
-def test_pictures_of_extreme_size(size):
+def test_images_of_extreme_size(size):
     for seed in range(30):
         boxes = torch.tensor([[0., 0., float(size[0]), float(size[1])]])
         tensor, boxes, _, _ = transform(Image.new('RGB', size), boxes, torch.tensor([1]), torch.tensor([0]), 'TRAIN',
@@ -292,7 +292,7 @@ def test_normalization():
 
 
 def plain_transform(image, boxes, rng):
-    """Training's transform, step by step on whole pictures, as a slow but plain reference."""
+    """Training's transform, step by step on whole images, as a slow but plain reference."""
     image = photometric_distort(image, rng)
     pixels, boxes = np.asarray(image), boxes.numpy()
     if rng.random() < 0.5:  # expand

@@ -1,4 +1,4 @@
-"""The demo's pictures, and how it starts."""
+"""The demo's images, and how it starts."""
 import random
 from collections import Counter
 from colorsys import rgb_to_hsv
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from create_data_lists import parse_annotation
-from demo import draw_dataset, draw_picture, draw_shape, shapes
+from demo import draw_dataset, draw_image, draw_shape, shapes
 from utils import find_jaccard_overlap, make_label_map
 
 label_map = make_label_map(shapes)
@@ -17,7 +17,7 @@ label_map = make_label_map(shapes)
 def test_shapes_have_all_sizes_and_do_not_cover_each_other():
     rng, widths, names, difficult = random.Random(0), [], Counter(), 0
     for _ in range(100):
-        image, objects = draw_picture(rng)
+        image, objects = draw_image(rng)
         boxes = torch.tensor([box for _, box, _ in objects], dtype=torch.float32)
         assert 1 <= len(objects) <= 8 and boxes.min() >= 0
         assert boxes[:, 2].max() < image.width and boxes[:, 3].max() < image.height
@@ -49,7 +49,7 @@ def test_the_same_seed_draws_the_same_data_set(tmp_path):
     contents = {name: [path.read_bytes() for path in sorted((tmp_path / name).rglob('*')) if path.is_file()]
                 for name in 'abc'}
     assert len(contents['a']) == 3 * 2 + 2 and contents['a'] == contents['b'] != contents['c']
-    image, objects = draw_picture(random.Random(3))
+    image, objects = draw_image(random.Random(3))
     parsed = parse_annotation(tmp_path / 'a/Annotations/trainval_0000.xml', label_map, image.size)
     assert parsed['boxes'] == [list(map(float, box)) for _, box, _ in objects] and parsed['dropped'] == []
     assert parsed['labels'] == [label_map[shape] for shape, _, _ in objects]

@@ -1,4 +1,4 @@
-"""Detection in pictures, and drawing."""
+"""Detection in images, and drawing."""
 import os
 import re
 import sys
@@ -21,7 +21,7 @@ label_map = make_label_map(shapes)
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    """A checkpoint whose model finds a square at one place in every picture, whatever it shows."""
+    """A checkpoint whose model finds a square at one place in every image, whatever it shows."""
     model = SSD300(len(label_map), thin=8)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d):
@@ -47,7 +47,7 @@ def test_detect_files_and_folders(checkpoint, tmp_path, monkeypatch, capsys):
         (tmp_path / folder).mkdir()
         Image.new('RGB', (200, 100), 'white').save(tmp_path / folder / 'x.png')
     Image.new('CMYK', (60, 90)).save(tmp_path / 'b' / 'y.tif')
-    (tmp_path / 'b' / 'notes.txt').write_text('no picture, and not asked for')
+    (tmp_path / 'b' / 'notes.txt').write_text('no image, and not asked for')
     before = (tmp_path / 'a' / 'x.png').read_bytes()
     run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path / 'a' / 'x.png', tmp_path / 'b')
     assert sorted(os.listdir(tmp_path / 'out')) == ['x-2.png', 'x.png', 'y.tif.png']
@@ -55,14 +55,14 @@ def test_detect_files_and_folders(checkpoint, tmp_path, monkeypatch, capsys):
     assert (tmp_path / 'a' / 'x.png').read_bytes() == before
     assert re.search(r'square +0\.99  x 10-190, y 5-95', capsys.readouterr().out)
 
-    # Into a folder with one of the pictures: not over it, from whatever folder a picture of its name comes
+    # Into a folder with one of the images: not over it, from whatever folder an image of its name comes
     run_detect(monkeypatch, checkpoint, tmp_path / 'a', tmp_path / 'b' / 'x.png', tmp_path / 'a')
     assert (tmp_path / 'a' / 'x.png').read_bytes() == before
     assert sorted(os.listdir(tmp_path / 'a')) == ['x-2.png', 'x-3.png', 'x.png']
 
 
-def test_detect_goes_on_after_a_file_that_is_no_picture(checkpoint, tmp_path, monkeypatch, capsys):
-    (tmp_path / 'text.jpg').write_text('no picture')
+def test_detect_goes_on_after_a_file_that_is_no_image(checkpoint, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'text.jpg').write_text('no image')
     Image.effect_noise((64, 64), 50).save(tmp_path / 'whole.jpg')
     (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:800])
     with pytest.raises(UserError, match='3 of 4'):
@@ -72,17 +72,17 @@ def test_detect_goes_on_after_a_file_that_is_no_picture(checkpoint, tmp_path, mo
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 3 and all(f'{n}.jpg' in line for n, line in zip(('text', 'cut', 'none'), errors))
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(UserError, match='empty has no pictures'):
+    with pytest.raises(UserError, match='empty has no images'):
         run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path / 'empty')
 
 
-def test_of_many_pictures_each_keeps_its_own(checkpoint, tmp_path, monkeypatch, capsys):
-    """In any order they may be ready in: lines in the order of the pictures, and what one picture alone yields."""
+def test_of_many_images_each_keeps_its_own(checkpoint, tmp_path, monkeypatch, capsys):
+    """In any order they may be ready in: lines in the order of the images, and what one image alone yields."""
     folder, sizes = tmp_path / 'in', [(40 + 31 * i % 300, 40 + 17 * i % 200) for i in range(30)]
     folder.mkdir()
     for i, size in enumerate(sizes):
         Image.effect_noise(size, 50).convert('RGB').save(folder / f'{i:02}.png')
-    (folder / '11.jpg').write_text('no picture')
+    (folder / '11.jpg').write_text('no image')
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
     monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
     with pytest.raises(UserError, match='1 of 31 files'):
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_named_once(tmp_path, monkeypatch, capsys):
 
 
 def test_an_error_while_saving_ends_it(checkpoint, tmp_path, monkeypatch):
-    """A file is where the folder should be: the other pictures are not tried, and no thread stays."""
+    """A file is where the folder should be: the other images are not tried, and no thread stays."""
     for i in range(20):
         Image.new('RGB', (50, 50)).save(tmp_path / f'{i:02}.png')
     (tmp_path / 'out').write_text('a file')
@@ -132,7 +132,7 @@ def test_an_error_while_saving_ends_it(checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('suffix, options', [('gif', {'loop': 0}), ('webp', {}), ('png', {'loop': 3})])
-def test_moving_pictures_come_back_moving(checkpoint, tmp_path, monkeypatch, suffix, options):
+def test_moving_images_come_back_moving(checkpoint, tmp_path, monkeypatch, suffix, options):
     frames, durations = [], [40, 100, 250, 70, 90]
     for i in range(5):
         frames.append(Image.new('RGB', (200, 100), 'white'))
@@ -148,7 +148,7 @@ def test_moving_pictures_come_back_moving(checkpoint, tmp_path, monkeypatch, suf
             pixels = after.convert('RGB')
             assert after.info['duration'] == durations[i]
             red, green, blue = pixels.getpixel((70 + 20 * i, 50))
-            assert blue > 150 and red < 100 and green < 100  # the picture of this frame ...
+            assert blue > 150 and red < 100 and green < 100  # the image of this frame ...
             assert min(pixels.getpixel((10, 70))) < 200  # ... with the box's left edge
 
 
@@ -160,7 +160,7 @@ def test_more_frames_than_memory_holds_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F'])
-def test_detect_takes_any_mode_and_leaves_the_picture_alone(checkpoint, monkeypatch, mode):
+def test_detect_takes_any_mode_and_leaves_the_image_alone(checkpoint, monkeypatch, mode):
     monkeypatch.setattr(detect, 'checkpoint', checkpoint)
     image = Image.new(mode, (120, 80))
     before = image.tobytes()
@@ -181,8 +181,8 @@ def test_detect_honors_exif_orientation(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize('size', [(30, 20), (300, 200), (4000, 3000)])
-def test_labels_stay_inside_the_picture(monkeypatch, size):
-    """Boxes in the corners and beyond: each label is drawn whole, and scales with the picture."""
+def test_labels_stay_inside_the_image(monkeypatch, size):
+    """Boxes in the corners and beyond: each label is drawn whole, and scales with the image."""
     drawn = []
     plain = detect.ImageDraw.ImageDraw.text
     monkeypatch.setattr(detect.ImageDraw.ImageDraw, 'text',

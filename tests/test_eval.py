@@ -23,7 +23,7 @@ label_map = make_label_map(shapes)
 
 
 class FindsEverything(TinyDetector):
-    """Detects a square in the middle of each picture; keeps how it was asked."""
+    """Detects a square in the middle of each image; keeps how it was asked."""
 
     asked = None
 
@@ -40,7 +40,7 @@ def test_evaluation_asks_as_pascal_voc_does(voc_folder):
 
 
 def test_detections_of_difficult_objects_are_no_false_alarms_in_eval(voc_folder, tmp_path, monkeypatch, capsys):
-    """The first picture's object is difficult; were it left out, its detection would halve the precision."""
+    """The first image's object is difficult; were it left out, its detection would halve the precision."""
     shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
     images = json.loads((tmp_path / 'TEST_images.json').read_text())
     objects = []
@@ -72,7 +72,7 @@ def test_eval_runs_with_its_own_parameters(voc_folder, monkeypatch, capsys):
     monkeypatch.chdir(voc_folder)
     monkeypatch.setattr(eval_script, 'load_detector', lambda *_: (TinyDetector(len(label_map)), label_map))
     eval_script.main()
-    assert '2 pictures' in capsys.readouterr().out
+    assert '2 images' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('bfloat16', [False, True])
@@ -101,8 +101,8 @@ def test_only_the_first_process_prints_an_evaluation(voc_folder, monkeypatch, ca
 
 
 @pytest.fixture
-def pictures(voc_folder, tmp_path):
-    """Lists whose test pictures have many modes and shapes; the folder."""
+def images(voc_folder, tmp_path):
+    """Lists whose test images have many modes and shapes; the folder."""
     shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
     noise, paths = Image.effect_noise((500, 500), 100), []
     for i, size in enumerate([(500, 375), (300, 300), (1, 1), (37, 451), (299, 7)]):
@@ -119,7 +119,7 @@ def pictures(voc_folder, tmp_path):
     return str(tmp_path)
 
 
-def test_eval_and_detect_find_the_same(pictures, monkeypatch):
+def test_eval_and_detect_find_the_same(images, monkeypatch):
     """The same input to the last bit, the same precision, the same detections."""
     inputs, settings, found = [], [], []
 
@@ -133,7 +133,7 @@ def test_eval_and_detect_find_the_same(pictures, monkeypatch):
     monkeypatch.setattr(eval_script, 'fast_in_bfloat16', lambda _: True, raising=False)  # as on a new GPU
     monkeypatch.setattr(eval_script, 'calculate_mAP', lambda *lists: (found.extend(lists[:3]), ({}, 0.))[1])
     before = [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark]
-    model, dataset = Model(len(label_map)), PascalVOCDataset(pictures, 'TEST')
+    model, dataset = Model(len(label_map)), PascalVOCDataset(images, 'TEST')
     eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), model, min_score=0.5, top_k=50)
     assert len(inputs) == len(dataset) == 30
     n_found = 0

@@ -1,4 +1,4 @@
-"""Errors that end in one line, and pictures of any kind."""
+"""Errors that end in one line, and images of any kind."""
 import gc
 import os
 import subprocess
@@ -111,7 +111,7 @@ def test_the_signal_that_a_worker_was_killed_ends_in_the_same_line(monkeypatch):
 
 
 class Unlucky(torch.utils.data.Dataset):
-    """Its only picture can't be loaded."""
+    """Its only image can't be loaded."""
 
     def __init__(self, error):
         self.error = error
@@ -192,7 +192,7 @@ def test_importing_touches_nothing(tmp_path):
     assert result.stdout == 'False\n' and result.stderr == '' and os.listdir(tmp_path) == []
 
 
-# ------------------------------------------------------------------------------------------------------------- Pictures
+# ------------------------------------------------------------------------------------------------------------- Images
 
 red, gray = (255, 0, 0), (120, 120, 120)
 
@@ -202,7 +202,7 @@ red, gray = (255, 0, 0), (120, 120, 120)
     ('RGBA', (0, 0, 0, 0), (255, 255, 255)), ('LA', (100, 255), (100, 100, 100)),
     ('CMYK', (0, 255, 255, 0), (255, 0, 0)), ('I;16', 32896, (128, 128, 128)), ('I', 65535, (255, 255, 255)),
     ('F', .5, (255, 255, 255)), ('P', 0, (0, 0, 0))])
-def test_pictures_of_any_mode(tmp_path, mode, color, expected):
+def test_images_of_any_mode(tmp_path, mode, color, expected):
     image = Image.new(mode, (20, 10), color)
     assert to_rgb(image).getpixel((3, 3)) == expected and to_rgb(image).mode == 'RGB'
     assert image.mode == mode and image.size == (20, 10)
@@ -229,7 +229,7 @@ def test_palette_transparency_is_white():
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_exif_orientation_is_honored(tmp_path, orientation, suffix):
     image = Image.new('RGB', (40, 20), 'white')
-    image.paste(red, (0, 0, 20, 10))  # the stored picture's top left
+    image.paste(red, (0, 0, 20, 10))  # the stored image's top left
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f'a.{suffix}'

@@ -18,7 +18,7 @@ from train import fit, make_optimizer
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Lists of 12 training pictures and 6 for the test."""
+    """Lists of 12 training images and 6 for the test."""
     return draw_and_list(tmp_path_factory.mktemp('gpu'), 12, 6)
 
 
@@ -63,7 +63,7 @@ def test_training_evaluation_and_detection_as_on_a_cpu(folder, tmp_path, bfloat1
         model = load_detector(tmp_path / 'gpu.pth')[0].to(device).eval()
         _, mAP = evaluate(DataLoader(test_set, 4, collate_fn=collate_fn), model)
         detections = find_objects(images, 0.05, 0.45, 5, model, saved['label_map'])
-        found[device] = mAP, [[score for _, score, _ in of_picture] for of_picture in detections]
+        found[device] = mAP, [[score for _, score, _ in of_image] for of_image in detections]
     assert found['cuda'][0] == pytest.approx(found['cpu'][0], abs=0.02)
     for on_gpu, on_cpu in zip(found['cuda'][1], found['cpu'][1]):
         assert on_gpu == pytest.approx(on_cpu, abs=1e-3)

@@ -40,10 +40,10 @@ def test_without_detections_or_objects(n, n_objects):
     assert verdicts == [('nothing there', None)] * n and found == set()
 
 
-def random_lists(n_pictures):
+def random_lists(n_images):
     """Detections near objects and elsewhere; the arguments of `calculate_mAP`."""
     lists = [[] for _ in range(6)]
-    for i in range(n_pictures):
+    for i in range(n_images):
         n = i % 5
         true_boxes, true_labels = random_boxes(n), torch.randint(1, 3, (n,))
         near = (true_boxes.repeat(4, 1) + 0.05 * torch.randn(4 * n, 4)).clamp(0, 1)
@@ -79,10 +79,10 @@ def test_hits_mistakes_and_misses_add_up():
 
 
 def test_the_sheet_shows_the_surest(tmp_path, capsys):
-    """One white picture with a black square as the cat, which was not found; a dog is claimed elsewhere."""
-    picture = Image.new('RGB', (200, 100), 'white')
-    picture.paste((0, 0, 0), (20, 20, 60, 60))
-    picture.save(tmp_path / 'a.png')
+    """One white image with a black square as the cat, which was not found; a dog is claimed elsewhere."""
+    image = Image.new('RGB', (200, 100), 'white')
+    image.paste((0, 0, 0), (20, 20, 60, 60))
+    image.save(tmp_path / 'a.png')
     lists = [[torch.tensor([[.5, .5, .75, 1.], [-1e5, -1e5, 1e5, 1e5]])], [torch.tensor([2, 2])],  # one is enormous
              [torch.tensor([.9, .8])],
              [torch.tensor([[.1, .2, .3, .6]])], [torch.tensor([1])], [torch.tensor([0])]]

@@ -110,7 +110,7 @@ def test_other_thin_networks_do_not_exist(thin):
         SSD300(n_classes=3, thin=thin)
 
 
-def test_a_picture_without_features_has_finite_predictions_and_gradients():
+def test_an_image_without_features_has_finite_predictions_and_gradients():
     ssd = SSD300(n_classes=3, thin=16)
     locs, scores = ssd(torch.zeros(1, 3, 300, 300))  # biases are 0, so all features are 0, and so is their norm
     (locs.sum() + scores.sum()).backward()
@@ -244,7 +244,7 @@ def test_priors_follow_the_model_to_another_device():
 
 
 def scenes_without_conflicts(n):
-    """Boxes and labels of n pictures, in which no two objects overlap the same prior most."""
+    """Boxes and labels of n images, in which no two objects overlap the same prior most."""
     priors_xy, boxes, labels = cxcy_to_xy(create_prior_boxes()), [], []
     while len(boxes) < n:
         candidates = random_boxes(torch.randint(1, 8, ()).item())
@@ -260,7 +260,7 @@ quarters = torch.tensor([[.25, .25, .5, .5], [.75, .25, .5, .5], [.25, .75, .5, 
 
 def test_losses_by_hand():
     """
-    Four priors, and three pictures: an object on the first prior, none, and one on the second prior. Two negatives
+    Four priors, and three images: an object on the first prior, none, and one on the second prior. Two negatives
     count for each of the two positives.
     """
     chances = torch.tensor([[.1, .2, .5, .4], [.9, .9, .9, .9], [.6, .7, .8, .8]])  # what softmax gives to the object
@@ -277,7 +277,7 @@ def test_losses_by_hand():
 
 def test_loss_and_gradients_equal_torchvisions():
     boxes, labels = scenes_without_conflicts(6)
-    boxes.append(torch.empty(0, 4)), labels.append(torch.empty(0, dtype=torch.long))  # and a picture without objects
+    boxes.append(torch.empty(0, 4)), labels.append(torch.empty(0, dtype=torch.long))  # and an image without objects
     with torch.device('meta'):  # its loss needs no weights
         theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21)
     priors_xy = cxcy_to_xy(create_prior_boxes())
@@ -290,7 +290,7 @@ def test_loss_and_gradients_equal_torchvisions():
         if name == 'ours':
             loc_loss, conf_loss = MultiBoxLoss(create_prior_boxes()).losses(locs, scores, boxes, labels)
         else:
-            losses = theirs.compute_loss([{'boxes': b, 'labels': of_picture} for b, of_picture in zip(boxes, labels)],
+            losses = theirs.compute_loss([{'boxes': b, 'labels': of_image} for b, of_image in zip(boxes, labels)],
                                          {'bbox_regression': locs, 'cls_logits': scores}, [priors_xy] * 7, matches)
             loc_loss, conf_loss = losses['bbox_regression'], losses['classification']
         (loc_loss + conf_loss).backward()
@@ -302,7 +302,7 @@ def test_loss_and_gradients_equal_torchvisions():
 
 def test_match_by_hand():
     """
-    Four priors, and three pictures: one with three objects, of which two want the first prior, and one is small; one
+    Four priors, and three images: one with three objects, of which two want the first prior, and one is small; one
     without any; and one whose object overlaps two priors by exactly the threshold.
     """
     boxes, priors_xy = torch.tensor([[.1, 0., .6, .5], [0., 0., .5, .5], [.7, .7, .8, .8]]), cxcy_to_xy(quarters)
@@ -315,22 +315,22 @@ def test_match_by_hand():
 
 
 def test_match_equals_a_plain_loop():
-    """Over pictures with no object, one, and many, and over priors."""
+    """Over images with no object, one, and many, and over priors."""
     priors = create_prior_boxes()
     priors_xy, boxes = cxcy_to_xy(priors), [random_boxes(7), torch.empty(0, 4), random_boxes(1), small_boxes(30)]
     labels = [torch.randint(1, 21, (len(b),)) for b in boxes]
     true_boxes, true_classes = MultiBoxLoss(priors).match(boxes, labels)
-    for picture, (of_picture, its_labels) in enumerate(zip(boxes, labels)):
+    for image, (of_image, its_labels) in enumerate(zip(boxes, labels)):
         expected_boxes, expected_classes = priors_xy.clone(), torch.zeros(8732, dtype=torch.long)
-        if len(of_picture) > 0:
-            overlap = find_jaccard_overlap(of_picture, priors_xy)
+        if len(of_image) > 0:
+            overlap = find_jaccard_overlap(of_image, priors_xy)
             best, of_prior = overlap.max(dim=0)
             for row, prior in enumerate(own_priors(overlap[None])[0]):
                 best[prior], of_prior[prior] = 1, row
             for prior in (best >= 0.5).nonzero().flatten():
                 row = of_prior[prior]
-                expected_boxes[prior], expected_classes[prior] = of_picture[row], its_labels[row]
-        assert torch.equal(true_boxes[picture], expected_boxes) and torch.equal(true_classes[picture], expected_classes)
+                expected_boxes[prior], expected_classes[prior] = of_image[row], its_labels[row]
+        assert torch.equal(true_boxes[image], expected_boxes) and torch.equal(true_classes[image], expected_classes)
 
 
 def test_two_objects_that_want_the_same_prior_both_stay():
@@ -357,7 +357,7 @@ def small_boxes(n):
 
 
 def test_a_prior_of_its_own_by_hand():
-    """In the first picture all three objects want the first prior; in the second, two are padding."""
+    """In the first image all three objects want the first prior; in the second, two are padding."""
     overlap = torch.tensor([[[.6, .5, .1], [.7, .2, .3], [.7, .6, .3]], [[.1, .2, .2], [-1, -1, -1], [-1, -1, -1]]])
     assert own_priors(overlap).tolist() == [[2, 0, 1], [1, 0, 0]]
 
@@ -382,7 +382,7 @@ def test_every_object_gets_a_prior_of_its_own(some_boxes):
 
 
 def test_of_priors_that_overlap_an_object_equally_the_first_wins():
-    """Whether its picture is alone in the batch, or beside another with many objects."""
+    """Whether its image is alone in the batch, or beside another with many objects."""
     priors = create_prior_boxes()
     criterion, n_ties = MultiBoxLoss(priors), 0
     for n_others in range(1, 31):
@@ -397,7 +397,7 @@ def test_of_priors_that_overlap_an_object_equally_the_first_wins():
 
 
 def test_confidence_loss_of_small_objects_equals_a_plain_computation():
-    """Picture by picture, as the earlier implementation computes it: of equal priors, the first is an object's best."""
+    """Image by image, as the earlier implementation computes it: of equal priors, the first is an object's best."""
     priors_xy, boxes, labels = cxcy_to_xy(create_prior_boxes()), [], []
     while len(boxes) < 5:
         candidates = small_boxes(len(boxes) + 1)
@@ -405,13 +405,13 @@ def test_confidence_loss_of_small_objects_equals_a_plain_computation():
             boxes.append(candidates)
             labels.append(torch.randint(1, 4, (len(candidates),)))
     scores, total, n_positive = 3 * torch.randn(5, 8732, 4), 0., 0
-    for picture in range(5):
-        overlap = find_jaccard_overlap(boxes[picture], priors_xy)  # (n_objects, 8732)
+    for image in range(5):
+        overlap = find_jaccard_overlap(boxes[image], priors_xy)  # (n_objects, 8732)
         best, of_prior = overlap.max(dim=0)
         for row, prior in enumerate(overlap.argmax(dim=1)):
             best[prior], of_prior[prior] = 1, row
-        classes = labels[picture][of_prior].where(best >= 0.5, 0)
-        losses = F.cross_entropy(scores[picture], classes, reduction='none')
+        classes = labels[image][of_prior].where(best >= 0.5, 0)
+        losses = F.cross_entropy(scores[image], classes, reduction='none')
         n = (classes > 0).sum().item()
         total += losses[classes > 0].sum() + losses[classes == 0].sort(descending=True).values[:3 * n].sum()
         n_positive += n
@@ -434,9 +434,9 @@ def test_parameters_of_the_loss(alpha, neg_pos_ratio, threshold):
     loc_loss = F.smooth_l1_loss(locs[positive], offsets[positive], reduction='sum') / positive.sum()
     losses = F.cross_entropy(scores.permute(0, 2, 1), true_classes, reduction='none')
     conf_loss = losses[positive].sum()
-    for picture in range(2):
-        n = neg_pos_ratio * positive[picture].sum()
-        conf_loss += losses[picture][~positive[picture]].sort(descending=True).values[:n].sum()
+    for image in range(2):
+        n = neg_pos_ratio * positive[image].sum()
+        conf_loss += losses[image][~positive[image]].sort(descending=True).values[:n].sum()
     loss = criterion(locs, scores, boxes, labels)
     torch.testing.assert_close(loss, conf_loss / positive.sum() + alpha * loc_loss)
 
@@ -456,7 +456,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_matching_a_crowd_needs_less_than_a_gigabyte():
-    """32 pictures with 300 objects each."""
+    """32 images with 300 objects each."""
     result = subprocess.run([sys.executable, '-c', crowd], cwd=root, capture_output=True, text=True, check=True)
     assert 1024 * int(result.stdout) < 1e9
 
@@ -469,7 +469,7 @@ def test_identical_objects_each_get_a_prior():
 
 
 def test_objects_do_not_depend_on_the_rest_of_the_batch():
-    """The padding of one picture's objects must not leave a trace."""
+    """The padding of one image's objects must not leave a trace."""
     boxes, labels = scenes_without_conflicts(4)
     criterion = MultiBoxLoss(create_prior_boxes())
     together = criterion.match(boxes, labels)
@@ -478,11 +478,11 @@ def test_objects_do_not_depend_on_the_rest_of_the_batch():
         assert torch.equal(alone[0][0], together[0][i]) and torch.equal(alone[1][0], together[1][i])
 
 
-@pytest.mark.parametrize('n_pictures', [1, 3])
-def test_no_object_in_the_batch_means_no_loss(n_pictures):
-    locs, scores = (torch.randn(n_pictures, 8732, n, requires_grad=True) for n in (4, 5))
-    loss = MultiBoxLoss(create_prior_boxes())(locs, scores, [torch.empty(0, 4)] * n_pictures,
-                                             [torch.empty(0, dtype=torch.long)] * n_pictures)
+@pytest.mark.parametrize('n_images', [1, 3])
+def test_no_object_in_the_batch_means_no_loss(n_images):
+    locs, scores = (torch.randn(n_images, 8732, n, requires_grad=True) for n in (4, 5))
+    loss = MultiBoxLoss(create_prior_boxes())(locs, scores, [torch.empty(0, 4)] * n_images,
+                                             [torch.empty(0, dtype=torch.long)] * n_images)
     loss.backward()
     assert loss.item() == 0 and (locs.grad == 0).all() and (scores.grad == 0).all()
 
@@ -501,8 +501,8 @@ def test_hard_negatives_are_three_times_the_positives_and_the_hardest():
 
 
 def detect_plainly(predictor, locs, scores, min_score, max_overlap, top_k):
-    """Each picture and class on its own, box by box: what detect_objects has to equal."""
-    pictures = []
+    """Each image and class on its own, box by box: what detect_objects has to equal."""
+    images = []
     for loc, score in zip(locs, scores.softmax(dim=2)):
         boxes, found = cxcy_to_xy(gcxgcy_to_cxcy(loc, predictor.priors_cxcy)), []
         for label in range(1, score.size(1)):
@@ -515,8 +515,8 @@ def detect_plainly(predictor, locs, scores, min_score, max_overlap, top_k):
                 left = left[overlap <= max_overlap]
         found = sorted(found, reverse=True)[:top_k]
         all_scores, labels, indices = zip(*found)
-        pictures.append((boxes[list(indices)], list(labels), list(all_scores)))
-    return pictures
+        images.append((boxes[list(indices)], list(labels), list(all_scores)))
+    return images
 
 
 @pytest.mark.parametrize('spread, top_k, min_score', [(1., 5, 0.2), (1., 200, 0.3), (0., 200, 0.05), (10., 5, 0.3)])
@@ -533,14 +533,14 @@ def test_detections_equal_the_plain_algorithm(spread, top_k, min_score):
         assert 0 < len(labels) <= top_k
 
 
-def some_predictions(n_pictures):
+def some_predictions(n_images):
     """Offsets and scores of 4 classes; about a twentieth of the priors find something."""
-    locs, scores = torch.randn(n_pictures, 8732, 4), 2 * torch.randn(n_pictures, 8732, 4)
+    locs, scores = torch.randn(n_images, 8732, 4), 2 * torch.randn(n_images, 8732, 4)
     scores[:, :, 0] += 5
     return locs, scores
 
 
-def test_a_picture_does_not_depend_on_the_others():
+def test_an_image_does_not_depend_on_the_others():
     """Nor on how large a box is decoded in another, or in another class."""
     predictor, (locs, scores) = _Predictor(n_classes=4), some_predictions(2)
     alone = [values[0] for values in SSD300.detect_objects(predictor, locs[:1], scores[:1], 0.2, 0.45, 200)]

@@ -1,4 +1,4 @@
-"""overfit.py: it learns a few pictures by heart, and shows it."""
+"""overfit.py: it learns a few images by heart, and shows it."""
 import math
 
 import pytest
@@ -10,15 +10,15 @@ from datasets import PascalVOCDataset
 from files import UserError
 
 
-def learn(folder, tmp_path, n_pictures, steps, lr=3e-3):
+def learn(folder, tmp_path, n_images, steps, lr=3e-3):
     """Overfit a very thin network on the CPU; what `overfit` returns, and the sheet."""
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     path = str(tmp_path / 'overfit.png')
-    result = overfit.overfit(train_set, n_pictures, steps, 16, lr, path, torch.device('cpu'))
+    result = overfit.overfit(train_set, n_images, steps, 16, lr, path, torch.device('cpu'))
     return train_set, result, Image.open(path)
 
 
-def test_it_learns_pictures_by_heart(voc_folder, tmp_path, capsys):
+def test_it_learns_images_by_heart(voc_folder, tmp_path, capsys):
     train_set, (loss, n_found), sheet = learn(voc_folder, tmp_path, 2, 40)
     n_objects = sum(len(objects['labels']) for objects in train_set.objects[:2])
     assert n_found == n_objects > 5 and loss < 0.5
@@ -29,7 +29,7 @@ def test_it_learns_pictures_by_heart(voc_folder, tmp_path, capsys):
     assert len(sheet.getcolors(10 ** 6)) > 1000
 
 
-def test_fewer_pictures_than_asked_for(voc_folder, tmp_path):
+def test_fewer_images_than_asked_for(voc_folder, tmp_path):
     train_set, _, sheet = learn(voc_folder, tmp_path, 9, 1)
     assert sheet.size == (2 * overfit.tile[0], 40 + len(train_set) * overfit.tile[1])
 
@@ -40,13 +40,13 @@ def test_a_loss_that_is_not_finite(voc_folder, tmp_path):
 
 
 def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, capsys):
-    for name, value in dict(data_folder=voc_folder, n_pictures=1, steps=1, thin=16,
-                            picture_path=str(tmp_path / 'sheet.png')).items():
+    for name, value in dict(data_folder=voc_folder, n_images=1, steps=1, thin=16,
+                            sheet_path=str(tmp_path / 'sheet.png')).items():
         monkeypatch.setattr(overfit, name, value)
     overfit.main()
     assert f'Look at {tmp_path / "sheet.png"}' in capsys.readouterr().out
     assert Image.open(tmp_path / 'sheet.png').height == 40 + overfit.tile[1]
-    for name in 'n_pictures', 'steps', 'thin':
+    for name in 'n_images', 'steps', 'thin':
         with monkeypatch.context() as wrong:
             wrong.setattr(overfit, name, 0)
             with pytest.raises(UserError, match=f'{name} = 0.* in overfit.py'):

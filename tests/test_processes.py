@@ -31,7 +31,7 @@ def command(n, *arguments):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Lists of 40 training pictures, and 3 for the test."""
+    """Lists of 40 training images, and 3 for the test."""
     return draw_and_list(tmp_path_factory.mktemp('together'), 40, 3)
 
 
@@ -67,8 +67,8 @@ def test_two_processes_evaluate_like_one(folder):
 
 
 @pytest.mark.parametrize('counts', [[[2, 0, 3], [1, 4], [0, 2]], [[2], [], []], [[0, 0], [0, 0], [0]]])
-def test_values_of_pictures_come_together_in_order(monkeypatch, counts):
-    """Of three processes; each hands over one tensor, not one a picture."""
+def test_values_of_images_come_together_in_order(monkeypatch, counts):
+    """Of three processes; each hands over one tensor, not one an image."""
     pieces = [[torch.full((count,), i + 3. * k) for k, count in enumerate(of_process)]
               for i, of_process in enumerate(counts)]
     sent = []
@@ -82,7 +82,7 @@ def test_values_of_pictures_come_together_in_order(monkeypatch, counts):
     monkeypatch.setattr(processes.dist, 'all_gather_object', all_gather_object)
     expected = [tensor for k in range(3) for tensors in pieces for tensor in tensors[k:k + 1]]
     for tensors, count in zip(pieces, counts):
-        gathered = processes.gather_pictures(tensors, count)
+        gathered = processes.gather_images(tensors, count)
         assert len(gathered) == len(expected) and all(map(torch.equal, gathered, expected))
     assert all(isinstance(values, torch.Tensor) and len(values) == sum(count) for values, count in sent)
 
@@ -197,13 +197,13 @@ def test_when_one_process_is_killed_the_other_ends(folder):
 
 @pytest.mark.parametrize('how', ['nan', 'inf'])
 def test_processes_stop_together(folder, how):
-    """Of two processes, the second has the picture, and says so; neither changes its weights after it."""
+    """Of two processes, the second has the image, and says so; neither changes its weights after it."""
     result = subprocess.run(command(2, 'spoiled', folder, how), capture_output=True, text=True, env=no_gpu)
     assert result.returncode != 0
     dataset, sampler = PascalVOCDataset(folder, 'TRAIN'), EpochSampler(40, 0, process=1, n_processes=2)
     names = ', '.join(os.path.basename(dataset.images[index]) for index, _ in list(sampler)[4:8])
     assert result.stderr.count('the loss or the gradient became infinite or NaN in epoch 0, batch 2. Here, ') == 2
-    assert result.stderr.count(f'Here, the loss was {how}, of the pictures {names}. ') == 1
+    assert result.stderr.count(f'Here, the loss was {how}, of the images {names}. ') == 1
     for process in range(2):
         with open(os.path.join(folder, f'changes {process}.json')) as file:
             assert json.load(file) == [True]  # one step was taken

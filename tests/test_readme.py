@@ -52,7 +52,7 @@ def section(title):
             re.findall(r'^    ((?:python|torchrun) .*)$', text, re.M))
 
 
-# ----------------------------------------------------------------------------------------------- Names, links, pictures
+# ----------------------------------------------------------------------------------------------- Names, links, images
 
 def definitions(file_name):
     """Line numbers of the functions, classes, methods (as Class.method) and constants that a file defines."""
@@ -107,7 +107,7 @@ def test_sections_that_the_code_names_exist():
         assert set(named) <= set(headings), name
 
 
-def test_pictures_drawn_and_kept_and_shown_are_the_same():
+def test_images_drawn_and_kept_and_shown_are_the_same():
     shown = re.findall(r'!\[[^\]]+\]\(img/([^)]+)\)', readme)
     kept = [name for name in os.listdir(os.path.join(root, 'img')) if name.endswith(('.png', '.svg', '.gif', '.jpg'))]
     assert len(kept) >= 25
@@ -158,7 +158,7 @@ def test_interactive_examples_give_what_is_shown():
     assert runner.failures == 0
     shared = [name for name in vars(examples) if isinstance(names.get(name), torch.Tensor)]
     assert len(shared) >= 8, shared
-    for name in shared:  # the pictures show the same examples
+    for name in shared:  # the images show the same examples
         assert names[name].equal(getattr(examples, name)), name
 
 
@@ -272,7 +272,7 @@ def read_rows(name):
         return list(csv.DictReader(file))
 
 
-def test_numbers_of_hard_negatives_are_those_of_the_picture():
+def test_numbers_of_hard_negatives_are_those_of_the_image():
     words = ' '.join(readme.split())
     before, after = ({name: float(value) for name, value in row.items() if name != 'training'}
                      for row in read_rows('hard_negatives.csv'))
@@ -290,11 +290,11 @@ def test_numbers_of_hard_negatives_are_those_of_the_picture():
     assert f'4 ln *n* before anything is learned, {4 * math.log(21):.1f} with' in words
 
 
-def test_numbers_of_locality_are_those_of_the_picture():
+def test_numbers_of_locality_are_those_of_the_image():
     shares = [(row['map'], f"{float(row['prior_area']):.0%}", f"{float(row['in_prior']):.0%}")
               for row in read_rows('locality.csv')]
     (_, first_area, first_share), *others = shares
-    text = f'covers {first_area} of the picture and gets {first_share} of the weight'
+    text = f'covers {first_area} of the image and gets {first_share} of the weight'
     text += ''.join(f'; on {name}, {area} and {share}' for name, area, share in others)
     assert f'On {shares[0][0]}, the prior {text}.' in ' '.join(readme.split())
 
@@ -322,7 +322,7 @@ def test_ssd512_as_described():
 # ------------------------------------------------------------------------------------------------------- What is to run
 
 def test_all_python_blocks_are_run_by_a_test_below():
-    tested = ('Multibox loss', 'Training', 'Inference', 'Your own pictures', 'A first training on a laptop',
+    tested = ('Multibox loss', 'Training', 'Inference', 'Your own images', 'A first training on a laptop',
               "Other people's weights", 'Deployment')
     assert readme.count('```python\n') == sum(len(section(title)[1]) for title in tested)
     assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon', 'math'}
@@ -404,8 +404,8 @@ def test_the_next_command_after_the_demo(tmp_path):
     assert sorted(os.listdir(tmp_path / 'demo' / 'detections')) == ['test_0000.jpg', 'trainval_0000.jpg']
 
 
-def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch, run_forked):
-    _, blocks, commands = section('Your own pictures')
+def test_own_images_from_a_folder_to_a_detector(tmp_path, monkeypatch, run_forked):
+    _, blocks, commands = section('Your own images')
     copy_scripts(tmp_path)
     for block in blocks:
         set_parameters(tmp_path, block)
@@ -421,7 +421,7 @@ def test_own_pictures_from_a_folder_to_a_detector(tmp_path, monkeypatch, run_for
         code, printed = run_forked(tmp_path, command.replace('300, 0)', '6, 0)'))
         assert code == 0, printed
         if 'create_data_lists.py' in command:
-            assert re.search(r'pictures +5 +1\n', printed)
+            assert re.search(r'images +5 +1\n', printed)
         if 'train.py' in command:
             assert "lack ['circle', 'square', 'triangle']" in printed
         if 'eval.py' in command:

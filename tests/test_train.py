@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from conftest import copy_lists, kept_checkpoint, no_gpu, root
 from kill_loop import runs, workers_of
-from tiny import SpoiledPictures, TinyDetector
+from tiny import SpoiledImages, TinyDetector
 from torch.utils.data import DataLoader
 
 import checkpoints
@@ -50,7 +50,7 @@ def train_on(folder, path, epochs, workers=0, resume=False):
 
 
 def test_interrupted_training_ends_in_the_same_weights(voc_folder, tmp_path, capsys):
-    """Two epochs at once; and one, then, with other workers, another. Three pictures: the last batch is of one."""
+    """Two epochs at once; and one, then, with other workers, another. Three images: the last batch is of one."""
     whole, parts = str(tmp_path / 'whole.pth'), str(tmp_path / 'parts.pth')
     train_on(voc_folder, whole, epochs=2, workers=2)
     train_on(voc_folder, parts, epochs=1)
@@ -116,7 +116,7 @@ def test_main_trains_evaluates_and_refuses_other_labels(voc_folder, tmp_path, mo
     eval_script.main()
     printed = capsys.readouterr().out
     assert re.search(r'circle +\d+ +(\d\.\d{3}|-)\n', printed) and re.search(r'mAP +\d+ +\d\.\d{3}\n', printed)
-    assert re.search(r'2 pictures, [\d.]+ pictures/s', printed)
+    assert re.search(r'2 images, [\d.]+ images/s', printed)
 
     other = tmp_path / 'other'
     shutil.copytree(voc_folder, other)
@@ -184,7 +184,7 @@ def test_on_a_cpu_numbers_have_16_bits_only_if_asked(voc_folder, bfloat16, expec
 
 
 def test_the_recipe_is_the_papers(voc_folder, tmp_path, monkeypatch):
-    """A tenth of the learning rate after 80,000 of 120,000 iterations of 32 pictures, and again after 100,000."""
+    """A tenth of the learning rate after 80,000 of 120,000 iterations of 32 images, and again after 100,000."""
     rates = []
     monkeypatch.setattr(train, 'train', lambda *args, **_: rates.append(args[3].param_groups[-1]['lr']))
     monkeypatch.setattr(train, 'save_checkpoint', lambda *_: None)
@@ -210,12 +210,12 @@ def test_workers_stay_for_the_next_epoch(voc_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('n_processes', [1, 2])
 def test_numbers_of_the_log_by_hand(voc_folder, tmp_path, monkeypatch, n_processes):
-    """On a clock that goes on 0.5 s as a picture is loaded, and 2 s in the network. Batches of 2 pictures and of 1."""
+    """On a clock that goes on 0.5 s as an image is loaded, and 2 s in the network. Batches of 2 images and of 1."""
     now = [0.]
     monkeypatch.setattr(train, 'time', SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setattr(train, 'n_processes', lambda: n_processes)
 
-    class Pictures(PascalVOCDataset):
+    class Images(PascalVOCDataset):
         def __getitem__(self, i):
             now[0] += 0.5
             return super().__getitem__(i)
@@ -227,16 +227,16 @@ def test_numbers_of_the_log_by_hand(voc_folder, tmp_path, monkeypatch, n_process
 
     model, log_path = Model(len(label_map)), str(tmp_path / 'c.csv')
     optimizer = train.make_optimizer(model, 1e-4, 0.9, 5e-4)
-    loader = DataLoader(Pictures(voc_folder, 'TRAIN'), 2, sampler=EpochSampler(3, 0), collate_fn=collate_fn)
+    loader = DataLoader(Images(voc_folder, 'TRAIN'), 2, sampler=EpochSampler(3, 0), collate_fn=collate_fn)
     train.start_log(log_path, 0)
     train.train(loader, model, MultiBoxLoss(model.priors_cxcy), optimizer, 4, epochs=7, print_freq=1, log_path=log_path)
     with open(log_path, newline='') as file:
         rows = [{name: float(value) for name, value in row.items() if name != 'mAP'} for row in csv.DictReader(file)]
-    for row, batch, n_pictures, seconds, left in zip(rows, (1, 2), (2, 1), (3, 2.5), (5 * 3, 4 * 2.5), strict=True):
+    for row, batch, n_images, seconds, left in zip(rows, (1, 2), (2, 1), (3, 2.5), (5 * 3, 4 * 2.5), strict=True):
         assert row['epoch'] == 4 and row['batch'] == batch and row['lr'] == 1e-4 and row['left_s'] == left
         assert row['loss'] == pytest.approx(row['loc_loss'] + row['conf_loss']) and row['loc_loss'] > 0
-        assert row['images_per_s'] == pytest.approx(n_pictures * n_processes / seconds)
-        assert row['data_s'] == pytest.approx(0.5 * n_pictures)
+        assert row['images_per_s'] == pytest.approx(n_images * n_processes / seconds)
+        assert row['data_s'] == pytest.approx(0.5 * n_images)
 
     train.train(loader, model, MultiBoxLoss(model.priors_cxcy), optimizer, 4, print_freq=9, log_path=log_path)
     with open(log_path, newline='') as file:
@@ -324,7 +324,7 @@ def test_no_step_is_taken_with_a_loss_that_is_no_number(folder, tmp_path, monkey
     sampler.set_epoch(1)
     third = [index for index, _ in sampler][8:12]
     if how in ('nan', 'inf', '1e38'):
-        dataset = SpoiledPictures(dataset, third[1], float(how))
+        dataset = SpoiledImages(dataset, third[1], float(how))
     else:
         spoil(monkeypatch, how, 3)
     model = TinyDetector(4)
@@ -339,7 +339,7 @@ def test_no_step_is_taken_with_a_loss_that_is_no_number(folder, tmp_path, monkey
     names = ', '.join(os.path.basename(dataset.images[index]) for index in third)
     loss = {'nan': 'nan', 'gradient': r'\d+\.\d+', 'loss': 'inf'}.get(how, 'nan|inf')
     assert re.match('the loss or the gradient became infinite or NaN in epoch 1, batch 3. Here, the loss was '
-                    f'({loss}), of the pictures {names}. ', str(error.value)) and '\n' not in str(error.value)
+                    f'({loss}), of the images {names}. ', str(error.value)) and '\n' not in str(error.value)
 
     assert len(after) == 2
     now = copies(optimizer)
@@ -431,8 +431,8 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     assert out.startswith('epoch 1  batch 1/2') and err.startswith(f'This line is not in {tmp_path}: ')
 
 
-def test_training_goes_on_with_other_pictures(folder, tmp_path, monkeypatch, capsys):
-    """Of 40 pictures, 33 are left."""
+def test_training_goes_on_with_other_images(folder, tmp_path, monkeypatch, capsys):
+    """Of 40 images, 33 are left."""
     copy_lists(folder, tmp_path)
     train_here(monkeypatch, tmp_path, epochs=1)
     for name in ('TRAIN_images.json', 'TRAIN_objects.json'):
@@ -442,7 +442,7 @@ def test_training_goes_on_with_other_pictures(folder, tmp_path, monkeypatch, cap
     assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
 
 
-# ------------------------------------------------------------------------ Killed processes, broken pictures, full disks
+# ------------------------------------------------------------------------ Killed processes, broken images, full disks
 
 def listen_to_ctrl_c():
     """A shell's background processes, and what they start, do not."""
@@ -527,11 +527,11 @@ def test_a_killed_worker_ends_training_with_our_line(folder, tmp_path, start_tra
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     # Lines before it can be Python's own: that the news of the kill came in the middle of tidying up.
-    assert errors.splitlines()[-1].startswith('Error: a process that loads pictures was killed')
+    assert errors.splitlines()[-1].startswith('Error: a process that loads images was killed')
     assert none_runs(workers, 10)
 
 
-def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tmp_path, start_training):
+def test_a_truncated_image_is_named_by_a_worker_and_no_worker_stays(folder, tmp_path, start_training):
     copy_lists(folder, tmp_path)
     images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
     with open(images[0], 'rb') as file:
@@ -547,7 +547,7 @@ def test_a_truncated_picture_is_named_by_a_worker_and_no_worker_stays(folder, tm
         time.sleep(0.02)
     errors = process.stderr.read()
     assert process.returncode == 1 and errors.count('\n') == 1
-    assert errors.startswith(f'Error: {tmp_path / "cut.jpg"} is not a picture that can be read') and 'truncat' in errors
+    assert errors.startswith(f'Error: {tmp_path / "cut.jpg"} is not an image that can be read') and 'truncat' in errors
     assert none_runs(list(workers), 10)
 
 
@@ -570,9 +570,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(folder, tmp_path, start_training
     assert load_checkpoint(tmp_path / 'c.pth')['epoch'] == 1
 
 
-def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
+def test_a_broken_image_is_named_even_by_a_worker(voc_folder, tmp_path):
     shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / 'broken.jpg').write_text('no picture')
+    (tmp_path / 'broken.jpg').write_text('no image')
     images, objects = (json.loads((tmp_path / f'TRAIN_{kind}.json').read_text()) for kind in ('images', 'objects'))
     images = images * 6 + [str(tmp_path / 'broken.jpg')] * 3  # the first are read by the main process, too
     (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images))
@@ -584,7 +584,7 @@ def test_a_broken_picture_is_named_even_by_a_worker(voc_folder, tmp_path):
     result = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
                             env={**os.environ, 'PYTHONPATH': root})
     assert result.returncode == 1 and result.stderr.count('\n') == 1
-    assert result.stderr.startswith(f'Error: {tmp_path / "broken.jpg"} is not a picture')
+    assert result.stderr.startswith(f'Error: {tmp_path / "broken.jpg"} is not an image')
 
 
 # ------------------------------------------------------------------------------------------- From random weights
@@ -614,7 +614,7 @@ def test_standardized_layers_have_mean_0_and_spread_1(thin):
         torch.testing.assert_close(layer.weight, 0.1 * before)
 
 
-def test_one_picture_is_enough_to_standardize():
+def test_one_image_is_enough_to_standardize():
     """Its last maps have one pixel, hence no spread."""
     model = SSD300(len(label_map), thin=16)
     train.standardize(model, torch.randn(1, 3, 300, 300))

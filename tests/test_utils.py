@@ -76,7 +76,7 @@ def test_suppression_equals_torchvisions():
         assert torch.equal(non_maximum_suppression(boxes, scores, labels, 0.45), expected)
 
 
-def test_suppression_keeps_classes_apart_even_far_outside_the_picture():
+def test_suppression_keeps_classes_apart_even_far_outside_the_image():
     """Were boxes only moved by (largest coordinate + 1), the second would come to lie on the first."""
     boxes = torch.tensor([[0., 0., 1., 1.], [-2., -2., -1., -1.]])
     assert non_maximum_suppression(boxes, torch.tensor([.9, .8]), torch.tensor([0, 1]), 0.5).tolist() == [0, 1]
@@ -116,11 +116,11 @@ def test_number_of_priors_and_of_clamped_ones():
     assert (priors == 1).any(dim=1).sum() == 20 + 1  # those that were clamped, and the last map's extra prior
     counts = [f.size ** 2 * (len(f.ratios) + 1) for f in feature_maps.values()]
     assert counts == [5776, 2166, 600, 150, 36, 4]
-    assert (cxcy_to_xy(priors) < 0).any()  # boxes are not cut at the picture's edge
+    assert (cxcy_to_xy(priors) < 0).any()  # boxes are not cut at the image's edge
 
 
 def test_priors_of_four_tiles_by_hand():
-    """Two rows of two tiles; one of the priors would be wider than the picture, and one higher."""
+    """Two rows of two tiles; one of the priors would be wider than the image, and one higher."""
     sizes = (.6, .6), (.7, .7), (1., .3), (.3, 1.)
     expected = [[x, y, *size] for y in (.25, .75) for x in (.25, .75) for size in sizes]
     priors = priors_of_map(2, 0.5, 0.6, 0.7, (1, 4, 1 / 4))
@@ -140,11 +140,11 @@ left, right, far = [0., 0., .4, .4], [.5, .5, .9, .9], [.9, 0., 1., .1]
 
 
 def mAP(detections, objects, label_map={'background': 0, 'a': 1, 'b': 2}):
-    """Of pictures, each a list of detections (box, label, score) and of objects (box, label, difficult)."""
-    def tensors(pictures):
-        return ([torch.tensor([row[0] for row in rows]).view(-1, 4) for rows in pictures],
-                [torch.tensor([row[1] for row in rows], dtype=torch.long) for rows in pictures],
-                [torch.tensor([float(row[2]) for row in rows]) for rows in pictures])
+    """Of images, each a list of detections (box, label, score) and of objects (box, label, difficult)."""
+    def tensors(images):
+        return ([torch.tensor([row[0] for row in rows]).view(-1, 4) for rows in images],
+                [torch.tensor([row[1] for row in rows], dtype=torch.long) for rows in images],
+                [torch.tensor([float(row[2]) for row in rows]) for rows in images])
     return calculate_mAP(*tensors(detections), *tensors(objects), label_map)
 
 
@@ -159,7 +159,7 @@ def test_mAP_by_hand():
     # A duplicate is a false positive: hit, duplicate, hit; precision 1 at 6 points, 2/3 at 5
     found = [(left, 1, .9), (left, 1, .8), (right, 1, .7)]
     assert mAP([found], [[(left, 1, 0), (right, 1, 0)]])[1] == pytest.approx((6 + 5 * 2 / 3) / 11)
-    # The right box with the wrong class, and the right box in another picture, are false positives
+    # The right box with the wrong class, and the right box in another image, are false positives
     assert mAP([[(left, 2, .9)], []], [[(left, 1, 0)], []]) == ({'a': 0.}, 0.)
     assert mAP([[], [(left, 1, .9)]], [[(left, 1, 0)], []]) == ({'a': 0.}, 0.)
     # The mean over two classes
@@ -205,8 +205,8 @@ def test_mAP_without_detections_or_objects():
     assert mAP([[(left, 2, .9)]], [[(right, 1, 0)]]) == ({'a': 0.}, 0.)  # class b has no objects and no AP
 
 
-def test_mAP_counts_each_of_many_pictures_once():
-    """A false positive in each of 1,001 pictures, and then a hit."""
+def test_mAP_counts_each_of_many_images_once():
+    """A false positive in each of 1,001 images, and then a hit."""
     detections, objects = [[(far, 1, .9)]] * 1001 + [[(left, 1, .8)]], [[]] * 1001 + [[(left, 1, 0)]]
     assert mAP(detections, objects)[1] == pytest.approx(1 / 1002)
 

@@ -8,7 +8,7 @@ from model import SSD300
 
 class TinyDetector(SSD300):
     """
-    Predictions of SSD300's shapes, from nothing but the picture's mean color; detection and checkpoints are SSD300's.
+    Predictions of SSD300's shapes, from nothing but the image's mean color; detection and checkpoints are SSD300's.
 
     :param n_classes: number of classes, background included
     :param pretrained: not supported
@@ -26,7 +26,7 @@ class TinyDetector(SSD300):
 
     def forward(self, image):
         """
-        :param image: pictures, a tensor (N, 3, 300, 300)
+        :param image: images, a tensor (N, 3, 300, 300)
         :return: locs (N, 8732, 4), classes_scores (N, 8732, n_classes)
         """
         color = F.adaptive_avg_pool2d(image, 1)  # (N, 3, 1, 1)
@@ -35,12 +35,12 @@ class TinyDetector(SSD300):
         return predictions[:, :, :4], predictions[:, :, 4:]
 
 
-class SpoiledPictures(torch.utils.data.Dataset):
+class SpoiledImages(torch.utils.data.Dataset):
     """
-    A data set in which one picture has a single color that no picture has.
+    A data set in which one image has a single color that no image has.
 
     :param dataset: PascalVOCDataset
-    :param spoiled: the picture's index
+    :param spoiled: the image's index
     :param value: of all its pixels: NaN, infinite, or so large that the loss becomes infinite
     """
 

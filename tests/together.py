@@ -24,12 +24,12 @@ from eval import evaluate  # noqa: E402
 from files import run  # noqa: E402
 from model import SSD300, MultiBoxLoss  # noqa: E402
 from processes import download_weights, join_processes, leave_processes, n_processes, process_number  # noqa: E402
-from tiny import SpoiledPictures, TinyDetector  # noqa: E402
+from tiny import SpoiledImages, TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
 
 
 class RandomDetector(nn.Module):
-    """Detects at random, but always the same in the same picture."""
+    """Detects at random, but always the same in the same image."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ class RandomDetector(nn.Module):
 
 
 def train_spoiled(folder, how):
-    """Train on pictures of which one, in the second batch of the last process, makes the loss NaN; or make it infinite,
+    """Train on images of which one, in the second batch of the last process, makes the loss NaN; or make it infinite,
     but not its gradient. Write which steps changed the weights."""
     dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     spoiled = [index for index, _ in EpochSampler(len(dataset), 0, n_processes() - 1, n_processes())][5]
@@ -57,7 +57,7 @@ def train_spoiled(folder, how):
     optimizer, weights = make_optimizer(model, 1e-3, 0.9, 5e-4), [model.head.weight.detach().clone()]
     optimizer.register_step_post_hook(lambda *_: weights.append(model.head.weight.detach().clone()))
     if how == 'nan':
-        dataset = SpoiledPictures(dataset, spoiled, float('nan'))
+        dataset = SpoiledImages(dataset, spoiled, float('nan'))
     elif process_number() == n_processes() - 1:
         plain, infinities = MultiBoxLoss.losses, iter([0., float('inf')])
 
@@ -105,11 +105,11 @@ def download(folder):
     download_weights(SlowWeights(folder, broken=True), 'do without')
 
 
-def evaluate_first(folder, n_pictures):
-    """:return: what `evaluate` returns for the first pictures of the training set"""
+def evaluate_first(folder, n_images):
+    """:return: what `evaluate` returns for the first images of the training set"""
     test_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     test_set.split = 'TEST'
-    del test_set.images[n_pictures:], test_set.objects[n_pictures:]
+    del test_set.images[n_images:], test_set.objects[n_images:]
     test_set.objects[1:2] = [{'boxes': [], 'labels': [], 'difficulties': []}]
     return evaluate(DataLoader(test_set, 4, sampler=range(process_number(), len(test_set), n_processes()),
                                collate_fn=collate_fn), RandomDetector())

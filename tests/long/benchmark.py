@@ -78,27 +78,27 @@ def section(title):
 
 # --------------------------------------------------------------------------------------------------------- Detection
 
-def predictions(n_pictures, trained, device):
+def predictions(n_images, trained, device):
     """
-    Predictions like those of a network that has begun to learn (about 90,000 scores above 0.01 a picture), or of a
+    Predictions like those of a network that has begun to learn (about 90,000 scores above 0.01 an image), or of a
     trained one (a few hundred: 25 objects, each seen by a dozen priors of its neighborhood).
     """
     rng = torch.Generator().manual_seed(0)
-    locs = torch.randn(n_pictures, 8732, 4, generator=rng)
-    scores = 0.6 * torch.randn(n_pictures, 8732, n_classes, generator=rng)
+    locs = torch.randn(n_images, 8732, 4, generator=rng)
+    scores = 0.6 * torch.randn(n_images, 8732, n_classes, generator=rng)
     scores[:, :, 0] += 4.3 if not trained else 9
     if trained:
         priors_xy = utils.cxcy_to_xy(utils.create_prior_boxes())
-        for picture in range(n_pictures):
+        for image in range(n_images):
             for prior in torch.randint(8732, (25,), generator=rng):
                 near = utils.find_jaccard_overlap(priors_xy[prior, None], priors_xy)[0].topk(12).indices
-                scores[picture, near, torch.randint(1, n_classes, (1,), generator=rng)] += 9
+                scores[image, near, torch.randint(1, n_classes, (1,), generator=rng)] += 9
     return locs.to(device), scores.to(device)
 
 
 def benchmark_detection(device):
     """Ours and torchvision's, from predictions to detections, at batch 8."""
-    section(f'Detection on {device}: 8 pictures, {n_classes} classes' + ' ' * 25 + 'ours           torchvision   ratio')
+    section(f'Detection on {device}: 8 images, {n_classes} classes' + ' ' * 25 + 'ours           torchvision   ratio')
     model = SSD300(n_classes).to(device)
     other = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(device).eval()
     other.score_thresh, other.nms_thresh, other.detections_per_img = 0.01, 0.45, 200
@@ -109,13 +109,13 @@ def benchmark_detection(device):
         ours = median_seconds(lambda: model.detect_objects(locs, scores, 0.01, 0.45, 200)) / 8
         theirs = median_seconds(lambda: other.postprocess_detections(
             {'bbox_regression': locs, 'cls_logits': scores}, priors, [(300, 300)] * 8)) / 8
-        row(f'  a picture with {n:,} candidates', f'{1000 * ours:.2f} ms', f'{1000 * theirs:.2f} ms',
+        row(f'  an image with {n:,} candidates', f'{1000 * ours:.2f} ms', f'{1000 * theirs:.2f} ms',
             f'{theirs / ours:.1f}x')
 
 
-def benchmark_one_picture():
-    """detect.py's time for a picture of 500x375, on the CPU, without loading and saving."""
-    section('A picture of 500x375 in detect.py, on the CPU')
+def benchmark_one_image():
+    """detect.py's time for an image of 500x375, on the CPU, without loading and saving."""
+    section('An image of 500x375 in detect.py, on the CPU')
     image, _ = photograph()
     for thin in (1, 4):
         detector = SSD300(n_classes, thin=thin).eval(), utils.label_map
@@ -125,7 +125,7 @@ def benchmark_one_picture():
 
 @torch.no_grad()
 def benchmark_forward_and_detection():
-    """Pictures per second at batch 64 on the GPU, of the forward pass alone and with detection."""
+    """Images per second at batch 64 on the GPU, of the forward pass alone and with detection."""
     section('Forward pass on the GPU: batch 64, bfloat16' + ' ' * 29 + 'alone      with detection   ratio')
     model, images = SSD300(n_classes).to(gpu).eval(), torch.randn(64, 3, 300, 300, device=gpu)
     locs, scores = predictions(64, True, gpu)
@@ -140,7 +140,7 @@ def benchmark_forward_and_detection():
 
     torch.cuda.reset_peak_memory_stats()
     alone, together = median_seconds(forward, 20, 5), median_seconds(both, 20, 5)
-    row('  pictures per second', f'{64 / alone:.0f}', f'{64 / together:.0f}', f'{100 * alone / together:.0f}%')
+    row('  images per second', f'{64 / alone:.0f}', f'{64 / together:.0f}', f'{100 * alone / together:.0f}%')
     memory = torch.cuda.max_memory_allocated() / 2**30
     other = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(gpu).eval()
     torch.cuda.reset_peak_memory_stats()
@@ -152,17 +152,17 @@ def benchmark_forward_and_detection():
 
 # --------------------------------------------------------------------------------------------------------------- mAP
 
-def random_detections(n_pictures):
-    """The arguments of `calculate_mAP`: 200 detections a picture, 20 classes, as many objects a picture as VOC's."""
+def random_detections(n_images):
+    """The arguments of `calculate_mAP`: 200 detections an image, 20 classes, as many objects an image as VOC's."""
     rng = torch.Generator().manual_seed(0)
 
     def boxes(n):
         corners = torch.rand(n, 2, 2, generator=rng)
         return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
 
-    n_objects = 12032 * n_pictures // 4952
-    counts = torch.randint(n_pictures, (n_objects,), generator=rng).bincount(minlength=n_pictures).tolist()
-    n = 200 * n_pictures
+    n_objects = 12032 * n_images // 4952
+    counts = torch.randint(n_images, (n_objects,), generator=rng).bincount(minlength=n_images).tolist()
+    n = 200 * n_images
     return (boxes(n).split(200), torch.randint(1, 21, (n,), generator=rng).split(200),
             torch.rand(n, generator=rng).split(200), boxes(n_objects).split(counts),
             torch.randint(1, 21, (n_objects,), generator=rng).split(counts),
@@ -170,23 +170,23 @@ def random_detections(n_pictures):
 
 
 def benchmark_mAP():
-    """On one core; and how time grows with the number of pictures."""
-    section('Mean average precision on one core: 200 detections a picture')
+    """On one core; and how time grows with the number of images."""
+    section('Mean average precision on one core: 200 detections an image')
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = {}
-    for n_pictures in (4952, 49520):
-        arguments = random_detections(n_pictures)
-        seconds[n_pictures] = median_seconds(lambda: utils.calculate_mAP(*arguments), 3)
-        row(f'  {n_pictures:,} pictures, {sum(map(len, arguments[4])):,} objects', f'{seconds[n_pictures]:.2f} s',
-            f'{peak_memory():.2f} GiB process', f'{seconds[n_pictures] / seconds[4952]:.1f}x')
+    for n_images in (4952, 49520):
+        arguments = random_detections(n_images)
+        seconds[n_images] = median_seconds(lambda: utils.calculate_mAP(*arguments), 3)
+        row(f'  {n_images:,} images, {sum(map(len, arguments[4])):,} objects', f'{seconds[n_images]:.2f} s',
+            f'{peak_memory():.2f} GiB process', f'{seconds[n_images] / seconds[4952]:.1f}x')
     torch.set_num_threads(threads)
 
 
 # -------------------------------------------------------------------------------------------------------------- Data
 
 def photograph():
-    """A picture of 500x375, and as JPEG; as hard to compress as a photograph."""
+    """An image of 500x375, and as JPEG; as hard to compress as a photograph."""
     image = draw_background((500, 375), random.Random(3))
     file = io.BytesIO()
     image.save(file, 'JPEG', quality=90)
@@ -194,7 +194,7 @@ def photograph():
 
 
 def benchmark_transforms():
-    """Training's random variations, ours and torchvision's, of a picture with two objects on one thread."""
+    """Training's random variations, ours and torchvision's, of an image with two objects on one thread."""
     section('Training transform on one thread: 500x375 pixels' + ' ' * 24 + 'ours        torchvision v2   ratio')
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -209,11 +209,11 @@ def benchmark_transforms():
     rng = random.Random(0)
     torch.manual_seed(0)
 
-    def ours(picture):
-        return lambda: [datasets.transform(picture(), boxes, labels, difficulties, 'TRAIN', rng) for _ in range(50)]
+    def ours(image):
+        return lambda: [datasets.transform(image(), boxes, labels, difficulties, 'TRAIN', rng) for _ in range(50)]
 
-    def theirs(picture):
-        return lambda: [chain(picture(), targets) for _ in range(50)]
+    def theirs(image):
+        return lambda: [chain(image(), targets) for _ in range(50)]
 
     def decoded():
         return Image.open(io.BytesIO(jpeg)).convert('RGB')
@@ -228,12 +228,12 @@ def benchmark_transforms():
 
 # ---------------------------------------------------------------------------------------------------------- Training
 
-def objects(n_pictures, device, n_objects=3):
-    """Boxes and labels, so many objects a picture."""
+def objects(n_images, device, n_objects=3):
+    """Boxes and labels, so many objects an image."""
     rng = torch.Generator().manual_seed(0)
-    corners = torch.rand(n_pictures, n_objects, 2, generator=rng) * 0.6
-    boxes = torch.cat([corners, corners + 0.1 + 0.3 * torch.rand(n_pictures, n_objects, 2, generator=rng)], dim=2)
-    return list(boxes.to(device)), list(torch.randint(1, n_classes, (n_pictures, n_objects), generator=rng).to(device))
+    corners = torch.rand(n_images, n_objects, 2, generator=rng) * 0.6
+    boxes = torch.cat([corners, corners + 0.1 + 0.3 * torch.rand(n_images, n_objects, 2, generator=rng)], dim=2)
+    return list(boxes.to(device)), list(torch.randint(1, n_classes, (n_images, n_objects), generator=rng).to(device))
 
 
 def our_step(batch_size, device, bfloat16, channels_last=True, thin=1):
@@ -323,8 +323,8 @@ def benchmark_training(device, batch_size, n):
              (our_loss, batch_size, device, 3), (our_loss, batch_size, device, 40)], n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
             f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
-        row('    of it the loss and its gradient, 3 objects a picture', f'{100 * loss / ours:.2f}%')
-        row('    the same with 40 objects a picture', f'{100 * loss_of_many / ours:.2f}%')
+        row('    of it the loss and its gradient, 3 objects an image', f'{100 * loss / ours:.2f}%')
+        row('    the same with 40 objects an image', f'{100 * loss_of_many / ours:.2f}%')
         row('    with thin = 4, and against the whole network', f'{batch_size / thin:.2f} images/s',
             f'{thin_memory:.2f} GiB', f'{ours / thin:.1f}x')
         row('    against float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
@@ -346,9 +346,9 @@ def benchmark_loader():
             with open(os.path.join(folder, f'{i}.jpg'), 'wb') as file:
                 file.write(photograph()[1])
         boxes, labels = objects(64, 'cpu')
-        of_picture = [{'boxes': (boxes[i] * torch.tensor([500, 375] * 2)).tolist(), 'labels': labels[i].tolist(),
+        of_image = [{'boxes': (boxes[i] * torch.tensor([500, 375] * 2)).tolist(), 'labels': labels[i].tolist(),
                        'difficulties': [0] * 3} for i in range(64)]
-        contents = {'label_map': utils.label_map, 'TRAIN_objects': of_picture * 100,
+        contents = {'label_map': utils.label_map, 'TRAIN_objects': of_image * 100,
                     'TRAIN_images': [os.path.join(folder, f'{i}.jpg') for i in range(64)] * 100}
         for name, content in contents.items():
             with open(os.path.join(folder, f'{name}.json'), 'w') as file:
@@ -375,7 +375,7 @@ def main():
     benchmark_mAP()
     benchmark_transforms()
     benchmark_detection(torch.device('cpu'))
-    benchmark_one_picture()
+    benchmark_one_image()
     benchmark_training(torch.device('cpu'), 8, 7)
     if gpu is None:
         print('\nNo GPU here: training, its memory, the loader, and forward pass with detection on a GPU not measured.')

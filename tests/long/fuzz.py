@@ -1,5 +1,5 @@
 """
-Write thousands of damaged and strange annotations, pictures and checkpoints, and read them:
+Write thousands of damaged and strange annotations, images and checkpoints, and read them:
 
     python tests/long/fuzz.py
 
@@ -38,7 +38,7 @@ from tiny import TinyDetector  # noqa: E402
 from utils import cxcy_to_gcxgcy, make_label_map, xy_to_cxcy  # noqa: E402
 
 n_annotations = 20_000
-n_pictures = 4_000
+n_images = 4_000
 n_checkpoints = 1_000
 seed = 0
 max_seconds = 20  # for one file
@@ -83,7 +83,7 @@ def read_or_report(path, read):
 
 class RandomAnnotation:
     """
-    A picture's annotation, which is right at first, and what parse_annotation should make of it.
+    An image's annotation, which is right at first, and what parse_annotation should make of it.
 
     :param rng: the source of random numbers
     """
@@ -112,7 +112,7 @@ class RandomAnnotation:
         return whole if self.rng.random() < 0.8 else max(low, whole - self.rng.choice([0.25, 0.5, 0.75]))
 
     def add_object(self):
-        """An object that lies within the picture; it is expected only if it has an area and a known label."""
+        """An object that lies within the image; it is expected only if it has an area and a known label."""
         rng, (width, height) = self.rng, self.size
         (x_min, x_max), (y_min, y_max) = (sorted(self.number(1, side) for _ in range(2)) for side in self.size)
         label, difficult = rng.choice([*label_map, 'dragon', 'Cat']), rng.choice([None, '0', '1', '', ' 1 ', '0.0'])
@@ -125,9 +125,9 @@ class RandomAnnotation:
         if rng.random() < 0.2:
             node.append(self.part())
         box = x_min, y_min, x_max, y_max
-        if self.stored:  # the box in the stored picture, by EXIF's definition of the orientations
+        if self.stored:  # the box in the stored image, by EXIF's definition of the orientations
             left, top, right, bottom = x_min, y_min, x_max, y_max
-            if self.orientation in (6, 7):  # the stored picture's last row is the upright picture's first column
+            if self.orientation in (6, 7):  # the stored image's last row is the upright image's first column
                 left, right = width + 1 - x_max, width + 1 - x_min
             if self.orientation in (7, 8):  # its last column is the first row
                 top, bottom = height + 1 - y_max, height + 1 - y_min
@@ -260,7 +260,7 @@ def fuzz_annotation(path, rng):
     return 'read'
 
 
-# --------------------------------------------------------------------------------------------------------- Pictures
+# --------------------------------------------------------------------------------------------------------- Images
 
 def draw_random(size, mode, rng):
     """A PIL image of a mode, with a few rectangles."""
@@ -279,19 +279,19 @@ def draw_random(size, mode, rng):
     return image.convert('RGBA').convert(mode) if mode in ('LA', 'RGBA') else image.convert(mode)
 
 
-kinds_of_picture = {  # formats, and the modes that each can hold
+kinds_of_image = {  # formats, and the modes that each can hold
     'JPEG': ('L', 'RGB', 'CMYK', 'YCbCr'), 'PNG': ('1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'I;16'),
     'GIF': ('1', 'L', 'P', 'RGB', 'RGBA'), 'WEBP': ('L', 'RGB', 'RGBA'), 'BMP': ('1', 'L', 'P', 'RGB', 'RGBA'),
     'TIFF': ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'LAB', 'I;16', 'I', 'F'), 'PPM': ('1', 'L', 'RGB', 'I'),
     'TGA': ('L', 'LA', 'P', 'RGB', 'RGBA'), 'PCX': ('1', 'L', 'P', 'RGB'), 'MPO': ('RGB', 'CMYK')}
 
 
-def make_picture(rng):
+def make_image(rng):
     """
-    :return: a picture file's bytes; the PIL image that it shows, before its orientation; and the orientation
+    :return: an image file's bytes; the PIL image that it shows, before its orientation; and the orientation
     """
-    format = rng.choice(list(kinds_of_picture))
-    mode = rng.choice(kinds_of_picture[format])
+    format = rng.choice(list(kinds_of_image))
+    mode = rng.choice(kinds_of_image[format])
     size = rng.choice([(rng.randint(1, 400), rng.randint(1, 400)), (1, rng.randint(1, 2000)), (rng.randint(1, 2000), 1),
                        (1, 1), (2, 3)])
     if rng.random() < 0.01 and format != 'WEBP':  # which can't be so large
@@ -317,12 +317,12 @@ def make_picture(rng):
     try:
         Image.open(file).load()
     except OSError:  # old versions of Pillow can't read all that they have written
-        return make_picture(rng)
+        return make_image(rng)
     return file.getvalue(), image, orientation
 
 
-def picture_bomb(rng):
-    """A small file that claims to be a huge picture, or is none."""
+def image_bomb(rng):
+    """A small file that claims to be a huge image, or is none."""
     what = rng.randrange(6)
     if what == 0:
         file = io.BytesIO()
@@ -336,7 +336,7 @@ def picture_bomb(rng):
             data[rng.randrange(min(len(data), 64))] = rng.choice([0, 1, 0x7f, 0x80, 0xff])
         return bytes(data)
     if what == 2:
-        return rng.choice([b'', b'\x00', b'\x00' * 10_000, b'no picture', '\u732b'.encode('utf-16')])
+        return rng.choice([b'', b'\x00', b'\x00' * 10_000, b'no image', '\u732b'.encode('utf-16')])
     if what == 3:
         return rng.choice([b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n', b'GIF89a', b'RIFF', b'BM', b'II*\x00', b'P6 9 9 255 ',
                            b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n', b'P6 999999 999999 255\n'])
@@ -345,14 +345,14 @@ def picture_bomb(rng):
     return rng.randbytes(rng.randrange(3000))
 
 
-def fuzz_picture(path, rng):
-    """Write a picture, whole or mutated, read it in every way, and check what came out; what happened, in a word."""
+def fuzz_image(path, rng):
+    """Write an image, whole or mutated, read it in every way, and check what came out; what happened, in a word."""
     kind = rng.choices(['whole', 'bytes', 'bomb'], [50, 45, 5])[0]
     image = None
     if kind == 'bomb':
-        data = picture_bomb(rng)
+        data = image_bomb(rng)
     else:
-        data, image, orientation = make_picture(rng)
+        data, image, orientation = make_image(rng)
         if kind == 'bytes':
             for _ in range(rng.choice([1, 1, 3])):
                 data = mutate_bytes(data, rng) or b'\x00'
@@ -363,7 +363,7 @@ def fuzz_picture(path, rng):
     opened = read_or_report(path, open_image)
     frames = read_or_report(path, read_frames)
     if kind == 'whole':
-        assert None not in (header, opened, frames), 'a right picture was refused'
+        assert None not in (header, opened, frames), 'a right image was refused'
         size = image.size[::-1] if 5 <= orientation <= 8 else image.size
         assert header == (size, orientation if orientation in range(1, 9) else 1), (header, size, orientation)
     if opened is None:
@@ -375,7 +375,7 @@ def fuzz_picture(path, rng):
 
 
 def check_transforms(image, rng):
-    """A picture of any size goes through the transforms, and its boxes stay boxes."""
+    """An image of any size goes through the transforms, and its boxes stay boxes."""
     (x_min, x_max), (y_min, y_max) = (sorted((rng.uniform(0, side), rng.uniform(0, side))) for side in image.size)
     boxes = torch.tensor([[0, 0, image.width, image.height], [x_min, y_min, x_max, y_max], [0, 0, 0.1, 0.1],
                           [image.width - 0.1, image.height - 0.1, image.width, image.height]])
@@ -413,14 +413,14 @@ def fuzz(kind, n, folder, seed=0):
     """
     Try many inputs.
 
-    :param kind: 'annotation', 'picture' or 'checkpoint'
+    :param kind: 'annotation', 'image' or 'checkpoint'
     :param n: how many
     :param folder: where the file goes, which stays if something is wrong with it
     :param seed: of the random numbers; input i gets the seed (seed, i)
     :return: how many were read, and how many reported
     """
-    one = {'annotation': fuzz_annotation, 'picture': fuzz_picture, 'checkpoint': fuzz_checkpoint}[kind]
-    path = os.path.join(folder, {'annotation': 'a.xml', 'picture': 'a.jpg', 'checkpoint': 'a.pth'}[kind])
+    one = {'annotation': fuzz_annotation, 'image': fuzz_image, 'checkpoint': fuzz_checkpoint}[kind]
+    path = os.path.join(folder, {'annotation': 'a.xml', 'image': 'a.jpg', 'checkpoint': 'a.pth'}[kind])
     results = Counter()
     for i in range(n):
         try:
@@ -433,7 +433,7 @@ def fuzz(kind, n, folder, seed=0):
 def main():
     """Try all inputs, and print figures."""
     folder = tempfile.mkdtemp()
-    for kind, n in (('annotation', n_annotations), ('picture', n_pictures), ('checkpoint', n_checkpoints)):
+    for kind, n in (('annotation', n_annotations), ('image', n_images), ('checkpoint', n_checkpoints)):
         start = time.time()
         results = fuzz(kind, n, folder, seed)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

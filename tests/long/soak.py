@@ -1,5 +1,5 @@
 """
-Train for 2,000 steps and evaluate 5,000 pictures, and watch memory and open files:
+Train for 2,000 steps and evaluate 5,000 images, and watch memory and open files:
 
     python tests/long/soak.py
 
@@ -29,7 +29,7 @@ from kill_loop import workers_of  # noqa: E402
 from tiny import TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
 
-n_drawn = 40  # pictures, which are used again and again
+n_drawn = 40  # images, which are used again and again
 batch_size = 4
 n_steps = 2_000
 steps_per_epoch = 250
@@ -59,7 +59,7 @@ def memory_of(pid):
 
 
 def repeated(folder, split, n):
-    """The pictures of a split, again and again until they are n."""
+    """The images of a split, again and again until they are n."""
     dataset = PascalVOCDataset(folder, split, keep_difficult=True)
     times = n // len(dataset)
     dataset.images, dataset.objects = dataset.images * times, dataset.objects * times
@@ -83,13 +83,13 @@ def soak_training(folder):
 
 
 def soak_evaluation(folder):
-    """:return: what memory and open files grew by, from after evaluating 400 pictures to after 5,000 others"""
+    """:return: what memory and open files grew by, from after evaluating 400 images to after 5,000 others"""
     model, readings = TinyDetector(len(shapes) + 1), []
     for n in (400, n_evaluated):
         loader = DataLoader(repeated(folder, 'TEST', n), batch_size, collate_fn=collate_fn, num_workers=1,
                             worker_init_fn=quiet_worker)
         evaluate(loader, model)
-        readings.append(usage(f'{n} pictures evaluated'))
+        readings.append(usage(f'{n} images evaluated'))
     return tuple(last - first for first, last in zip(*readings))
 
 
