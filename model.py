@@ -1,14 +1,15 @@
 """
 SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", 2016, arXiv 1512.02325) and its loss.
 
-An image goes through three sets of convolutions: the base finds low-level features, the auxiliary convolutions
-higher-level ones on ever coarser maps, and the prediction convolutions turn six of these maps into 8732 predictions,
-one for each prior: how the prior has to move and stretch to fit an object, and a score for each class. The loss says
-how wrong they are; `SSD300.detect_objects` turns them into detections.
+An image goes through three sets of convolutions. The base (elsewhere: the backbone) finds low-level features, the
+auxiliary convolutions higher-level ones on coarser and coarser maps, and the prediction convolutions (elsewhere: the
+heads) turn six of these maps into 8732 predictions, one for each prior: how the prior has to move and stretch to fit an
+object, and a score for each class. `MultiBoxLoss` says how wrong they are; `SSD300.detect_objects` turns them into
+detections.
 
 Each class names the section of README.md that explains it. In the comments on shapes, N is the number of images in
-the batch; the numbers of channels are those of the whole network, of which a thin one has a part (see `thin_out`).
-Boxes and priors: see utils.py.
+the batch; the numbers of channels are those of the whole network (a thin one has fewer, see `thin_out`). For boxes and
+priors, see utils.py.
 """
 import math
 
@@ -25,8 +26,8 @@ from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, fea
 
 class VGGBase(nn.Module):
     """
-    VGG-16 up to its last convolution, with its fully connected layers fc6 and fc7 turned into convolutions. See "Base
-    convolutions".
+    The backbone: VGG-16 up to its last convolution, and its fully connected layers fc6 and fc7 as convolutions. See
+    "Base convolutions".
 
     :param pretrained: start from torchvision's ImageNet weights instead of random ones
     """
@@ -55,17 +56,17 @@ class VGGBase(nn.Module):
         self.conv5_1 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv5_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv5_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
-        self.pool5 = nn.MaxPool2d(kernel_size=3, stride=1, padding=1)  # keeps 19x19, where VGG-16 halves
+        self.pool5 = nn.MaxPool2d(kernel_size=3, stride=1, padding=1)  # keeps 19x19; VGG-16's halves
 
-        # fc6 and fc7. The dilation spreads the 3x3 kernel that is left of fc6 over 13x13 tiles.
+        # fc6 and fc7. With its dilation, the 3x3 kernel that is left of fc6 covers 13x13 tiles.
         self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
         self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
 
         if pretrained:
             self.load_pretrained_layers()
         else:
-            # PyTorch's default initialization shrinks the signal from layer to layer, and nothing here would restore
-            # it. He's keeps its variance through convolution and ReLU.
+            # PyTorch's default initialization shrinks the signal from layer to layer, and this network has no
+            # normalization to restore it. He's initialization keeps its variance through convolution and ReLU.
             for layer in self.children():
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
@@ -76,8 +77,8 @@ class VGGBase(nn.Module):
         :param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
         """
-        # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. Before or after a pool
-        # picks the largest value, it makes no difference; after it, only a quarter of the values are left to change.
+        # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. ReLU and max pooling
+        # commute, so the first three pools come first: this leaves ReLU a quarter of the work.
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
@@ -114,7 +115,7 @@ class VGGBase(nn.Module):
         """
         vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, 'set pretrained = None to start from random weights')
 
-        # torchvision numbers its layers, ReLUs and pools included; its convolutions come in the same order as ours.
+        # torchvision numbers its layers, including ReLUs and pools; its convolutions are in the same order as ours.
         names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)][:13]
         indices = sorted({int(key.split('.')[1]) for key in vgg if key.startswith('features.')})
         state_dict = {f'{name}.{kind}': vgg[f'features.{index}.{kind}']
@@ -129,21 +130,21 @@ class VGGBase(nn.Module):
 
 def fully_connected_to_convolution(weight, bias, channels, size, m):
     """
-    Turn a fully connected layer into the convolution that computes the same numbers, then decimate it. See "A fully
+    Turn a fully connected layer into the convolution that computes the same values, then decimate it. See "A fully
     connected layer is a convolution", and "Decimation, and a kernel with holes".
 
     :param weight: (n_outputs, channels * size * size)
     :param bias: (n_outputs)
     :param channels: channels of the map
     :param size: width and height of the map
-    :param m: steps at which to decimate filters, channels, rows and columns; None keeps all
+    :param m: keep every m-th of the filters, channels, rows and columns, a tuple of four; None keeps all
     :return: the convolution's weight (n_filters, n_channels, n_rows, n_columns) and bias (n_filters)
     """
     return decimate(weight.view(-1, channels, size, size), m), decimate(bias, m[:1])
 
 
 class AuxiliaryConvolutions(nn.Module):
-    """Four pairs of convolutions, each of which shrinks the map: for larger objects. See "Auxiliary convolutions"."""
+    """Four pairs of convolutions, each of which shrinks the map, for larger objects. See "Auxiliary convolutions"."""
 
     def __init__(self):
         super().__init__()
@@ -184,7 +185,9 @@ class AuxiliaryConvolutions(nn.Module):
 
 def xavier_initialization(module):
     """
-    :param module: its convolutions get Xavier's uniform weights and zero biases, in place
+    Set the weights of a module's convolutions to Xavier's uniform initialization, and the biases to 0, in place.
+
+    :param module: nn.Module
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -194,10 +197,9 @@ def xavier_initialization(module):
 
 class PredictionConvolutions(nn.Module):
     """
-    Two convolutions over each of the six feature maps: one predicts offsets (loc_...), one class scores (cl_...).
-
-    At each tile, the channels of the first are 4 offsets for each of the tile's priors, those of the second n_classes
-    scores for each. See "Prediction convolutions".
+    The heads: two convolutions over each of the six feature maps. One predicts offsets (loc_...), one class scores
+    (cl_...). At each tile, the channels of the first are 4 offsets for each of the tile's priors, those of the second
+    n_classes scores for each. See "Prediction convolutions".
 
     :param n_classes: number of classes, background included
     """
@@ -214,15 +216,15 @@ class PredictionConvolutions(nn.Module):
     def forward(self, conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats):
         """
         :param conv4_3_feats: (N, 512, 38, 38), and so on, see `utils.feature_maps`
-        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), before softmax
+        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits
         """
         feats = (conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats)
         locs, classes_scores = [], []
         for name, feat in zip(feature_maps, feats, strict=True):
             loc = getattr(self, f'loc_{name}')(feat)  # (N, n_priors * 4, size, size)
             cl = getattr(self, f'cl_{name}')(feat)  # (N, n_priors * n_classes, size, size)
-            # Reshaping follows the order of the dimensions, so the channels must come last, or predictions would land
-            # on the priors of other tiles.
+            # `reshape` follows the order of the dimensions. Channels must come last, or predictions would end up with
+            # the priors of other tiles.
             loc = loc.permute(0, 2, 3, 1)  # (N, size, size, n_priors * 4)
             cl = cl.permute(0, 2, 3, 1)  # (N, size, size, n_priors * n_classes)
             locs.append(loc.reshape(loc.size(0), -1, 4))  # (N, size * size * n_priors, 4)
@@ -237,7 +239,7 @@ class SSD300(nn.Module):
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
     :param thin: keep only every thin-th channel of each layer, for a network that a laptop can train: see `thin_out`
-    :raises ValueError: there is no such thin network
+    :raises ValueError: thin is not one of `possible_thin`
     """
 
     def __init__(self, n_classes, pretrained=False, thin=1):
@@ -248,16 +250,17 @@ class SSD300(nn.Module):
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
 
-        # conv4_3's features are much larger in scale than the other maps'. They are brought to length 1 and multiplied
-        # by these factors, one a channel, which are learned and start at 20 (Liu et al., "ParseNet", 2015).
+        # conv4_3's features are much larger than the other maps'. They are divided by their L2 norm, then multiplied by
+        # these factors, one for each channel, which are learned and start at 20 (Liu et al., "ParseNet", 2015).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.))
 
-        # A buffer moves to the GPU along with the weights, but is not learned.
-        self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)  # (8732, 4)
+        # A buffer moves to the GPU and is saved with the weights, which fit only these priors, but is not learned.
+        self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (8732, 4)
 
-        thin_out(self, thin)
+        if thin != 1:
+            thin_out(self, thin)
 
-        # Convolutions are faster when the values of a pixel lie next to each other in memory; the shapes stay the same.
+        # Convolutions are faster when the channels of a pixel are adjacent in memory. The shapes stay the same.
         for part in (self.base, self.aux_convs, self.pred_convs):
             part.to(memory_format=torch.channels_last)
 
@@ -267,15 +270,22 @@ class SSD300(nn.Module):
         """
         return create_prior_boxes()
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """
+        As in nn.Module. A state_dict without priors, such as the earlier implementation's, leaves the priors as they
+        are.
+        """
+        return super().load_state_dict({'priors_cxcy': self.priors_cxcy, **state_dict}, *args, **kwargs)
+
     def forward(self, image):
         """
         :param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
-        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), before softmax
+        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits
         """
         conv4_3_feats, conv7_feats = self.base(image)  # (N, 512, 38, 38), (N, 1024, 19, 19)
         aux_feats = self.aux_convs(conv7_feats)  # (N, 512, 10, 10), (N, 256, 5, 5), (N, 256, 3, 3), (N, 256, 1, 1)
 
-        # Divided by the L2 norm over the channels, at each pixel; a norm of 0 is replaced by a tiny number.
+        # Divide by the L2 norm over the channels, at each pixel (`normalize` replaces a norm of 0 by a tiny number).
         conv4_3_feats = F.normalize(conv4_3_feats, dim=1) * self.rescale_factors  # (N, 512, 38, 38)
 
         return self.pred_convs(conv4_3_feats, conv7_feats, *aux_feats)  # (N, 8732, 4), (N, 8732, n_classes)
@@ -283,12 +293,12 @@ class SSD300(nn.Module):
     @torch.no_grad()
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
         """
-        Turn predictions into detections: decode the boxes, drop low scores, suppress boxes that overlap a better one of
-        their class, and keep each image's best. See "Processing predictions".
+        Turn predictions into detections: decode the boxes, drop low scores, suppress boxes that overlap one of their
+        class with a higher score, and keep the best of each image. See "Processing predictions".
 
         :param predicted_locs: offsets from the priors, (N, 8732, 4)
-        :param predicted_scores: class scores before softmax, (N, 8732, n_classes)
-        :param min_score: a score must be above this to count
+        :param predicted_scores: logits, (N, 8732, n_classes)
+        :param min_score: keep only scores above this
         :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
         :param top_k: keep at most this many detections of an image
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
@@ -298,24 +308,18 @@ class SSD300(nn.Module):
         for locs, scores in zip(predicted_locs.float(), predicted_scores.float()):
             boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, self.priors_cxcy))  # (8732, 4)
             scores = scores.softmax(dim=1)[:, 1:]  # (8732, n_classes - 1), without the background
-            scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0)  # what is infinite or NaN is no box ...
-            scores = scores.nan_to_num(0).flatten()  # ... nor score; (8732 * (n_classes - 1)), for each prior and class
+            scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0).nan_to_num(0)  # drop infinite and NaN
 
-            # Suppression goes down the scores and never looks back. So when the best candidates alone leave top_k
-            # survivors, these are final, and the others, perhaps 90,000, need not be looked at. Try with few.
-            for n_best in (min(10 * top_k, len(scores)), len(scores)):
-                best_scores, best = scores.topk(n_best)  # (n_best), (n_best)
-                best_scores, best = best_scores[best_scores > min_score], best[best_scores > min_score]  # (n), (n)
-                candidates = boxes[best // (self.n_classes - 1)]  # (n, 4)
-                labels = best % (self.n_classes - 1) + 1  # (n)
-                kept = non_maximum_suppression(candidates, best_scores, labels, max_overlap)[:top_k]  # (n_kept)
-                if len(kept) == top_k or len(best) < n_best:
-                    break
-
+            # Of each class the 400 highest scores, as in the paper's authors' code: beyond these, boxes are duplicates.
+            scores, priors = scores.topk(min(400, len(scores)), dim=0)  # (400, n_classes - 1), (400, n_classes - 1)
+            ranks, classes = torch.where(scores > min_score)  # (n), (n)
+            boxes = boxes[priors[ranks, classes]]  # (n, 4)
+            scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
+            kept = non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
             if len(kept) > 0:
-                all_boxes.append(candidates[kept])  # (n_kept, 4)
+                all_boxes.append(boxes[kept])  # (n_kept, 4)
                 all_labels.append(labels[kept])  # (n_kept)
-                all_scores.append(best_scores[kept])  # (n_kept)
+                all_scores.append(scores[kept])  # (n_kept)
             else:
                 all_boxes.append(boxes.new_tensor([[0., 0., 1., 1.]]))  # (1, 4)
                 all_labels.append(labels.new_zeros(1))  # (1)
@@ -328,12 +332,12 @@ possible_thin = 1, 2, 4, 8, 16, 32, 64  # the thinnest network keeps one of the 
 
 def thin_out(model, thin):
     """
-    Keep every thin-th channel of every layer, and of the predictions' layers every thin-th input: with thin = 4 the
+    Keep every thin-th channel of every layer, except for the image's colors and the predictions. With thin = 4 the
     network needs about a fifteenth of the operations. See "A thin network".
 
-    :param model: SSD300, whose layers are replaced
-    :param thin: one of `possible_thin`; with 1 nothing changes
-    :raises ValueError: another number
+    :param model: SSD300, whose layers are changed in place
+    :param thin: one of `possible_thin`
+    :raises ValueError: thin is another number
     """
     if thin not in possible_thin:
         raise ValueError(f'thin is {thin!r}, not one of {possible_thin}')
@@ -345,8 +349,8 @@ def thin_out(model, thin):
             m = (None if keeps_outputs else thin, None if keeps_inputs else thin, None, None)
             weight, bias = decimate(layer.weight.detach(), m), decimate(layer.bias.detach(), m[:1])
             layer.out_channels, layer.in_channels = weight.shape[:2]
-            # A sum over a quarter of the channels would spread half as much, and after fifteen layers nothing would be
-            # left of the image: so weights grow by the square root of what their number shrank by.
+            # A sum over a quarter of the inputs has a quarter of the variance, and over fifteen layers the signal
+            # would vanish. So multiply the weights by the square root of the ratio of the numbers of inputs.
             layer.weight = nn.Parameter(weight * math.sqrt(n_inputs / layer.in_channels))
             layer.bias = nn.Parameter(bias.clone())
     model.rescale_factors = nn.Parameter(decimate(model.rescale_factors.detach(), (None, thin, None, None)).clone())
@@ -354,15 +358,16 @@ def thin_out(model, thin):
 
 class MultiBoxLoss(nn.Module):
     """
-    The loss of a batch: how wrong are the offsets of the priors that should find an object, and how wrong are the class
-    scores of these priors and of the hardest others (the paper's section 2.2, equations 1 to 3). See "Multibox loss".
+    The loss of a batch: how wrong are the offsets of the positive priors, which should find an object, and how wrong
+    are the class scores of these and of the hardest negative priors (the paper's section 2.2, equations 1 to 3). See
+    "Multibox loss".
+
+    With several processes, all must compute it at the same time, because they exchange the number of positives.
 
     :param priors_cxcy: priors in center-size coordinates, (8732, 4)
-    :param threshold: a prior that overlaps no object by this much is background
-    :param neg_pos_ratio: how many background priors count for each prior with an object
+    :param threshold: a prior that overlaps no object by at least this is background
+    :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
-
-    Of several processes, all must compute it at the same time, because they agree on the number of positives.
     """
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.):
@@ -375,8 +380,8 @@ class MultiBoxLoss(nn.Module):
     def forward(self, predicted_locs, predicted_scores, boxes, labels):
         """
         :param predicted_locs: offsets from the priors, (N, 8732, 4)
-        :param predicted_scores: class scores before softmax, (N, 8732, n_classes)
-        :param boxes: the objects in fractional boundary coordinates, a list of N tensors (n_objects, 4)
+        :param predicted_scores: logits, (N, 8732, n_classes)
+        :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
         :param labels: the objects' labels, a list of N tensors (n_objects)
         :return: the loss, a scalar; 0 if there is no object in the batch
         """
@@ -385,60 +390,60 @@ class MultiBoxLoss(nn.Module):
 
     def losses(self, predicted_locs, predicted_scores, boxes, labels):
         """
-        :return: localization loss and confidence loss, scalars; the arguments are those of `forward`
+        :param predicted_locs: as in `forward`, like the other arguments
+        :return: localization loss and confidence loss, scalars
         """
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        # All positives of the batch. Of several processes, it is their mean number, so that the mean of their losses is
-        # the loss of all images. Without any object the sums below are 0, and so is the loss.
-        n_positive_of_all = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)
+        # Both losses are divided by the number of positives in the batch; with several processes, by the mean of their
+        # numbers. Without any object, the sums below are 0, and so is the loss.
+        divisor = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
         loc_loss = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction='none').sum(dim=2)  # (N, 8732)
-        loc_loss = loc_loss.where(positive, 0).sum() / n_positive_of_all
+        loc_loss = loc_loss.where(positive, 0).sum() / divisor
 
-        # Confidence: cross entropy (equation 3) over the positive priors, and over the hard negatives: those with the
-        # highest loss, in each image three times as many as positives.
+        # Confidence: cross entropy (equation 3) over the positives, and over the hard negatives: in each image, the
+        # negatives with the highest loss, three times as many as its positives
         conf_loss = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
                                     reduction='none').view_as(true_classes)  # (N, 8732)
         negatives = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
         hard = torch.arange(negatives.size(1), device=negatives.device) < self.neg_pos_ratio * n_positive  # (N, 8732)
-        conf_loss = (conf_loss.where(positive, 0).sum() + negatives.where(hard, 0).sum()) / n_positive_of_all
+        conf_loss = (conf_loss.where(positive, 0).sum() + negatives.where(hard, 0).sum()) / divisor
         return loc_loss, conf_loss
 
     def match(self, boxes, labels):
         """
-        Decide for each prior which object it should find, if any (the paper's section 2.2). See "Matching".
+        Assign an object, or background, to each prior (the paper's section 2.2). See "Matching".
 
-        :param boxes: the objects in fractional boundary coordinates, a list of N tensors (n_objects, 4)
+        :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
         :param labels: the objects' labels, a list of N tensors (n_objects)
-        :return: true_boxes (N, 8732, 4), each prior's object, or for background the prior itself, in boundary
-            coordinates; true_classes (N, 8732), its label, or 0
+        :return: true_boxes (N, 8732, 4), the box of each prior's object in boundary coordinates, or for background the
+            prior itself; true_classes (N, 8732), the object's label, or 0
         """
         priors_xy = cxcy_to_xy(self.priors_cxcy)  # (8732, 4)
-        n_priors = len(priors_xy)
+        n_objects = [len(of_image) for of_image in boxes]
 
-        # To treat all images at once, their objects are padded with zeros to the largest number, which is at least 1.
+        # To treat all images at once, pad their objects with zeros to the largest number, at least 1.
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]  # (N, n_objects, 4)
         labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1]  # (N, n_objects)
         boxes, labels = (padded.to(priors_xy.device, non_blocking=True) for padded in (boxes, labels))
-        real = labels > 0  # (N, n_objects)
-        # A few images at a time: the areas on the way to the overlaps take several times the memory of the overlaps,
-        # which in crowded images, with hundreds of objects in each, is a lot.
+        # Four images at a time, because the corners of all the intersections take several times the memory of the
+        # overlaps, which is much if an image has hundreds of objects
         overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(4)])  # (N, n_objects, 8732)
-        overlap.masked_fill_(~real.unsqueeze(2), -1)
+        overlap.masked_fill_((labels == 0).unsqueeze(2), -1)  # -1 for padding
 
         # Each prior gets the object that it overlaps most.
         overlap_of_prior, object_of_prior = overlap.max(dim=1)  # (N, 8732), (N, 8732)
 
-        # An object that is nobody's largest overlap, or overlaps no prior by the threshold, would be lost: so each
-        # object takes one prior of its own. What padding takes is written after the last prior, and cut off.
-        own = own_priors(overlap).where(real, n_priors)  # (N, n_objects)
-        objects = torch.arange(own.size(1), device=own.device).expand_as(own)  # (N, n_objects)
-        object_of_prior = F.pad(object_of_prior, (0, 1)).scatter(1, own, objects)[:, :-1]  # (N, 8732)
-        overlap_of_prior = F.pad(overlap_of_prior, (0, 1)).scatter(1, own, 1.)[:, :-1]  # (N, 8732)
+        # Then each object gets one prior of its own, whatever their overlap. Otherwise an object would be lost that
+        # overlaps no prior by the threshold, or whose priors all overlap another object more.
+        prior_of_object = own_priors(overlap)  # (N, n_objects)
+        for i, n in enumerate(n_objects):
+            object_of_prior[i, prior_of_object[i, :n]] = torch.arange(n, device=priors_xy.device)
+            overlap_of_prior[i, prior_of_object[i, :n]] = 1.
 
         positive = overlap_of_prior >= self.threshold  # (N, 8732)
         true_classes = labels.gather(1, object_of_prior).where(positive, 0)  # (N, 8732)
@@ -448,28 +453,29 @@ class MultiBoxLoss(nn.Module):
 
 def own_priors(overlap):
     """
-    Give each object a prior of its own, the largest overlap first: where two objects overlap the same prior most, the
-    one that overlaps it more keeps it, and the other takes its next best. Of equals, the first one in order wins: a
-    small object overlaps all priors that contain it equally.
+    Give each object a prior of its own. Where two objects overlap the same prior most, the one with the larger overlap
+    keeps it, and the other takes its next best. Of equal overlaps the first in order wins.
 
-    All objects of all images ask at once, in rounds, until nobody asks for what another keeps. It ends where one
-    would by taking pair after pair, the largest overlap first, and takes far fewer steps.
+    The result is that of a loop that takes the pair of an object and a prior with the largest overlap, removes both,
+    and goes on with the rest (`match` in README.md). To be faster, all objects of all images choose at once, in rounds,
+    until there are no conflicts.
 
-    :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732); of what is no object, -1
-    :return: the index of each object's prior, no two the same in an image, (N, n_objects); of what is no object, 0
+    :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732); -1 for padding
+    :return: the index of each object's prior, all different within an image, (N, n_objects); 0 for padding
     """
     overlap = overlap.clone()
-    # Of two objects that overlap a prior equally, the earlier one wins.
-    earlier = torch.ones(overlap.size(1), overlap.size(1), device=overlap.device).tril(-1) > 0  # (n_objects, n_objects)
+    n_objects = overlap.size(1)
+    earlier = torch.ones(n_objects, n_objects, device=overlap.device).tril(-1) > 0  # (n_objects, n_objects)
     while True:
-        # Each object asks for the prior that it overlaps most. `max` takes the first of equals.
-        asked_overlap, asked = overlap.max(dim=2)  # (N, n_objects), (N, n_objects)
-        # An object loses its prior to another (the last dimension) that asks for the same with a larger overlap ...
-        mine, others = asked_overlap.unsqueeze(2), asked_overlap.unsqueeze(1)  # (N, n_objects, 1), (N, 1, n_objects)
-        beaten = (others > mine) | (others == mine) & earlier  # (N, n_objects, n_objects)
-        same = asked.unsqueeze(2) == asked.unsqueeze(1)  # (N, n_objects, n_objects)
-        loses = (same & beaten).any(dim=2) & (asked_overlap >= 0)  # (N, n_objects)
+        # Each object chooses the prior that it overlaps most; `max` takes the first of equals.
+        largest, prior_of_object = overlap.max(dim=2)  # (N, n_objects), (N, n_objects)
+        # It loses this prior to another object (the last dimension) that chose the same one and overlaps it more, or
+        # equally and is earlier in order ...
+        same_prior = prior_of_object.unsqueeze(2) == prior_of_object.unsqueeze(1)  # (N, n_objects, n_objects)
+        mine, others = largest.unsqueeze(2), largest.unsqueeze(1)  # (N, n_objects, 1), (N, 1, n_objects)
+        wins = (others > mine) | (others == mine) & earlier  # (N, n_objects, n_objects)
+        loses = (same_prior & wins).any(dim=2) & (largest >= 0)  # (N, n_objects)
         if not loses.any():
-            return asked
-        # ... and asks for another in the next round.
-        overlap.scatter_(2, asked.unsqueeze(2), asked_overlap.masked_fill(loses, -1).unsqueeze(2))
+            return prior_of_object
+        # ... and chooses another one in the next round.
+        overlap.scatter_(2, prior_of_object.unsqueeze(2), largest.masked_fill(loses, -1).unsqueeze(2))

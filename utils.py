@@ -1,7 +1,7 @@
 """
-What a detector is made of, besides its network: labels, box coordinates and overlaps, priors and their encoding,
-non-maximum suppression, mean average precision, and a few helpers for training. Read it beside README.md, from top to
-bottom; the sections that are named here are those of README.md.
+The parts of a detector besides its network: labels, box coordinates and overlaps, priors and their encoding,
+non-maximum suppression, mean average precision, and two helpers for training. Read it beside README.md, from top to
+bottom; the sections named here are those of README.md.
 
 Boxes come in three forms, and names say which:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
@@ -29,20 +29,20 @@ def make_label_map(labels):
     """
     :param labels: names of the classes, without the background
     :return: dict of label -> index; 'background' is 0, the labels follow in their order
-    :raises UserError: a label stands twice, or is 'background' itself
+    :raises UserError: a label occurs twice, or is 'background' itself
     """
     names = ['background', *labels]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated or not labels:
         raise UserError(f"labels {list(labels)} must name each class once, and not 'background': "
-                        + (f'{repeated} stands twice' if repeated else 'there is none'))
+                        + (f'{repeated} occurs twice' if repeated else 'there is none'))
     return {name: index for index, name in enumerate(names)}
 
 
 def make_color_map(label_map):
     """
     :param label_map: dict of label -> index
-    :return: dict of label -> color '#rrggbb': hues a golden section apart, so that neighbors in the list differ much
+    :return: dict of label -> color '#rrggbb'; hues a golden ratio apart, so that neighbors in the list differ
     """
     colors = {label: hsv_to_rgb(index * 0.618 % 1, 1, 1) for label, index in label_map.items()}
     colors['background'] = (1, 1, 1)
@@ -53,7 +53,7 @@ label_map = make_label_map(voc_labels)
 rev_label_map = {index: label for label, index in label_map.items()}
 label_color_map = make_color_map(label_map)
 
-mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB pixels: what VGG-16 was trained with
+mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB pixels, on which VGG-16 was trained
 
 
 # -------------------------------------------------------------------------------------- Box coordinates and overlaps
@@ -100,13 +100,14 @@ def find_jaccard_overlap(set_1, set_2):
     areas_1 = (set_1[..., 2:] - set_1[..., :2]).prod(dim=-1)  # (..., n1)
     areas_2 = (set_2[..., 2:] - set_2[..., :2]).prod(dim=-1)  # (..., n2)
     union = areas_1.unsqueeze(-1) + areas_2.unsqueeze(-2) - intersection  # (..., n1, n2)
-    return intersection / union.clamp(min=1e-12)  # two boxes without area overlap by 0, not by 0/0
+    return intersection / union.clamp(min=1e-12)  # 0, not 0/0, for two boxes without area
 
 
 # ------------------------------------------------------------------------------------------ Priors and their encoding
 
-# The six feature maps that predict, and the priors on each: the paper's section 2.2, and its authors' code. Every tile
-# also has an extra prior of ratio 1, so its number of priors is one more than its number of aspect ratios.
+# The six feature maps with predictions, and the priors on each (the paper's section 2.2, and its authors' code). `size`
+# is the number of tiles in a row, `scale` the square root of a prior's area (1: the whole image), `ratios` are width to
+# height. Each tile also has an extra prior of ratio 1, with the geometric mean of this map's scale and the next one's.
 FeatureMap = namedtuple('FeatureMap', 'channels size scale ratios')
 feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
                 'conv7': FeatureMap(1024, 19, 0.2, (1, 2, 3, 1 / 2, 1 / 3)),
@@ -116,36 +117,29 @@ feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
                 'conv11_2': FeatureMap(256, 1, 0.9, (1, 2, 1 / 2))}
 
 
-def create_prior_boxes():
+def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
     """
     The 8732 priors of SSD300: map by map, row by row, tile by tile, and within a tile ratio 1, the extra prior, then
     the other ratios. The predictions come in the same order. See "Priors".
 
+    Clamping limits widths and heights to 1, but does not clip priors at the image's edge. See "Which priors".
+
+    :param maps: dict of name -> FeatureMap
+    :param last_extra_scale: scale of the extra prior on the last map, which has no next one
     :return: priors in fractional center-size coordinates, a tensor (8732, 4)
     """
-    maps = list(feature_maps.values())
-    extra_scales = [math.sqrt(this.scale * following.scale) for this, following in zip(maps, maps[1:])] + [1.]
-    return torch.cat([priors_of_map(size, 1 / size, scale, extra_scale, ratios)
-                      for (_, size, scale, ratios), extra_scale in zip(maps, extra_scales)])  # (8732, 4)
-
-
-def priors_of_map(size, step, scale, extra_scale, ratios):
-    """
-    The priors of one feature map, row by row, tile by tile: see `create_prior_boxes`.
-
-    Widths and heights are clamped to at most 1, but priors are not cut at the image's edge. See "Which priors".
-
-    :param size: tiles in a row, and rows, of the map
-    :param step: distance between the centers of two tiles, as a fraction of the image
-    :param scale: square root of the area of the priors, as a fraction of the image's
-    :param extra_scale: the same for the extra prior
-    :param ratios: aspect ratios, width to height, the first is 1
-    :return: priors in fractional center-size coordinates, a tensor (size * size * (number of ratios + 1), 4)
-    """
-    shapes = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
-    shapes.insert(1, (extra_scale, extra_scale))
-    return torch.tensor([[(column + 0.5) * step, (row + 0.5) * step, min(width, 1.), min(height, 1.)]
-                         for row in range(size) for column in range(size) for width, height in shapes])
+    scales = [feature_map.scale for feature_map in maps.values()]
+    extra_scales = [math.sqrt(scale * next_scale) for scale, next_scale in zip(scales, scales[1:])] + [last_extra_scale]
+    priors = []
+    for (_, size, scale, ratios), extra_scale in zip(maps.values(), extra_scales):
+        for row in range(size):
+            for column in range(size):
+                c_x, c_y = (column + 0.5) / size, (row + 0.5) / size
+                for ratio in ratios:
+                    priors.append([c_x, c_y, scale * math.sqrt(ratio), scale / math.sqrt(ratio)])
+                    if ratio == 1:
+                        priors.append([c_x, c_y, extra_scale, extra_scale])
+    return torch.tensor(priors).clamp(0, 1)  # (8732, 4)
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
@@ -188,17 +182,18 @@ def decimate(tensor, m):
 
 def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     """
-    Of boxes of a class that overlap too much, keep the best. See "Processing predictions".
+    From the highest score down, keep each box unless it overlaps a kept box of its class too much: then it is
+    suppressed. See "Processing predictions".
 
     :param boxes_xy: boxes in fractional boundary coordinates, a tensor (n, 4)
     :param scores: (n)
-    :param labels: the class of each box, integers, (n); boxes of different classes never strike each other out
+    :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
-    :return: indices of the boxes that were kept, by decreasing score
+    :return: indices of the boxes that are kept, by decreasing score
     """
-    # batched_nms keeps classes apart by moving each to a place of its own, (largest coordinate + 1) further on. A box
-    # left of 0 could then reach into another class, and next to an enormous box, or in 32 bits, rounding would erase
-    # small ones. So the boxes are moved and cut to a range that is wide, but not too wide for 64 bits.
+    # batched_nms keeps classes apart by shifting the boxes of each by (largest coordinate + 1). A box left of 0 could
+    # then overlap boxes of another class; and beside an enormous box, or in float32, rounding would erase small ones.
+    # So the boxes are shifted and clamped to a range that is wide, but not too wide for float64.
     boxes_xy = boxes_xy.double().clamp(-1e5, 1e5) + 1e5
     return batched_nms(boxes_xy, scores.double(), labels, max_overlap)
 
@@ -209,109 +204,98 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     """
     Average precision of each class, and their mean, as Pascal VOC 2007 defines them. See "Evaluation".
 
-    The arguments are lists with a tensor for each image. Boxes are in boundary coordinates, all of one kind.
+    The arguments are lists with a tensor for each image. Boxes are in boundary coordinates, fractional or in pixels.
 
     :param det_boxes: detections, (n, 4) each
     :param det_labels: (n) each; label 0, the placeholder for no detection, does not count
     :param det_scores: (n) each
-    :param true_boxes: objects, (n_objects, 4) each
+    :param true_boxes: ground truth, (n_objects, 4) each
     :param true_labels: (n_objects) each
     :param true_difficulties: (n_objects) each, 1 if the object need not be found
     :param label_map: dict of label -> index
     :return: dict of label -> average precision, and their mean. A class without objects has no average precision
         and is in neither; without any objects the mean is NaN.
     """
-    hits = find_hits(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map)
-    average_precisions = {label: average_precision(*of_class) for label, of_class in hits.items()}
+    matches = [match_detections(*of_image) for of_image in zip(det_boxes, det_labels, det_scores, true_boxes,
+                                                               true_labels, true_difficulties)]
+    true_positive = torch.cat([of_image[0] for of_image in matches])  # of all detections, (n_all)
+    ignored = torch.cat([of_image[1] for of_image in matches])  # (n_all)
+    det_labels, det_scores = torch.cat(det_labels).cpu(), torch.cat(det_scores).cpu()  # (n_all), (n_all)
+    true_labels, difficult = torch.cat(true_labels).cpu(), torch.cat(true_difficulties).cpu() > 0  # of all objects
+
+    average_precisions = {}
+    for label, index in label_map.items():
+        n_objects = ((true_labels == index) & ~difficult).sum().item()
+        if n_objects == 0:
+            continue
+        of_class = (det_labels == index) & ~ignored  # (n_all)
+        by_score = det_scores[of_class].sort(descending=True, stable=True).indices  # (n)
+        average_precisions[label] = average_precision(true_positive[of_class][by_score], n_objects)
     if not average_precisions:
         return {}, math.nan
     return average_precisions, sum(average_precisions.values()) / len(average_precisions)
 
 
-def find_hits(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map):
+def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
     """
-    Decide for each detection whether it finds an object. Of an object's detections, the one with the highest score is a
-    hit, the others are false positives. Detections of difficult objects count as neither.
+    Compare the detections of an image with its ground truth. Each detection belongs to the object of its class that it
+    overlaps most, if by more than 0.5. Of an object's detections, the one with the highest score is a true positive,
+    the others are false positives, as are detections of no object. Detections of difficult objects are ignored.
 
-    :return: dict of label -> whether each detection that counts is a hit, by decreasing score, a bool tensor (n), and
-        how many objects there were to find; for classes with objects. The arguments are those of `calculate_mAP`.
-    """
-    # Image by image: which object does each detection belong to? Objects are numbered through all images.
-    targets, n_before = [], 0
-    for image in zip(det_boxes, det_labels, true_boxes, true_labels):
-        of_image = find_targets(*(tensor.cpu() for tensor in image))  # (n)
-        targets.append(of_image.where(of_image < 0, of_image + n_before))  # (n)
-        n_before += len(image[3])
-
-    det_labels, det_scores = torch.cat(det_labels).cpu(), torch.cat(det_scores).cpu()  # (n_all), (n_all)
-    by_score = det_scores.sort(descending=True, stable=True).indices  # (n_all)
-    det_labels, targets = det_labels[by_score], torch.cat(targets)[by_score]  # (n_all), (n_all)
-    true_labels, difficult = torch.cat(true_labels).tolist(), torch.cat(true_difficulties).tolist()  # of all objects
-
-    # Class by class: from the highest score down, which detections are the first of an object?
-    hits_of_classes = {}
-    n_objects = Counter(label for label, is_difficult in zip(true_labels, difficult) if not is_difficult)
-    for label, index in label_map.items():
-        if n_objects[index] == 0:
-            continue
-        found, hits = set(), []
-        for target in targets[det_labels == index].tolist():
-            if target >= 0 and difficult[target]:
-                continue
-            hits.append(target >= 0 and target not in found)
-            found.add(target)
-        hits_of_classes[label] = torch.tensor(hits, dtype=torch.bool), n_objects[index]
-    return hits_of_classes
-
-
-def find_targets(det_boxes, det_labels, true_boxes, true_labels):
-    """
-    :param det_boxes: detections of an image, boundary coordinates, (n, 4)
+    :param det_boxes: detections, boundary coordinates, (n, 4)
     :param det_labels: (n)
-    :param true_boxes: the image's objects, boundary coordinates, (n_objects, 4)
+    :param det_scores: (n)
+    :param true_boxes: ground truth, boundary coordinates, (n_objects, 4)
     :param true_labels: (n_objects)
-    :return: for each detection, the object of its class that it overlaps most: its index, of equals the first, or -1
-        if they overlap by no more than 0.5, (n)
+    :param true_difficulties: (n_objects)
+    :return: whether each detection is a true positive, bool (n); whether it is ignored, bool (n); and the index of its
+        object, of equal overlaps the first, -1 for none, (n); all on the CPU
     """
-    if len(true_boxes) == 0:
-        return torch.full((len(det_boxes),), -1)
-    overlap = find_jaccard_overlap(det_boxes, true_boxes)  # (n, n_objects)
-    overlap = overlap.where(det_labels.unsqueeze(1) == true_labels, 0)  # (n, n_objects)
-    best, target = overlap.max(dim=1)  # (n), (n)
-    return target.where(best > 0.5, -1)
+    n = len(det_boxes)
+    true_positive, ignored, target = torch.zeros(n) > 0, torch.zeros(n) > 0, torch.full((n,), -1)
+    if n == 0 or len(true_boxes) == 0:
+        return true_positive, ignored, target
+    overlap = find_jaccard_overlap(det_boxes.cpu(), true_boxes.cpu())  # (n, n_objects)
+    overlap = overlap.where(det_labels.cpu().unsqueeze(1) == true_labels.cpu(), 0)  # (n, n_objects)
+    largest, target = overlap.max(dim=1)  # (n), (n)
+    target = target.where(largest > 0.5, -1)  # (n)
+
+    difficult, found = true_difficulties.tolist(), set()
+    targets = target.tolist()
+    for i in det_scores.sort(descending=True, stable=True).indices.tolist():  # from the highest score down
+        if targets[i] == -1:
+            continue
+        if difficult[targets[i]]:
+            ignored[i] = True
+        elif targets[i] not in found:
+            true_positive[i] = True
+            found.add(targets[i])
+    return true_positive, ignored, target
 
 
-def average_precision(hits, n_objects):
+def average_precision(true_positives, n_objects):
     """
     Mean of the best precision at recalls of at least 0, 0.1, ... 1 (the 11-point measure of VOC 2007).
 
-    :param hits: whether each detection of a class is a hit, by decreasing score, a bool tensor (n)
-    :param n_objects: how many objects there were to find
+    :param true_positives: whether each detection of a class is a true positive, by decreasing score, a bool tensor (n)
+    :param n_objects: number of objects of the class that are not difficult
     :return: the average precision, from 0 to 1
     """
-    true_positives = hits.cumsum(0)  # (n)
-    precisions = true_positives.double() / torch.arange(1, len(hits) + 1)  # (n)
+    n_found = true_positives.cpu().cumsum(0)  # (n)
+    precisions = n_found.double() / torch.arange(1, len(n_found) + 1)  # (n)
     total = 0.
     for tenth in range(11):
-        reached = precisions[true_positives * 10 >= tenth * n_objects]  # whole numbers: 0.3 is not quite 3 * 0.1
+        reached = precisions[n_found * 10 >= tenth * n_objects]  # in integers, because 0.3 is not quite 3 * 0.1
         total += reached.max().item() if len(reached) else 0.
     return total / 11
 
 
 # ------------------------------------------------------------------------------------------------- Training helpers
 
-def fast_in_bfloat16(device):
-    """
-    :param device: a torch.device
-    :return: whether it is a GPU that multiplies 16-bit numbers of bfloat16's kind (NVIDIA's Ampere, and later ones)
-    """
-    return device.type == 'cuda' and torch.cuda.get_device_capability(device)[0] >= 8
-
-
 def adjust_learning_rate(optimizer, scale):
     """
     :param optimizer: its learning rates are changed in place
-    :param scale: what to multiply them with
+    :param scale: the factor to multiply them by
     """
     for group in optimizer.param_groups:
         group['lr'] *= scale
@@ -319,10 +303,10 @@ def adjust_learning_rate(optimizer, scale):
 
 def clip_gradient(optimizer, max_norm):
     """
-    Scale the gradient down to a length of at most `max_norm`, lest a single batch throw the weights off.
+    Scale the gradient down to a norm of at most `max_norm`, so that one bad batch can't wreck the weights.
 
     :param optimizer: its parameters' gradients are changed in place
-    :param max_norm: the largest length allowed
-    :return: the length before, a scalar
+    :param max_norm: the largest norm allowed
+    :return: the norm before, a scalar
     """
     return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
