@@ -20,7 +20,7 @@ from mistakes import find_mistakes, judge, save_sheet
 from photographs import dashes, outline, panels, rendered, show, write
 from style import figure, object_color, prediction_color, series, wrong_color
 from trained import find_in_all
-from utils import average_precision, find_hits
+from utils import average_precision, match_detections
 
 folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'cells')
 shown = (71, 17, 40, 25, 10, 44)  # test images: together, they have about as many mistakes as others
@@ -40,7 +40,7 @@ def evaluated():
 
 @figure('cells.png')
 def draw_cells():
-    """What the detector finds in six test images, right and wrong, and what it does not find."""
+    """True positives, false positives and missed objects in six test images."""
     test_set, lists = evaluated()
     letters = [{'WBC': 'W', 'Platelets': 'P'}.get(label) for label in test_set.label_map]  # most boxes are red cells
     fig, axes = panels(2, 3, 4.1)
@@ -49,7 +49,7 @@ def draw_cells():
         drawn = det_scores > detect.min_score  # (n)
         det_boxes, det_labels = det_boxes[drawn].clamp(0, 1), det_labels[drawn]  # (n_drawn, 4), (n_drawn)
         verdicts, found = judge(det_boxes, det_labels, true_boxes, true_labels, true_difficulties)
-        boxes = [(box, label, object_color if kind == 'hit' else wrong_color, '-', 'left')
+        boxes = [(box, label, object_color if kind == 'true positive' else wrong_color, '-', 'left')
                  for (kind, _), box, label in zip(verdicts, det_boxes, det_labels)]
         boxes += [(box, label, prediction_color, dashes, 'right')
                   for target, (box, label) in enumerate(zip(true_boxes, true_labels)) if target not in found]
@@ -61,7 +61,7 @@ def draw_cells():
                 write(ax, x_min if side == 'left' else x_max, y_min, letters[label], color, ha=side, va='bottom')
     lines = [Line2D([], [], color=object_color), Line2D([], [], color=wrong_color),
              Line2D([], [], color=prediction_color, linestyle=dashes)]
-    fig.legend(lines, ('found', 'false alarm', 'not found'), loc='outside lower center', ncols=3,
+    fig.legend(lines, ('true positive', 'false positive', 'missed'), loc='outside lower center', ncols=3,
                title='W: white cell, P: platelet, without a letter: red cell', title_fontsize=12)
     return rendered(fig)
 
@@ -70,10 +70,10 @@ def draw_cells():
 def draw_mistakes():
     """Of each half of the sheet that eval.py draws, the first three columns."""
     test_set, lists = evaluated()
-    _, alarms, missed = find_mistakes(lists, test_set.label_map, detect.min_score)
+    _, false_positives, missed = find_mistakes(lists, test_set.label_map, detect.min_score)
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, 'mistakes.png')
-        save_sheet(path, alarms, missed, test_set.images)
+        save_sheet(path, false_positives, missed, test_set.images)
         sheet = Image.open(path)
         half, kept = sheet.width // 2, sheet.width // 10 * 3
         drawn = Image.new('RGB', (2 * kept, sheet.height), 'white')
@@ -105,11 +105,18 @@ def draw_overfit():
 def draw_precision_recall():
     """Precision over recall for each class."""
     test_set, lists = evaluated()
+    matches = [match_detections(*of_image) for of_image in zip(*lists)]
+    true_positive, ignored = (torch.cat([match[i] for match in matches]) for i in (0, 1))  # (n_all) each
+    det_labels, det_scores, true_labels, difficulties = (torch.cat(lists[i]) for i in (1, 2, 4, 5))
     fig, [ax] = panels(1, 1, 3.6)
-    for (label, (hits, n_objects)), color in zip(find_hits(*lists, test_set.label_map).items(), series):
-        true_positives = hits.cumsum(0)  # (n)
-        ax.plot(true_positives / n_objects, true_positives / torch.arange(1, len(hits) + 1), color=color,
-                label=f'{label}: AP {average_precision(hits, n_objects):.3f}')
+    for (label, index), color in zip([*test_set.label_map.items()][1:], series):
+        of_class = (det_labels == index) & ~ignored  # (n_all)
+        by_score = det_scores[of_class].sort(descending=True, stable=True).indices  # (n)
+        true_positives = true_positive[of_class][by_score]  # (n)
+        n_objects = ((true_labels == index) & (difficulties == 0)).sum().item()
+        found = true_positives.cumsum(0)  # (n)
+        ax.plot(found / n_objects, found / torch.arange(1, len(found) + 1), color=color,
+                label=f'{label}: AP {average_precision(true_positives, n_objects):.3f}')
     ax.set(xlabel='recall', ylabel='precision', xlim=(0, 1.02), ylim=(0, 1.03))
     ax.legend(loc='lower left')
     return fig

@@ -277,7 +277,7 @@ def draw_ssd300():
     write(axes, 63, 53.3, str(total), ha='right', weight='bold')
     block(axes, 1, 56, 62, 5, f'{total} × 4 offsets, {total} × n_classes scores', tint(prediction_color))
     arrow(axes, (61, 54.3), (61, 56))
-    for x, title, text in ((1, 'training: MultiBoxLoss', 'compares with the objects\n→ a loss'),
+    for x, title, text in ((1, 'training: MultiBoxLoss', 'compares with the ground truth\n→ a loss'),
                            (33, 'use: detect_objects', 'decodes, suppresses overlaps\n→ boxes, labels, scores')):
         arrow(axes, (x + 15, 61), (x + 15, 64))
         block(axes, x, 64, 30, 9)
@@ -422,7 +422,7 @@ def draw_pipeline():
     """What happens to images in training, and in use."""
     drawing, axes = canvas(74)
     training = [('create_data_lists', 'lists of images and objects'),
-                ('PascalVOCDataset, transform', 'a random variation'),
+                ('PascalVOCDataset, transform', 'with augmentation'),
                 ('collate_fn', 'images (N, 3, 300, 300)'),
                 ('SSD300', 'locs (N, 8732, 4)\nscores (N, 8732, n_classes)'),
                 ('MultiBoxLoss', 'the loss, a number'),
@@ -430,7 +430,7 @@ def draw_pipeline():
                 ('save_checkpoint', '')]
     use = [('an image', ''),
            ('to_rgb', 'RGB, upright'),
-           ('resize, to_input', 'image (1, 3, 300, 300)'),
+           ('draw_window, to_input', 'image (1, 3, 300, 300)'),
            ('SSD300', 'locs (1, 8732, 4)\nscores (1, 8732, n_classes)'),
            ('detect_objects', 'boxes, labels, scores'),
            ('draw_objects', '')]
@@ -704,12 +704,12 @@ def draw_loss_curve():
 @figure('average_precision.svg')
 def draw_average_precision():
     """Eight detections, their precision over recall, and the average precision."""
-    hits, n_objects = examples.hits, examples.n_objects
-    found = hits.cumsum(0)  # (8)
-    precisions, recalls = found / torch.arange(1, len(hits) + 1), found / n_objects  # (8), (8)
-    colors = [object_color if hit else wrong_color for hit in hits.tolist()]
-    rows = {'by score': [str(rank) for rank in range(1, len(hits) + 1)],
-            'hit?': ['✓' if hit else '✗' for hit in hits.tolist()],
+    true_positives, n_objects = examples.true_positives, examples.n_objects
+    found = true_positives.cumsum(0)  # (8)
+    precisions, recalls = found / torch.arange(1, len(found) + 1), found / n_objects  # (8), (8)
+    colors = [object_color if is_true else wrong_color for is_true in true_positives.tolist()]
+    rows = {'by score': [str(rank) for rank in range(1, len(found) + 1)],
+            '': ['TP' if is_true else 'FP' for is_true in true_positives.tolist()],
             'precision': [f'{value:.2f}' for value in precisions.tolist()],
             'recall': [f'{value:.1f}' for value in recalls.tolist()]}
     drawing, axes = canvas(58)
@@ -725,6 +725,7 @@ def draw_average_precision():
     chart.scatter(recalls, precisions, 45, colors, zorder=3)
     chart.plot(tenths / 10, best, 'o', color=prediction_color, markersize=13, markerfacecolor='none', markeredgewidth=2)
     chart.text(0.02, 0.2, f'circles: best precision at this recall\nor beyond, 0 if there is none\n\n'
-               f'AP, the mean of the 11 circles: {average_precision(hits, n_objects):.3f}', fontsize=small, va='center')
+               f'AP, the mean of the 11 circles: {average_precision(true_positives, n_objects):.3f}', fontsize=small,
+               va='center')
     chart.set(xlabel='recall', ylabel='precision', xlim=(-0.03, 1.03), ylim=(-0.06, 1.1), xticks=tenths / 10)
     return drawing

@@ -1,5 +1,5 @@
 """
-Draw the tutorial's images from the project's own functions:
+Draw the tutorial's figures with the project's own functions:
 
     python img/draw_figures.py                          # all of them
     python img/draw_figures.py priors.png offsets.png   # only these
@@ -18,7 +18,7 @@ from style import figures, plt  # noqa: E402
 
 def save(name, drawing):
     """
-    :param name: the image's file name
+    :param name: the figure's file name
     :param drawing: what a function in `figures` returned
     """
     path = os.path.join(folder, name)
@@ -34,11 +34,11 @@ def save(name, drawing):
 
 
 def main():
-    """Draw the images on the command line, or all."""
+    """Draw the figures named on the command line, or all."""
     names = sys.argv[1:] or list(figures)
     unknown = sorted(set(names) - set(figures))
     if unknown:
-        sys.exit(f'Error: no image is named {unknown}: there are {sorted(figures)}')
+        sys.exit(f'Error: no figure is named {unknown}: there are {sorted(figures)}')
     for name in names:
         save(name, figures[name]())
 

@@ -1,4 +1,4 @@
-"""The worked examples of the tutorial: the README shows their numbers, images show them, and a test computes them."""
+"""The worked examples of the tutorial: the README and the figures show their numbers, and a test computes them."""
 import torch
 
 from model import SSD300
@@ -16,8 +16,8 @@ jaccard_boxes = torch.tensor([[0., 0., 4., 3.], [2., 1., 6., 4.]])
 offset_object = torch.tensor([0.52, 0.47, 0.30, 0.20])
 offset_prior = torch.tensor([0.50, 0.50, 0.20, 0.20])
 
-# Average precision: a class's detections by decreasing score, hit or not, and the number of objects
-hits = torch.tensor([True, True, False, True, False, False, True, False])
+# Average precision: whether each detection of a class, by decreasing score, is a true positive; the number of objects
+true_positives = torch.tensor([True, True, False, True, False, False, True, False])
 n_objects = 5
 
 

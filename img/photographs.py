@@ -1,5 +1,5 @@
 """
-The tutorial's images with photographs in them, and of the demo's detector at work (see trained.py).
+The tutorial's figures with photographs in them, and those of the demo's detector at work (see trained.py).
 
 All boxes are drawn in fractional coordinates: `show` stretches an image over the square from 0 to 1, at the image's
 own aspect ratio.
@@ -19,7 +19,7 @@ from PIL import Image
 from skimage import data
 
 import examples
-from datasets import centers_inside, expand, photometric_distort, random_crop, resize, transform
+from datasets import centers_inside, crop_window, draw_window, expand_window, photometric_distort, transform
 from detect import draw_objects, find_objects
 from files import open_image
 from model import MultiBoxLoss
@@ -34,7 +34,7 @@ objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 2
            'coffee': {'cup': (172, 18, 409, 308), 'saucer': (77, 68, 480, 388), 'spoon': (326, 66, 425, 327)},
            'motorcycle': {'motorcycle': (93, 45, 684, 452), 'bench': (41, 106, 283, 310)},
            'chelsea': {}}
-letters = 11  # points, of the text in images
+letters = 11  # points, of the text in figures
 dashes = (0, (4, 3))  # of lines: four line widths on, three off
 
 
@@ -418,15 +418,15 @@ def draw_nms():
     left = set(range(len(boxes)))
     for ax, best in zip(axes[1:3], kept):
         overlaps = find_jaccard_overlap(boxes[best:best + 1], boxes)[0]  # (6)
-        struck = {i for i in left if groups[i] == groups[best] and overlaps[i] > max_overlap} - {best}
+        suppressed = {i for i in left if groups[i] == groups[best] and overlaps[i] > max_overlap} - {best}
         for i in left - {best}:
             if groups[i] != groups[best]:
                 outline(ax, boxes[i], faint, linewidth=1.5)
             else:
-                outline(ax, boxes[i], wrong_color if i in struck else prediction_color, f'overlap {overlaps[i]:.2f}',
-                        corners[i], linestyle=dashes if i in struck else '-')
+                color, style = (wrong_color, dashes) if i in suppressed else (prediction_color, '-')
+                outline(ax, boxes[i], color, f'overlap {overlaps[i]:.2f}', corners[i], linestyle=style)
         outline(ax, boxes[best], prediction_color, names[best], corners[best], linewidth=4)
-        left -= struck
+        left -= suppressed
     for i in kept:
         outline(axes[3], boxes[i], prediction_color, names[i], corners[i])
     return rendered(fig)
@@ -474,12 +474,12 @@ def draw_distort():
 
 @figure('expand.png')
 def draw_expand():
-    """Three results of `expand`."""
+    """Three results of `expand_window`."""
     image, boxes = photograph('coffee')
     fig, axes = panels(1, 3, 2.4)
     for ax, seed in zip(axes, (1, 9, 0)):
-        window = expand((0., 0., float(image.width), float(image.height)), random.Random(seed))
-        drawn, found = resize(image, boxes, window)
+        window = expand_window((0., 0., float(image.width), float(image.height)), random.Random(seed))
+        drawn, found = draw_window(image, boxes, window)
         show(ax, drawn, f'{(window[2] - window[0]) / image.width:.1f} times as wide')
         outline_all(ax, found, object_color, linewidth=1.5)
     return rendered(fig)
@@ -505,15 +505,15 @@ def show_crop(ax, image, boxes, window, title=''):
 
 @figure('random_crop.png')
 def draw_random_crop():
-    """Windows that `random_crop` chose, and below what they show. An object stays if its center is inside."""
+    """Windows that `crop_window` chose, and below what they show. An object stays if its center is inside."""
     image, boxes = photograph('astronaut')
     whole = (0., 0., float(image.width), float(image.height))
     fig, axes = panels(2, 4, 3.3)
     for above, below, seed in zip(axes[:4], axes[4:], (28, 38, 3, 36)):
-        window = random_crop(whole, boxes, random.Random(seed))
+        window = crop_window(whole, boxes, random.Random(seed))
         kept = boxes[centers_inside(boxes, window)]
         show_crop(above, image, boxes, window)
-        drawn, found = resize(image, kept, window)
+        drawn, found = draw_window(image, kept, window)
         show(below, drawn)
         outline_all(below, found, object_color)
     return rendered(fig)
@@ -527,18 +527,18 @@ def draw_transforms():
     final, flipped = vary(image, boxes, random.Random(seed))
     rng = random.Random(seed)  # draws once more what `transform` has drawn
     rng.random()
-    expanded = expand((0., 0., float(image.width), float(image.height)), rng)
-    window = random_crop(expanded, boxes, rng)
+    expanded = expand_window((0., 0., float(image.width), float(image.height)), rng)
+    window = crop_window(expanded, boxes, rng)
     distorted = photometric_distort(image, copy.deepcopy(rng))
-    resized, cropped = resize(image, boxes[centers_inside(boxes, window)], window,
-                              distort=partial(photometric_distort, rng=rng))
+    resized, cropped = draw_window(image, boxes[centers_inside(boxes, window)], window,
+                                   distort=partial(photometric_distort, rng=rng))
 
     fig, axes = panels(2, 3, 4.05, row_heights=(1, 1.48))
     for ax, drawn, title in zip(axes, (image, distorted), ('photograph', '1  distort')):
         show(ax, drawn, title)
         outline_all(ax, fractional(boxes, image), object_color)
     dims = 3 * image.width // 4, 3 * image.height // 4
-    canvas, on_canvas = resize(distorted, boxes, expanded, dims)
+    canvas, on_canvas = draw_window(distorted, boxes, expanded, dims)
     show(axes[2], canvas, '2  expand')
     outline_all(axes[2], on_canvas, object_color)
     scale = dims[0] / (expanded[2] - expanded[0])

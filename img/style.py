@@ -1,4 +1,5 @@
-"""What all of the tutorial's images have in common: colors, fonts, line widths, and a list of who draws which."""
+"""What all of the tutorial's figures have in common: colors, fonts, line widths, and a dict of the functions that draw
+them."""
 import matplotlib
 
 matplotlib.use('Agg')  # draws into files, without a screen
@@ -21,10 +22,10 @@ figures = {}  # file name -> function that draws it
 
 def figure(name):
     """
-    Enter a function into the list of those that draw. It returns a matplotlib figure, a PIL image, or, for a .gif, a
+    Enter a function into `figures`. It returns a matplotlib figure, a PIL image, or, for a .gif, a
     list of (PIL image, milliseconds).
 
-    :param name: the image's file name
+    :param name: the figure's file name
     """
     def enter(draw):
         figures[name] = draw

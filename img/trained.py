@@ -1,4 +1,4 @@
-"""The detector of demo.py, watched while it learns: the tutorial's images of a detector at work come from it."""
+"""The detector of demo.py, watched while it learns: the tutorial's figures of a detector at work come from it."""
 import csv
 import os
 from functools import cache
@@ -26,7 +26,7 @@ min_scores = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 def learn():
     """
-    Train as demo.py does without a GPU, and keep what the detector finds on its way.
+    Train as demo.py does, on the CPU, and keep what the detector finds on the way.
     """
     demo.draw_dataset(data_folder, demo.n_train, demo.n_test)
     create_data_lists(data_folder, None, data_folder, labels=demo.shapes)
@@ -60,7 +60,7 @@ def start():
     """
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
-    return train_set, *demo.start(train_set, 4, 'cpu', demo.lr)
+    return train_set, *demo.start(train_set, demo.thin, 'cpu', demo.lr)
 
 
 @torch.no_grad()
