@@ -1,11 +1,13 @@
 """
-Learn a few images by heart, before you train for hours:
+Overfit a few images, before you train for hours:
 
     python overfit.py
 
-A detector that can't learn four images won't learn four thousand. If this one does not find all that is in them,
-there is a mistake in the boxes, in the labels, or in a change to the code. Edit the parameters below first.
+A detector that can't learn four images won't learn four thousand. If this one does not find all objects in them, there
+is a mistake in the boxes, in the labels, or in a change to the code. Edit the parameters below first.
 """
+from functools import partial
+
 import torch
 from PIL import Image, ImageDraw
 
@@ -14,44 +16,48 @@ from detect import draw_objects, load_font
 from files import UserError, open_image, run
 from mistakes import find_mistakes
 from model import SSD300, MultiBoxLoss, possible_thin
-from train import make_optimizer, one_cycle, standardize, update
+from train import follow_schedule, make_optimizer, one_cycle, standardize, update
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 n_images = 4  # how many of the first training images to learn
-steps = 100  # each with all of these images
+steps = 100  # each with all of these images in a batch
 thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes fifteen times as long
-lr = 1e-3  # the highest learning rate; AdamW, from random weights
-min_score, max_overlap, top_k = 0.4, 0.45, 200  # what is counted and drawn: see detect.py
-sheet_path = 'overfit.png'  # where a sheet goes: the objects, and what was found on the way
+lr = 1e-3  # the highest learning rate of AdamW, from random weights
+min_score, max_overlap, top_k = 0.4, 0.45, 200  # which detections are counted and drawn, see detect.py
+sheet_path = 'overfit.png'  # where a sheet goes: the ground truth, and the detections at four steps
 
 tile = 360, 280  # width and height of an image in the sheet
 
 
 def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
     """
-    Train on the same images in each step, and look four times at what is found in them.
+    Train on the same images in each step, and four times detect objects in them.
 
-    :param train_set: PascalVOCDataset
-    :param device: where to train; the others are the parameters at the top of this file
-    :return: the last loss, and how many of the objects were found in the end
+    :param train_set: PascalVOCDataset; its split becomes 'TEST': the images as they are, without augmentation
+    :param n_images: how many of its first images to learn; all, if it has fewer
+    :param steps: how many steps to train
+    :param thin: every thin-th channel of SSD300 is kept, see `model.SSD300`
+    :param lr: the highest learning rate
+    :param sheet_path: where the sheet goes
+    :param device: the torch.device to train on
+    :return: the last loss, and how many of the objects were found after the last step
     :raises UserError: the loss or the gradient was not finite
     """
     n_images = min(n_images, len(train_set))
-    train_set.split = 'TEST'  # the images as they are, without random variations
+    train_set.split = 'TEST'
     images, boxes, labels, difficulties = collate_fn([train_set[i] for i in range(n_images)])
     images = images.to(device)  # (N, 3, 300, 300)
-    difficulties = [torch.zeros_like(of_image) for of_image in difficulties]  # all are learned, so all count
+    difficulties = [torch.zeros_like(of_image) for of_image in difficulties]  # all objects are learned, so all count
     originals = [open_image(path) for path in train_set.images[:n_images]]
     n_objects = sum(map(len, boxes))
 
     model = SSD300(len(train_set.label_map), thin=thin).to(device)
     standardize(model, images)
     criterion = MultiBoxLoss(model.priors_cxcy)
-    optimizer = make_optimizer(model, lr, momentum=0.9, weight_decay=0, kind='adamw')
-    one_cycle(optimizer, steps)
+    optimizer = make_optimizer(model, 'adamw', lr, weight_decay=0)
+    follow_schedule(optimizer, partial(one_cycle, n_steps=steps))
 
-    certain = [torch.ones(len(of_image)) for of_image in labels]  # the score of what is really there
-    columns = [(f'{n_objects} objects', boxes, labels, certain)]
+    columns = [(f'{n_objects} objects', boxes, labels, [torch.ones(len(of_image)) for of_image in labels])]
     for step in range(1, steps + 1):
         predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
         loss = criterion(predicted_locs, predicted_scores, boxes, labels)
@@ -61,11 +67,11 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
         if step in (steps // 4, steps // 2, 3 * steps // 4, steps):
             with torch.no_grad():
                 found = model.detect_objects(*model(images), min_score, max_overlap, top_k)  # boxes, labels, scores
-            counts, alarms, _ = find_mistakes([*found, boxes, labels, difficulties], train_set.label_map, min_score)
-            n_found = sum(of_label['hit'] for of_label in counts.values())
-            n_alarms = sum(map(len, alarms.values()))
-            print(f'step {step}  loss {loss.item():.4f}  found {n_found} of {n_objects}  false alarms {n_alarms}',
-                  flush=True)
+            counts, false_positives, _ = find_mistakes([*found, boxes, labels, difficulties], train_set.label_map,
+                                                       min_score)
+            n_found = sum(of_class['true positive'] for of_class in counts.values())
+            print(f'step {step}  loss {loss.item():.4f}  found {n_found} of {n_objects}  '
+                  f'false positives {sum(map(len, false_positives.values()))}', flush=True)
             columns.append((f'step {step}: {n_found} found', *found))
     save_sheet(sheet_path, originals, columns, train_set.label_map)
     return loss.item(), n_found
@@ -73,9 +79,9 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
 
 def save_sheet(path, images, columns, label_map):
     """
-    Save a row for each image, and in it a column for each time.
+    Save a sheet with a row for each image and a column for each list of boxes.
 
-    :param path: where to save the sheet
+    :param path: where to save it
     :param images: list of PIL images in RGB
     :param columns: tuples of a heading, and boxes, labels and scores as `SSD300.detect_objects` returns them
     :param label_map: dict of label -> index
@@ -87,8 +93,8 @@ def save_sheet(path, images, columns, label_map):
         for row, (image, boxes, labels, scores) in enumerate(zip(images, *lists)):
             boxes = boxes.cpu().clamp(0, 1) * torch.tensor([image.width, image.height] * 2)  # (n, 4)
             found = zip(labels.tolist(), scores.tolist(), boxes.round().int().tolist())
-            drawn = draw_objects(image, [(names[label], score, box) for label, score, box in found if label > 0],
-                                 label_map)
+            detections = [(names[label], score, box) for label, score, box in found if label > 0]  # no placeholder
+            drawn = draw_objects(image, detections, label_map)
             drawn.thumbnail((tile[0] - 10, tile[1] - 10))
             sheet.paste(drawn, (column * tile[0] + 5, header + row * tile[1]))
     sheet.save(path)

@@ -25,6 +25,16 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if config.option.file_or_dir else 2
 
 
+@pytest.fixture(scope='module', autouse=True)
+def no_gpu_is_seen(request):
+    """Tests see no GPU, also on a machine that has one, nor do processes that they start; those of test_gpu.py do."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.module.__name__ != 'test_gpu':
+            monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+            monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch, tmp_path):
     """The same random numbers in every run; and no sheet of mistakes among the project's files."""

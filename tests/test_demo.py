@@ -1,12 +1,14 @@
-"""The demo's images, and how it starts."""
+"""The demo's images, and the network it trains; and that tests see no GPU."""
 import random
 from collections import Counter
 from colorsys import rgb_to_hsv
 
 import pytest
 import torch
+from conftest import root
 from PIL import Image
 
+import demo
 from create_data_lists import parse_annotation
 from demo import draw_dataset, draw_image, draw_shape, shapes
 from utils import find_jaccard_overlap, make_label_map
@@ -54,3 +56,62 @@ def test_the_same_seed_draws_the_same_data_set(tmp_path):
     assert parsed['boxes'] == [list(map(float, box)) for _, box, _ in objects] and parsed['dropped'] == []
     assert parsed['labels'] == [label_map[shape] for shape, _, _ in objects]
     assert parsed['difficulties'] == [int(difficult) for _, _, difficult in objects]
+
+
+@pytest.mark.parametrize('has_gpu', [False, True])
+def test_the_same_network_with_a_gpu_and_without(folder, tmp_path, monkeypatch, has_gpu):
+    """Up to training: the network, its optimizer, and what `fit` is told."""
+    told = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(model, optimizer, train_set, path, *numbers, **options):
+        told.append((model.base.conv1_1.out_channels, type(optimizer).__name__, optimizer.param_groups[0]['lr'],
+                     numbers, options))
+        raise Stop
+
+    start = demo.start
+    monkeypatch.setattr(demo, 'start', lambda train_set, thin, device, lr: start(train_set, thin, 'cpu', lr))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    monkeypatch.setattr(demo, 'draw_dataset', lambda *_: None)
+    monkeypatch.setattr(demo, 'create_data_lists', lambda *_, **__: None)
+    monkeypatch.setattr(demo, 'folder', folder)
+    monkeypatch.setattr(demo, 'fit', stop)
+    with pytest.raises(Stop):
+        demo.main()
+    assert told == [(16, 'AdamW', 1e-3, (5, 2), {'rise_and_fall': True, 'print_freq': 10, 'grad_clip': 10})]
+
+
+gpu_tests = {'test_gpu.py': """
+import os
+import torch
+
+def test_sees_a_gpu():
+    assert torch.cuda.is_available() and os.environ['CUDA_VISIBLE_DEVICES'] == '3'
+""", 'test_other.py': """
+import os
+import pytest
+import torch
+
+@pytest.fixture(scope='module')
+def device():
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+def test_sees_none(device):
+    assert device == 'cpu' and not torch.cuda.is_available() and os.environ['CUDA_VISIBLE_DEVICES'] == ''
+"""}
+
+
+def test_only_test_gpu_sees_a_gpu(tmp_path, run_forked, monkeypatch):
+    """On a machine that seems to have one: the tests above, with this project's conftest.py."""
+    for name, text in gpu_tests.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3')
+    code, printed = run_forked(tmp_path, f"""python -c "
+import sys, pytest, torch
+sys.path.insert(0, '{root}/tests')
+torch.cuda.is_available = lambda: True
+assert pytest.main(['-p', 'conftest', '-p', 'no:cacheprovider', '-q', '.']) == 0
+" """)
+    assert code == 0 and '2 passed' in printed, printed

@@ -19,7 +19,7 @@ class TinyDetector(SSD300):
         assert not pretrained and thin == 1
         nn.Module.__init__(self)
         self.n_classes = n_classes
-        self.register_buffer('priors_cxcy', self.create_prior_boxes(), persistent=False)  # (8732, 4)
+        self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (8732, 4)
         self.base = nn.ModuleDict({'conv1_1': nn.Conv2d(3, 64, 1)})  # which tells `load_detector` how thin a network is
         self.aux_convs = self.pred_convs = nn.ModuleDict()
         self.head = nn.Linear(3, 8732 * (4 + n_classes))
