@@ -11,10 +11,10 @@ import torch
 from matplotlib.lines import Line2D
 from PIL import Image
 
-import detect
 import overfit
 from checkpoints import load_detector
 from datasets import PascalVOCDataset
+from eval import mistakes_min_score
 from files import open_image
 from mistakes import find_mistakes, judge, save_sheet
 from photographs import dashes, outline, panels, rendered, show, write
@@ -46,9 +46,10 @@ def draw_cells():
     fig, axes = panels(2, 3, 4.1)
     for ax, i in zip(axes, shown):
         det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties = (values[i] for values in lists)
-        drawn = det_scores > detect.min_score  # (n)
+        drawn = det_scores > mistakes_min_score  # (n)
         det_boxes, det_labels = det_boxes[drawn].clamp(0, 1), det_labels[drawn]  # (n_drawn, 4), (n_drawn)
-        verdicts, found = judge(det_boxes, det_labels, true_boxes, true_labels, true_difficulties)
+        verdicts = judge(det_boxes, det_labels, det_scores[drawn], true_boxes, true_labels, true_difficulties)
+        found = {target for kind, target in verdicts if kind in ('true positive', 'classification', 'localization')}
         boxes = [(box, label, object_color if kind == 'true positive' else wrong_color, '-', 'left')
                  for (kind, _), box, label in zip(verdicts, det_boxes, det_labels)]
         boxes += [(box, label, prediction_color, dashes, 'right')
@@ -70,7 +71,7 @@ def draw_cells():
 def draw_mistakes():
     """Of each half of the sheet that eval.py draws, the first three columns."""
     test_set, lists = evaluated()
-    _, false_positives, missed = find_mistakes(lists, test_set.label_map, detect.min_score)
+    _, false_positives, missed = find_mistakes(lists, test_set.label_map, mistakes_min_score)
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, 'mistakes.png')
         save_sheet(path, false_positives, missed, test_set.images)

@@ -2,6 +2,7 @@
 The tutorial's diagrams and curves. Drawings on a `canvas` are measured in tenths of an inch, with y downward as in
 images. Whatever numbers they show come from the project's own functions.
 """
+import math
 import os
 
 import torch
@@ -16,8 +17,8 @@ from datasets import collate_fn
 from model import AuxiliaryConvolutions, MultiBoxLoss, PredictionConvolutions, VGGBase, own_priors
 from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
-from utils import (adjust_learning_rate, average_precision, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate,
-                   feature_maps, find_intersection, find_jaccard_overlap, xy_to_cxcy)
+from utils import (average_precision, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
+                   find_intersection, find_jaccard_overlap, xy_to_cxcy)
 
 small = 11  # points: no letters are smaller
 map_colors = dict(zip(feature_maps, series))
@@ -666,21 +667,22 @@ def draw_hard_negatives():
 
 @figure('learning_rate.svg')
 def draw_learning_rate():
-    """The learning rate of train.py over the epochs."""
-    optimizer = train.make_optimizer(torch.nn.Sequential(torch.nn.Linear(1, 1)), train.lr, train.momentum,
-                                     train.weight_decay)
-    rates = []
-    for epoch in range(train.epochs):
-        if epoch in train.decay_lr_at:
-            adjust_learning_rate(optimizer, train.decay_lr_to)
-        rates.append([group['lr'] for group in optimizer.param_groups])
-    biases, others = zip(*rates)
-    drawing, axes = charts(30)
-    epochs = range(train.epochs + 1)
-    axes.stairs(biases, epochs, baseline=None, color=faint, linewidth=2, linestyle='--', label='biases')
-    axes.stairs(others, epochs, baseline=None, color=ink, linewidth=2.5, label='all other weights')
-    axes.set(yscale='log', xlabel='epoch', ylabel='learning rate', xticks=(0, *train.decay_lr_at, train.epochs))
-    axes.legend(fontsize=small)
+    """The learning rate of train.py over the first steps, and over the epochs."""
+    steps_per_epoch = math.ceil(16551 / train.batch_size)  # VOC 07+12
+    drawing, (first, whole) = charts(30, 2)
+    last = train.epochs * steps_per_epoch
+    for axes, steps, unit in ((first, range(0, 1001, 10), 1), (whole, range(0, last, steps_per_epoch // 10),
+                                                               steps_per_epoch)):
+        rates = torch.tensor([train.lr * train.warm_up_and_decay(step, steps_per_epoch, train.warm_up,
+                                                                 train.decay_lr_at, train.decay_lr_to)
+                              for step in steps])
+        at = torch.tensor(steps) / unit
+        axes.plot(at, 2 * rates, color=faint, linestyle='--', label='biases')
+        axes.plot(at, rates, color=ink, linewidth=2.5, label='all other weights')
+    first.set(title='the first steps', xlabel='step', ylabel='learning rate', yticks=(0, train.lr, 2 * train.lr))
+    first.legend(fontsize=small)
+    whole.set(title='all epochs', yscale='log', xlabel='epoch', ylim=(train.lr / 200, 4 * train.lr),
+              xticks=(0, *train.decay_lr_at, train.epochs))
     return drawing
 
 
