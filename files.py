@@ -2,9 +2,11 @@
 What can go wrong with files: errors that end in one line, files that must not be left half written, and images of any
 kind. Skip this file on a first reading; `UserError` is all that the others need to know of it.
 """
+import errno
 import os
 import sys
-from contextlib import ExitStack, contextmanager
+import time
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,27 +19,30 @@ class UserError(Exception):
 
 
 not_enough_memory = 'there is not enough memory: lower batch_size'
-killed_worker = 'a process that loads images was killed, perhaps for lack of memory: lower workers'
 
-# What PyTorch raises as a mere RuntimeError, told apart by words in its message, and our line
+# PyTorch raises these as plain RuntimeError: words of its message, and our line; None for its own message, which has
+# the remedy. The first words that are found count.
 runtime_errors = {
+    'DataLoader worker (pid': None,  # killed; says if shared memory is short, as in a container
+    'Pin memory thread exited': None,
+    'Too many open files': None,
+    'received 0 items of ancdata': 'there are too many open files: raise the limit with "ulimit -n", or lower workers',
     'out of memory': 'the GPU ran out of memory: lower batch_size',
     "can't allocate memory": not_enough_memory,
     'not enough memory': not_enough_memory,  # on Windows
-    'DataLoader worker (pid': killed_worker,  # a signal brought the news, see `datasets.load_batches`
-    'onnection': 'another process ended or was killed; start all again, from the last checkpoint'}
+    'onnection': 'another process ended or was killed: start all of them again, from the last checkpoint'}
 
 
 def run(main):
     """
-    Run a script's `main`, and turn what a user can put right into one line and a non-zero exit.
+    Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback.
 
     :param main: a function without arguments
     """
     try:
         main()
     except (UserError, OSError) as error:
-        # A data loader's worker wraps our line in a traceback of its own; the last line is still ours.
+        # From a worker of a data loader, the message is a whole traceback, whose last line is ours.
         line = (str(error).strip() or type(error).__name__).splitlines()[-1]
         sys.exit('Error: ' + line.split('UserError: ')[-1])
     except MemoryError:
@@ -46,13 +51,13 @@ def run(main):
         lines = [line for words, line in runtime_errors.items() if words in str(error)]
         if not lines:
             raise
-        sys.exit(f'Error: {lines[0]}')
+        sys.exit(f'Error: {lines[0] or one_line(error)}')
     except KeyboardInterrupt as stop:
         sys.exit(f'Stopped. {stop}'.strip())
 
 
 def one_line(error):
-    """:return: an error's message, in one line that is not too long"""
+    """:return: the message of an error, in one line of at most 300 characters"""
     return ' '.join(str(error).split())[:300]
 
 
@@ -61,8 +66,8 @@ def one_line(error):
 @contextmanager
 def write_whole(*paths, mode='wb'):
     """
-    Open files for writing that replace `paths` only when all are complete: whatever interrupts the writing, each path
-    is either the old file or the new one.
+    Open files for writing that replace `paths` only when all are complete: if writing is interrupted, each path is
+    still the old file, or already the new one, but never half a file.
 
     :param paths: the files to write
     :param mode: 'wb' for bytes, 'w' for text
@@ -79,13 +84,34 @@ def write_whole(*paths, mode='wb'):
                 file.flush()
                 os.fsync(file.fileno())  # on the disk, not just on its way there
         for temporary, path in zip(temporaries, paths):
-            os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes the second of the first
-        raise UserError(f'{", ".join(map(str, paths))} could not be written, and each is as it was or complete: '
-                        f'{error.__context__ or error}') from None
+            replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save raises RuntimeError after the OSError, which says more.
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        state = 'is unchanged' if len(paths) == 1 else 'each is unchanged or complete'
+        raise UserError(f'{", ".join(map(str, paths))} could not be written and {state}: {one_line(reason)}; check the '
+                        'free space, the permissions, and whether another program has it open') from None
     finally:
-        for temporary in filter(os.path.exists, temporaries):
-            os.remove(temporary)
+        for temporary in temporaries:
+            with suppress(OSError):  # it is gone, or on Windows still open in another program
+                os.remove(temporary)
+
+
+def replace(source, path):
+    """
+    Rename a file to `path`, where an older file may be. On Windows this fails as long as another program has the older
+    file open, such as a virus scanner or detect.py: then try again for some seconds.
+
+    :param source: the new file
+    :param path: its new path
+    :raises OSError: it is not possible
+    """
+    for seconds in 0.1, 0.2, 0.4, 0.8, 1.6, 3.2:
+        try:
+            return os.replace(source, path)
+        except PermissionError:
+            time.sleep(seconds)
+    os.replace(source, path)
 
 
 # ------------------------------------------------------------------------------------------------------------- Images
@@ -105,14 +131,22 @@ def opened_image(path):
     Open an image file; the pixels are read when they are needed.
 
     :param path: a file
-    :raises UserError: the file is missing, or is no image that Pillow can read whole
+    :raises UserError: the file is missing, or is not an image that Pillow can read whole
+    :raises OSError: the file may be good, but the system can't read it: too many open files, no permission, ...
+    :raises MemoryError: there is not enough memory for its pixels
     """
     try:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
         raise UserError(f'{path} is missing: check the path') from None
+    except (MemoryError, UserError):
+        raise
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
+        # Pillow's own OSErrors have no number. EINVAL is the system's answer to an offset before the beginning.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            error.filename = error.filename or path
+            raise
         raise UserError(f'{path} is not an image that can be read: {one_line(error)}') from None
 
 

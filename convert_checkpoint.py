@@ -1,0 +1,122 @@
+"""
+Turn a checkpoint of the widely used earlier implementation of this tutorial into one of ours:
+
+    python convert_checkpoint.py checkpoint_ssd300.pth.tar converted.pth
+
+It must be for VOC's 20 classes, because it does not say which classes it is for. The new checkpoint has the weights and
+the priors: eval.py and detect.py use it as it is, and train.py starts at epoch 0 from its weights.
+
+The old file holds a whole model and its optimizer, pickled. A pickle can call any function, so only a few harmless ones
+are allowed here, and all classes are replaced by one that only holds values. No code in the file is run.
+"""
+import io
+import os
+import pickle
+import sys
+import warnings
+
+import torch
+
+from checkpoints import save_checkpoint
+from files import UserError, one_line, run
+from model import SSD300
+from utils import label_map
+
+allowed = {'builtins.dict', 'builtins.set', 'collections.OrderedDict', 'collections.defaultdict',
+           'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor_v2'}
+replaced = {'model.SSD300', 'model.VGGBase', 'model.AuxiliaryConvolutions', 'model.PredictionConvolutions',
+            'torch.nn.modules.conv.Conv2d', 'torch.nn.modules.pooling.MaxPool2d', 'torch.optim.sgd.SGD',
+            'torch.optim.adam.Adam', 'torch.nn.backends.thnn._get_thnn_function_backend'}
+
+
+class StandIn:
+    """Takes the place of a pickled object of another class: it only holds the values."""
+
+    dump_patches = False  # `torch.load` reads this attribute of a module's class
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+
+class SafeUnpickler(pickle._Unpickler):  # in Python: with a damaged index, the one in C takes gigabytes
+    """Unpickles tensors and plain values, replaces some classes with `StandIn`, and refuses everything else."""
+
+    def find_class(self, module, name):
+        """:return: what a name in the file stands for"""
+        path = f'{module}.{name}'.replace('__builtin__', 'builtins')  # Python 2's name
+        if path in replaced:
+            return StandIn
+        if path not in allowed:
+            raise pickle.UnpicklingError(f'it calls {path}, which could be harmful')
+        return super().find_class(module, name)
+
+
+class SafePickle:
+    """What `torch.load` needs of a pickle module."""
+
+    Unpickler = SafeUnpickler
+
+    @staticmethod
+    def load(file, **options):
+        """:return: the next object in an open file"""
+        return SafeUnpickler(file, **options).load()
+
+
+def convert(old_path, new_path):
+    """
+    :param old_path: a checkpoint of the earlier implementation
+    :param new_path: the checkpoint to write
+    :return: the number of the last finished epoch
+    :raises UserError: the old one can't be read or is for other classes; the new one exists or can't be written
+    """
+    if os.path.exists(new_path):
+        raise UserError(f'{new_path} exists: name another file')
+    if not os.path.isfile(old_path):
+        raise UserError(f'no checkpoint at {old_path}: check the path')
+    with open(old_path, 'rb') as file:
+        content = file.read()
+    try:
+        # `torch.load` would run a TorchScript program, which is a zip archive with a file of this name.
+        if b'constants.pkl' in content:
+            raise pickle.UnpicklingError('it is a TorchScript program')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # that the source code of the old classes has changed
+            saved = torch.load(io.BytesIO(content), map_location='cpu', weights_only=False, pickle_module=SafePickle)
+        state_dict = dict(named_tensors(saved['model']))
+        state_dict['priors_cxcy'] = saved['model'].priors_cxcy.view(-1, 4)
+        n_classes = len(state_dict['pred_convs.cl_conv11_2.bias']) // 4
+        model, epoch = SSD300(n_classes), int(saved['epoch'])
+        model.load_state_dict(state_dict)
+    except Exception as error:  # nearly anything, if the file is damaged
+        raise UserError(f'{old_path} is no checkpoint of the earlier implementation, or is damaged: '
+                        f'{one_line(error)} ({type(error).__name__})') from None
+    if n_classes != len(label_map):
+        raise UserError(f'{old_path} is a checkpoint of the earlier implementation for {n_classes - 1} classes, and '
+                        f'does not say which: of these, only those for the {len(label_map) - 1} of VOC can be used')
+    save_checkpoint(new_path, epoch, model, None, label_map, seed=0)
+    return epoch
+
+
+def named_tensors(module, prefix=''):
+    """
+    :param module: a `StandIn` for a module
+    :param prefix: the module's name and a dot, or nothing
+    :return: pairs of name and tensor, as in a state_dict
+    """
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter.detach()
+    for name, child in module._modules.items():
+        yield from named_tensors(child, prefix + name + '.')
+
+
+def main():
+    """Convert the checkpoint that the command names."""
+    if len(sys.argv) != 3:
+        raise UserError('usage: python convert_checkpoint.py OLD NEW')
+    epoch = convert(*sys.argv[1:])
+    print(f'{sys.argv[2]} has the weights of epoch {epoch}. Set checkpoint to it in eval.py, detect.py or train.py.')
+
+
+if __name__ == '__main__':
+    run(main)

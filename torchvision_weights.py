@@ -1,0 +1,160 @@
+"""
+torchvision's SSD300, trained on COCO: its weights in our SSD300, to detect with or to train on from.
+
+torchvision has the same layers as the paper's authors. What differs from ours: the names of the weights, the priors and
+their order within a tile, and how an image is normalized. The section "Where the sources differ" of README.md has more.
+"""
+import torch
+from torchvision.models.detection import SSD300_VGG16_Weights
+
+from files import UserError, one_line
+from model import SSD300, thin_out
+from processes import download_weights
+from utils import create_prior_boxes, feature_maps, make_label_map, mean, std
+
+coco_weights = SSD300_VGG16_Weights.COCO_V1
+coco_categories = coco_weights.meta['categories']  # 91 names: the background, COCO's 80 classes, and some 'N/A'
+coco_names = {'aeroplane': 'airplane', 'motorbike': 'motorcycle', 'diningtable': 'dining table',
+              'pottedplant': 'potted plant', 'sofa': 'couch', 'tvmonitor': 'tv'}  # VOC's names -> COCO's, if they differ
+
+# Our layers by the names of torchvision's
+base_layers = {'features.0': 'conv1_1', 'features.2': 'conv1_2',
+               'features.5': 'conv2_1', 'features.7': 'conv2_2',
+               'features.10': 'conv3_1', 'features.12': 'conv3_2', 'features.14': 'conv3_3',
+               'features.17': 'conv4_1', 'features.19': 'conv4_2', 'features.21': 'conv4_3',
+               'extra.0.1': 'conv5_1', 'extra.0.3': 'conv5_2', 'extra.0.5': 'conv5_3',
+               'extra.0.7.1': 'conv6', 'extra.0.7.3': 'conv7'}
+aux_layers = {'extra.1.0': 'conv8_1', 'extra.1.2': 'conv8_2', 'extra.2.0': 'conv9_1', 'extra.2.2': 'conv9_2',
+              'extra.3.0': 'conv10_1', 'extra.3.2': 'conv10_2', 'extra.4.0': 'conv11_1', 'extra.4.2': 'conv11_2'}
+
+
+def coco_detector(labels=None):
+    """
+    :param labels: names of the classes to detect, VOC's or COCO's; None for all 80 of COCO
+    :return: SSD300 trained on COCO, on the CPU, and its dict of label -> index
+    :raises UserError: the weights can't be downloaded, or COCO lacks a label
+    """
+    if labels is None:
+        labels = [name for name in coco_categories[1:] if name != 'N/A']
+    unknown = [label for label in labels if coco_index(label) is None]
+    if unknown:
+        raise UserError(f'the weights trained on COCO do not know {unknown}: set checkpoint to weights of your own')
+    return from_torchvision(download_coco(), [0, *map(coco_index, labels)]), make_label_map(labels)
+
+
+def start_from_coco(label_map, thin=1):
+    """
+    A detector for other classes to train on from COCO's weights. Only the class scores of labels that COCO lacks start
+    from random weights.
+
+    :param label_map: dict of label -> index of the classes to learn
+    :param thin: keep only every thin-th channel, see `model.thin_out`
+    :return: SSD300 on the CPU; and the list of the labels that COCO lacks
+    :raises UserError: the weights can't be downloaded
+    """
+    known = {index: coco_index(label) for label, index in label_map.items() if coco_index(label) is not None}
+    coco = from_torchvision(download_coco(), [0, *known.values()], thin)
+    model = SSD300(n_classes=len(label_map), thin=thin)
+    state_dict, rows = model.state_dict(), [0, *known]
+    for key, values in coco.state_dict().items():
+        if '.cl_' in key:
+            scores = state_dict[key].unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, ...)
+            scores[:, rows] = values.unflatten(0, (-1, len(rows)))  # (n_priors, n_known + 1, ...)
+            values = scores.flatten(0, 1)  # (n_priors * n_classes, ...)
+        state_dict[key] = values
+    model.load_state_dict(state_dict)
+    return model, [label for label, index in label_map.items() if index not in rows]
+
+
+def coco_index(label):
+    """
+    :param label: name of a class, VOC's or COCO's
+    :return: its index in torchvision's model, or None
+    """
+    name = coco_names.get(label, label)
+    return coco_categories.index(name) if name in coco_categories[1:] else None
+
+
+def download_coco():
+    """
+    :return: the state_dict of torchvision's SSD300 trained on COCO (box mAP 25.1 there, published by torchvision)
+    :raises UserError: it is not on this machine and can't be downloaded
+    """
+    return download_weights(coco_weights, 'set checkpoint or pretrained to other weights')
+
+
+def from_torchvision(state_dict, classes=None, thin=1):
+    """
+    Build our SSD300 with the weights and priors of torchvision's. With thin = 1, both predict the same.
+
+    :param state_dict: of a `torchvision.models.detection.ssd300_vgg16`
+    :param classes: indices of the classes to keep, 0 (background) first; None for all
+    :param thin: keep only every thin-th channel, see `model.thin_out`
+    :return: SSD300 on the CPU
+    :raises UserError: the weights are not those of such a model
+    """
+    try:
+        state_dict = {key: values.cpu() for key, values in state_dict.items()}
+        n_all = len(state_dict['head.classification_head.module_list.5.bias']) // 4
+        classes = list(range(n_all)) if classes is None else list(classes)
+        model = SSD300(n_classes=len(classes))
+        model.load_state_dict(rename_torchvision(state_dict, n_all, classes))
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise UserError("these are not the weights of torchvision's ssd300_vgg16, or feature_maps in utils.py were "
+                        f'changed: {one_line(error)}') from None
+    if thin > 1:
+        thin_out(model, thin)
+    return model
+
+
+def rename_torchvision(state_dict, n_all, classes):
+    """
+    :param state_dict: of torchvision's ssd300_vgg16, on the CPU
+    :param n_all: number of its classes
+    :param classes: list of the indices of those to keep
+    :return: the state_dict of our SSD300
+    """
+    names = {theirs: f'base.{ours}' for theirs, ours in base_layers.items()}
+    names |= {theirs: f'aux_convs.{ours}' for theirs, ours in aux_layers.items()}
+    renamed = {f'{ours}.{kind}': state_dict[f'backbone.{theirs}.{kind}']
+               for theirs, ours in names.items() for kind in ('weight', 'bias')}
+    renamed['rescale_factors'] = state_dict['backbone.scale_weight'].view(1, 512, 1, 1)
+    renamed['priors_cxcy'] = coco_default_boxes()
+
+    # Within a tile, torchvision has the ratios 1, extra, 2, 1/2, 3, 1/3; ours are 1, extra, 2, 3, 1/2, 1/3.
+    for i, (name, feature_map) in enumerate(feature_maps.items()):
+        order = [0, 1, 2, 3] if len(feature_map.ratios) == 3 else [0, 1, 2, 4, 3, 5]
+        for kind in ('weight', 'bias'):
+            locs = state_dict[f'head.regression_head.module_list.{i}.{kind}']  # (n_priors * 4, ...)
+            locs = locs.unflatten(0, (len(order), 4))[order]  # (n_priors, 4, ...)
+            renamed[f'pred_convs.loc_{name}.{kind}'] = locs.flatten(0, 1)  # (n_priors * 4, ...)
+            scores = state_dict[f'head.classification_head.module_list.{i}.{kind}']  # (n_priors * n_all, ...)
+            scores = scores.unflatten(0, (len(order), n_all))[order][:, classes]  # (n_priors, n_classes, ...)
+            renamed[f'pred_convs.cl_{name}.{kind}'] = scores.flatten(0, 1)  # (n_priors * n_classes, ...)
+
+    # The input of torchvision's first layer is 255 * (pixel - their_mean), of ours (pixel - mean) / std. As
+    # 255 * (pixel - their_mean) = 255 * std * ours + 255 * (mean - their_mean), change the first layer's weights.
+    their_mean = torch.tensor([0.48235, 0.45882, 0.40784]).view(3, 1, 1)
+    our_mean, our_std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    weight = renamed['base.conv1_1.weight']  # (64, 3, 3, 3)
+    renamed['base.conv1_1.weight'] = weight * 255 * our_std
+    shift = (weight * 255 * (our_mean - their_mean)).sum(dim=(1, 2, 3))  # (64)
+    renamed['base.conv1_1.bias'] = renamed['base.conv1_1.bias'] + shift
+    return renamed
+
+
+def coco_default_boxes():
+    """
+    :return: the priors of torchvision's SSD300, in center-size coordinates and in the order of ours, (8732, 4)
+    """
+    scales = 0.07, 0.15, 0.33, 0.51, 0.69, 0.87
+    maps = {name: feature_map._replace(scale=scale)
+            for (name, feature_map), scale in zip(feature_maps.items(), scales, strict=True)}
+    priors = create_prior_boxes(maps, last_extra_scale=(0.87 * 1.05) ** 0.5)  # (8732, 4)
+
+    # Our centers are (i + 0.5) / size, torchvision's (i + 0.5) * step / 300, with steps in pixels.
+    steps = 8, 16, 32, 64, 100, 300
+    n_priors = [feature_map.size ** 2 * (len(feature_map.ratios) + 1) for feature_map in maps.values()]
+    for map_priors, feature_map, step in zip(priors.split(n_priors), maps.values(), steps, strict=True):
+        map_priors[:, :2] *= feature_map.size * step / 300  # in place, so priors change too
+    return priors
