@@ -1,13 +1,10 @@
 """
-The data set: images and objects from the lists that create_data_lists.py wrote, their random variations for training,
-and how they make a batch.
+The data set: images and objects from the lists that create_data_lists.py wrote, their augmentation for training, and
+how they become a batch.
 """
 import json
 import os
 import random
-import sys
-import time
-from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -16,7 +13,7 @@ import torchvision.transforms.functional as FT
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
-from files import UserError, killed_worker, one_line, open_image
+from files import UserError, open_image
 from utils import find_jaccard_overlap, mean, std
 
 
@@ -27,13 +24,13 @@ class PascalVOCDataset(Dataset):
     Images with their objects, ready for the network. See "Inputs".
 
     :param data_folder: the folder with the lists
-    :param split: 'TRAIN' for random variations of the training images, or 'TEST'
+    :param split: 'TRAIN' for the training images, with augmentation, or 'TEST'; in any case
     :param keep_difficult: keep objects that are marked as difficult
-    :raises UserError: a list is missing, or is not from the same run as the others
+    :raises UserError: there is no such split; a list is missing, or is not from the same run as the others
     """
 
     def __init__(self, data_folder, split, keep_difficult=False):
-        self.split = split
+        self.split = split = standard_split(split)
         self.keep_difficult = keep_difficult
         self.images = read_list(data_folder, f'{split}_images.json')
         self.objects = read_list(data_folder, f'{split}_objects.json')
@@ -48,7 +45,7 @@ class PascalVOCDataset(Dataset):
 
     def __getitem__(self, i):
         """
-        :param i: an image's index; or (index, seed), then the same seed gives the same variation (see EpochSampler)
+        :param i: an image's index; or (index, seed), where the same seed gives the same augmentation (see EpochSampler)
         :return: image (3, 300, 300), boxes in fractional boundary coordinates (n_objects, 4), labels (n_objects),
             difficulties (n_objects) byte
         """
@@ -63,12 +60,23 @@ class PascalVOCDataset(Dataset):
         return transform(image, boxes, labels, difficulties, self.split, rng)
 
 
+def standard_split(split):
+    """
+    :param split: name of a split, in any case
+    :return: 'TRAIN' or 'TEST'
+    :raises UserError: it is another word, which would otherwise mean training without augmentation
+    """
+    if split.upper() not in ('TRAIN', 'TEST'):
+        raise UserError(f"the split {split!r} is unknown: take 'TRAIN' or 'TEST'")
+    return split.upper()
+
+
 def read_list(data_folder, name):
     """
     :param data_folder: the folder with the lists
     :param name: the file's name
     :return: its content
-    :raises UserError: it is missing, or no JSON
+    :raises UserError: the file is missing, or is not JSON
     """
     path = os.path.join(data_folder, name)
     try:
@@ -84,20 +92,21 @@ def read_list(data_folder, name):
 
 class EpochSampler(Sampler):
     """
-    Shuffles the images anew in each epoch, and hands out a seed with each. Order and variations depend on nothing but
-    `seed` and the epoch: not on the number of workers, nor on whether training was interrupted before. See "Inputs".
+    Shuffles the images in each epoch, and adds a random seed to each. Order and augmentation depend only on `seed` and
+    the epoch: not on the number of workers, nor on whether training was interrupted before. See "Inputs".
 
     :param n: number of images
     :param seed: the seed of the training
-    :param process: number of this process; of n_processes, each gets its share of each batch that one would get
-    :param n_processes: all get the same number of images, so up to n_processes - 1 sit out an epoch
+    :param process: number of this process, from 0; each process takes every n_processes-th image
+    :param n_processes: number of processes; all get the same number of images, so up to n_processes - 1 images are left
+        out of an epoch
     """
 
     def __init__(self, n, seed, process=0, n_processes=1):
         self.n, self.seed, self.epoch, self.process, self.n_processes = n, seed, 0, process, n_processes
 
     def set_epoch(self, epoch):
-        """:param epoch: the epoch that comes next"""
+        """:param epoch: number of the next epoch, from 0"""
         self.epoch = epoch
 
     def __len__(self):
@@ -111,44 +120,13 @@ class EpochSampler(Sampler):
 
 def collate_fn(batch):
     """
-    Images stack into a tensor; objects can't, because each image has its own number of them.
+    Stack the images into a tensor. Objects stay in lists, because their number differs from image to image.
 
     :param batch: N items of PascalVOCDataset
     :return: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N tensors
     """
     images, boxes, labels, difficulties = zip(*batch)
     return torch.stack(images), list(boxes), list(labels), list(difficulties)
-
-
-def load_batches(loader):
-    """
-    Go through the batches of a data loader. When one of its workers is killed, the news comes as a signal, which
-    PyTorch turns into a RuntimeError wherever the main process is at that moment (see `files.run`); or earlier, as
-    nearly any error of the connection to the worker, which is caught here.
-
-    :param loader: DataLoader
-    :return: its batches, one after the other
-    :raises UserError: a worker was killed, or there are too many open files
-    """
-    batches = iter(loader)  # outside of what follows: that workers can't be started is another error
-    try:
-        yield from batches
-    except (OSError, EOFError, RuntimeError) as error:
-        if loader.num_workers == 0 or str(error).startswith('Caught '):  # an error in the loading of an image
-            raise
-        if 'Too many open files' in str(error):
-            raise UserError(one_line(error)) from None
-        with suppress(RuntimeError):
-            time.sleep(0.5)  # the signal comes in this time, and not in the middle of tidying up
-        raise UserError(killed_worker) from None
-
-
-def quiet_worker(_):
-    """
-    Let a data loader's worker not print that the main process hung up on it, which happens when the user stops
-    training. Errors in images are not printed here, but handed over to the main process.
-    """
-    sys.excepthook = lambda *_: None
 
 
 # ----------------------------------------------------------------------------------------------------------- Transforms
@@ -167,14 +145,14 @@ def to_input(image):
 
 def photometric_distort(image, rng=random):
     """
-    Vary brightness, contrast, saturation and hue, each with a chance of 0.5, in random order.
+    Change brightness, contrast, saturation and hue, each with a chance of 0.5, in random order.
 
     :param image: a PIL image in RGB
-    :param rng: the source of random numbers
+    :param rng: a random.Random, or the module
     :return: a PIL image
     """
     distortions = [(FT.adjust_brightness, 0.5, 1.5), (FT.adjust_contrast, 0.5, 1.5), (FT.adjust_saturation, 0.5, 1.5),
-                   (FT.adjust_hue, -18 / 255, 18 / 255)]  # hue: a fraction of the color wheel's full turn
+                   (FT.adjust_hue, -18 / 255, 18 / 255)]  # hue: as a fraction of the color wheel
     rng.shuffle(distortions)
     for distort, low, high in distortions:
         if rng.random() < 0.5:
@@ -182,16 +160,18 @@ def photometric_distort(image, rng=random):
     return image
 
 
-# Zooming out and in moves no pixels at first. `expand` and `random_crop` only choose a window: a rectangle
-# (x_min, y_min, x_max, y_max) in the image's pixels that may reach beyond the image. `resize` then draws what the
-# window shows, in one pass over those pixels that are really seen, and only these are distorted.
+# Expanding, cropping and resizing would each compute a whole new image. Instead, the first two only choose a window: a
+# rectangle (x_min, y_min, x_max, y_max) in the image's pixels that may extend beyond it. `expand_window` makes it
+# larger (zoom out), `crop_window` smaller (zoom in). Then `draw_window` draws its content, once, at 300x300. Pixels
+# outside the window are never touched, and colors are distorted only inside.
 
-def expand(window, rng=random):
+def expand_window(window, rng=random):
     """
-    Zoom out: a window up to 4 times as wide and high, somewhere around the old one. The network learns small objects.
+    Zoom out: choose a window up to 4 times as wide and high that contains the given one, at a random position. The
+    network learns small objects from it.
 
     :param window: boundary coordinates in pixels
-    :param rng: the source of random numbers
+    :param rng: a random.Random, or the module
     :return: the larger window
     """
     x_min, y_min, x_max, y_max = window
@@ -202,22 +182,22 @@ def expand(window, rng=random):
     return left, top, left + width, top + height
 
 
-def random_crop(window, boxes, rng=random):
+def crop_window(window, boxes, rng=random):
     """
-    Zoom in: a random smaller window, in which the center of at least one object lies, and which overlaps some object by
-    a minimum drawn anew whenever 50 tries did not meet it. The network learns large and cut objects.
+    Zoom in: choose a random smaller window that contains the center of at least one object, and overlaps some object by
+    a random minimum. If 50 tries fail, draw another minimum. The network learns large and truncated objects from it.
 
     :param window: boundary coordinates in pixels
-    :param boxes: objects, boundary coordinates in pixels, a tensor (n_objects, 4)
-    :param rng: the source of random numbers
-    :return: the smaller window, or the same where no crop was drawn or there is no object
+    :param boxes: ground truth, boundary coordinates in pixels, a tensor (n_objects, 4)
+    :param rng: a random.Random, or the module
+    :return: the smaller window; or the given one, if no crop is drawn or there is no object
     """
     x_min, y_min, x_max, y_max = window
     while len(boxes) > 0:
         min_overlap = rng.choice([0., .1, .3, .5, .7, .9, None])  # None: no crop
         if min_overlap is None:
             break
-        # All 50 tries at once: sides from 0.3 to 1 of the window's, placed anywhere inside it
+        # All 50 tries at once: sides are 0.3 to 1 of the window's, the position inside it is random
         draws = torch.tensor([rng.random() for _ in range(50 * 4)]).view(50, 4)
         sizes = torch.tensor([x_max - x_min, y_max - y_min])  # (2)
         sides = (0.3 + 0.7 * draws[:, :2]) * sizes  # (50, 2)
@@ -236,7 +216,7 @@ def random_crop(window, boxes, rng=random):
 def centers_inside(boxes, window):
     """
     :param boxes: boundary coordinates, a tensor (n_objects, 4)
-    :param window: boundary coordinates of the same kind: 4 numbers; or many windows, a tensor (n_windows, 1, 4)
+    :param window: boundary coordinates in the same units: 4 numbers; or many windows, a tensor (n_windows, 1, 4)
     :return: whether each box's center is inside the window, a bool tensor (n_objects) or (n_windows, n_objects)
     """
     window = torch.as_tensor(window)
@@ -245,20 +225,20 @@ def centers_inside(boxes, window):
     return inside.all(dim=-1)  # (n_objects) or (n_windows, n_objects)
 
 
-def resize(image, boxes, window, dims=(300, 300), distort=None):
+def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     """
-    Draw what a window shows of an image; beyond the image it shows the ImageNet mean.
+    Draw the content of a window: the part of the image inside it, and the ImageNet mean beyond the image.
 
     :param image: a PIL image in RGB
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
-    :param window: boundary coordinates in pixels, it must show some of the image
-    :param dims: width and height to draw
-    :param distort: a function from PIL image to PIL image for what is drawn of the image, the mean beyond excepted
+    :param window: boundary coordinates in pixels; it must overlap the image
+    :param dims: width and height of the result
+    :param distort: a function from PIL image to PIL image, applied to the part of the image, not to the mean; or None
     :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)
     """
     x_min, y_min, x_max, y_max = window
     scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)
-    # The part of the image that the window shows, and the whole pixels where it is drawn
+    # The part of the image inside the window, and the pixels of the result in which it is drawn
     part = max(x_min, 0), max(y_min, 0), min(x_max, image.width), min(y_max, image.height)
     left, top = (min(round((part[0] - x_min) * scale_x), dims[0] - 1),
                  min(round((part[1] - y_min) * scale_y), dims[1] - 1))
@@ -270,7 +250,7 @@ def resize(image, boxes, window, dims=(300, 300), distort=None):
     canvas = Image.new('RGB', dims, mean_color)
     canvas.paste(drawn, (left, top))
 
-    # The boxes follow the pixels, from the part to where it was drawn
+    # Boxes move with the pixels.
     scales = torch.tensor([(right - left) / (part[2] - part[0]), (bottom - top) / (part[3] - part[1])]).repeat(2)  # (4)
     boxes = (boxes - torch.tensor(part[:2] * 2)) * scales + torch.tensor([left, top] * 2)  # (n_objects, 4)
     return canvas, (boxes / torch.tensor(dims * 2)).clamp(0, 1)
@@ -278,7 +258,7 @@ def resize(image, boxes, window, dims=(300, 300), distort=None):
 
 def flip(image, boxes):
     """
-    Mirror left and right.
+    Mirror horizontally.
 
     :param image: a PIL image
     :param boxes: fractional boundary coordinates, a tensor (n_objects, 4)
@@ -290,27 +270,28 @@ def flip(image, boxes):
 
 def transform(image, boxes, labels, difficulties, split, rng=random):
     """
-    Prepare an image for the network; for training, as a random variation of it (the paper's section 2.2). See
-    "Transforms".
+    Prepare an image for the network, with augmentation for training (the paper's section 2.2). See "Transforms".
 
     :param image: a PIL image in RGB
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
     :param labels: (n_objects)
     :param difficulties: (n_objects)
-    :param split: 'TRAIN', or 'TEST' to only resize and normalize
-    :param rng: the source of random numbers
+    :param split: 'TRAIN', or 'TEST' to only resize and normalize; in any case
+    :param rng: a random.Random, or the module
     :return: the input (3, 300, 300), boxes in fractional boundary coordinates (n, 4), labels (n), difficulties (n);
-        in training, objects are left out whose center a crop cut off
+        in training, without the objects whose center is outside the crop
+    :raises UserError: there is no such split
     """
+    training = standard_split(split) == 'TRAIN'
     window, distort = (0., 0., float(image.width), float(image.height)), None
-    if split == 'TRAIN':
+    if training:
         distort = partial(photometric_distort, rng=rng)
         if rng.random() < 0.5:
-            window = expand(window, rng)
-        window = random_crop(window, boxes, rng)
+            window = expand_window(window, rng)
+        window = crop_window(window, boxes, rng)
         kept = centers_inside(boxes, window)
         boxes, labels, difficulties = boxes[kept], labels[kept], difficulties[kept]
-    image, boxes = resize(image, boxes, window, distort=distort)
-    if split == 'TRAIN' and rng.random() < 0.5:
-        image, boxes = flip(image, boxes)  # after resize, because there are fewer pixels to mirror
+    image, boxes = draw_window(image, boxes, window, distort=distort)
+    if training and rng.random() < 0.5:
+        image, boxes = flip(image, boxes)
     return to_input(image), boxes, labels, difficulties

@@ -1,5 +1,5 @@
 """
-Measure a trained SSD300 on the test images, the way Pascal VOC 2007 does:
+Evaluate a trained SSD300 on the test images, as Pascal VOC 2007 does:
 
     python eval.py
 
@@ -12,57 +12,55 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import detect
 from checkpoints import load_detector
-from datasets import PascalVOCDataset, collate_fn, load_batches, quiet_worker
+from datasets import PascalVOCDataset, collate_fn
 from files import UserError, run
 from mistakes import find_mistakes, print_counts, save_sheet
 from processes import gather_images, join_processes, leave_processes, n_processes, process_number
 from utils import calculate_mAP
 
 data_folder = './'  # where create_data_lists.py wrote the lists
-checkpoint = 'checkpoint_ssd300.pth'  # the weights to measure, from train.py; None for torchvision's, trained on COCO
+checkpoint = 'checkpoint_ssd300.pth'  # the weights to evaluate, from train.py; None for torchvision's, trained on COCO
 batch_size = 32  # images in a batch; fewer if memory runs out
 workers = 4  # processes that load images
-mistakes_path = 'mistakes.png'  # where a sheet of the worst mistakes goes, or None; at the scores that detect.py draws
-bfloat16 = False  # compute in 16 bits: faster on many GPUs, but not quite what is measured otherwise
+mistakes_path = 'mistakes.png'  # where to save a sheet of the worst mistakes; None for none
+mistakes_min_score = 0.4  # the lowest score of the detections whose mistakes are counted and drawn: see detect.py
+bfloat16 = False  # compute in 16 bits: faster on many GPUs, but the result differs a little
 
 
-# Many GPUs round what they multiply to 10 bits after the point (TF32) unless told otherwise: then a mean average
-# precision, or what detect.py finds, would depend on the GPU.
+# Many GPUs round the factors of a multiplication to 10 bits (TF32) unless told otherwise. Then the mAP, or what
+# detect.py finds, would depend on the GPU.
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False,
-             mistakes_path=None):
+def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False, mistakes_path=None,
+             mistakes_min_score=0.4):
     """
-    Detect objects in all test images, compare them with the true ones, and print a table.
+    Detect objects in all test images, compare them with the ground truth, and print a table.
 
-    :param test_loader: DataLoader of PascalVOCDataset's split TEST, with difficult objects kept: detections of them
-        are neither right nor wrong, but the evaluation has to know
+    :param test_loader: DataLoader of PascalVOCDataset's split TEST, with difficult objects kept: detections of them are
+        ignored, so they must be known
     :param model: SSD300
-    :param min_score: how certain a detection must be; low, because average precision looks at all levels of certainty
-    :param max_overlap: see `SSD300.detect_objects`
-    :param top_k: see `SSD300.detect_objects`
-    :param bfloat16: compute in 16 bits, instead of in 32 as detect.py does
-    :param mistakes_path: also count the mistakes at the scores that detect.py draws, and draw a sheet of the worst here
+    :param min_score: keep only detections with a score above this; low, because average precision needs detections at
+        all levels of confidence
+    :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
+    :param top_k: keep at most this many detections of an image
+    :param bfloat16: compute in 16 bits, not in 32 as detect.py does
+    :param mistakes_path: where to save a sheet of the worst mistakes; None not to count them either
+    :param mistakes_min_score: count mistakes among detections with a score above this
     :return: dict of label -> AP, and mAP, see `utils.calculate_mAP`
     """
     model.eval()
     device = model.priors_cxcy.device
-    # Of each batch: boxes, labels and scores of the detections; boxes, labels and difficulties of the objects. They are
-    # kept in one piece, with a count for each image: many small ones would be scattered all over the memory, and take
-    # long to exchange between processes.
-    batches, counts = [[] for _ in range(6)], [[] for _ in range(6)]
+    # For each image: boxes, labels, scores of the detections; boxes, labels, difficulties of the ground truth
+    lists = [[] for _ in range(6)]
     start = time.time()
-    for images, *objects in tqdm(load_batches(test_loader), 'Evaluating', len(test_loader), unit='batch',
-                                 disable=process_number() > 0):
+    for images, *objects in tqdm(test_loader, 'Evaluating', unit='batch', disable=process_number() > 0):
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
         found = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
-        for batch, count, values in zip(batches, counts, (*found, *objects)):
-            batch.append(torch.cat(values))
-            count.extend(map(len, values))
-    lists = [gather_images(batch, count) for batch, count in zip(batches, counts)]
+        for values, of_batch in zip(lists, (*found, *objects)):
+            values.extend(of_image.cpu() for of_image in of_batch)
+    lists = [gather_images(values) for values in lists]
     seconds = time.time() - start
 
     label_map = test_loader.dataset.label_map
@@ -78,18 +76,23 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     print(f'{"mAP":20}{(difficulties == 0).sum().item():10}{mean_average_precision:10.3f}')
     print(f'{len(lists[0])} images, {len(lists[0]) / seconds:.1f} images/s on {device}')
     if mistakes_path is not None:
-        counts, alarms, missed = find_mistakes(lists, label_map, detect.min_score)
-        print_counts(counts, detect.min_score)
-        save_sheet(mistakes_path, alarms, missed, test_loader.dataset.images)
-        print(f'The surest false alarms and the largest objects that were not found: {mistakes_path}')
+        counts, false_positives, missed = find_mistakes(lists, label_map, mistakes_min_score)
+        print_counts(counts, mistakes_min_score)
+        save_sheet(mistakes_path, false_positives, missed, test_loader.dataset.images)
+        print(f'The false positives with the highest scores, and the largest missed objects: {mistakes_path}')
     return average_precisions, mean_average_precision
 
 
 def make_test_loader(test_set, batch_size, workers, device):
-    """:return: DataLoader of a PascalVOCDataset for `evaluate`; of several processes, each has a part of it"""
+    """
+    :param test_set: PascalVOCDataset of split TEST
+    :param batch_size: images in a batch
+    :param workers: processes that load images
+    :param device: the torch.device that evaluates
+    :return: DataLoader for `evaluate`; with several processes, each has a part of the images
+    """
     return DataLoader(test_set, batch_size, sampler=range(process_number(), len(test_set), n_processes()),
-                      collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda',
-                      worker_init_fn=quiet_worker)
+                      collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda')
 
 
 def main():
@@ -102,7 +105,7 @@ def main():
                         f'{list(test_set.label_map)[1:]}: write lists with the labels of the checkpoint')
     model = model.to(device)
     evaluate(make_test_loader(test_set, batch_size, workers, device), model, bfloat16=bfloat16,
-             mistakes_path=mistakes_path)
+             mistakes_path=mistakes_path, mistakes_min_score=mistakes_min_score)
     leave_processes()
 
 

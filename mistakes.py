@@ -1,5 +1,6 @@
 """
-What a detector gets wrong: eval.py counts it, and draws a sheet of the worst.
+What a detector gets wrong: eval.py counts the mistakes, and draws a sheet of the worst. Their kinds are those of Bolya
+et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", 2020.
 """
 from collections import Counter
 
@@ -7,105 +8,120 @@ import torch
 from PIL import Image, ImageDraw
 
 from files import open_image
-from utils import find_jaccard_overlap, find_targets
+from utils import find_jaccard_overlap, match_detections
 
-# What a detection can be. The last is no mistake either: difficult objects need not be found, but may be.
-kinds = 'hit', 'nothing there', 'wrong class', 'loose box', 'second box', 'difficult'
-n_shown = 5  # mistakes of each kind, false alarms and objects not found, that the sheet shows of a class
-tile = 150  # pixels a side of what is cut out
-caption_height = 34  # pixels below it
+# What a detection can be. All but 'true positive' and 'ignored' are mistakes.
+kinds = 'true positive', 'classification', 'localization', 'both', 'duplicate', 'background', 'ignored'
+n_shown = 5  # false positives, and missed objects, of a class in the sheet
+tile = 150  # width and height of a tile of the sheet, in pixels
+caption_height = 34  # pixels below a tile
 
 
-def judge(det_boxes, det_labels, true_boxes, true_labels, true_difficulties):
+def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
     """
-    Say of each detection of an image what it is:
+    Find the kind of each detection of an image. True positives, duplicates and ignored ones are those of
+    `utils.match_detections`. Of those that belong to no object,
 
-    - hit: it overlaps an object of its class by more than 0.5, and is the first to do so;
-    - second box: it does, but the object has been found;
-    - difficult: it does, and the object is marked as difficult;
-    - wrong class: it overlaps only an object of another class by more than 0.5;
-    - loose box: it overlaps an object of its class, by more than 0.1;
-    - nothing there: none of these.
+    - localization: overlaps an object of its class by more than 0.1;
+    - classification: overlaps an object of another class by more than 0.5;
+    - background: overlaps no object by more than 0.1;
+    - both: overlaps an object of another class by more than 0.1: class and box are wrong.
 
-    :param det_boxes: boundary coordinates, by decreasing score, (n, 4)
+    Where two apply, it is the first in this order, as in TIDE's code.
+
+    :param det_boxes: detections, boundary coordinates, (n, 4)
     :param det_labels: (n)
-    :param true_boxes: the image's objects, boundary coordinates, (n_objects, 4)
+    :param det_scores: (n)
+    :param true_boxes: ground truth, boundary coordinates, (n_objects, 4)
     :param true_labels: (n_objects)
     :param true_difficulties: (n_objects)
-    :return: list of (kind, index of the object that it is about or None); and the set of the objects that were found
+    :return: for each detection, its kind and the index of the object that it is about, or None; a list of pairs
     """
-    verdicts, found = [], set()
+    true_positive, ignored, target = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
+                                                      true_difficulties)
     overlap = find_jaccard_overlap(det_boxes, true_boxes)  # (n, n_objects)
-    targets = find_targets(det_boxes, det_labels, true_boxes, true_labels).tolist()
-    for label, target, overlaps in zip(det_labels, targets, overlap):
-        of_class = overlaps.where(true_labels == label, 0)  # (n_objects)
-        if target >= 0 and true_difficulties[target]:
-            verdicts.append(('difficult', target))
-        elif target >= 0:
-            verdicts.append(('second box' if target in found else 'hit', target))
-            found.add(target)
-        elif (overlaps > 0.5).any():
-            verdicts.append(('wrong class', overlaps.argmax().item()))
+    verdicts = []
+    for i, label in enumerate(det_labels):
+        of_class = overlap[i].where(true_labels == label, 0)  # (n_objects)
+        of_others = overlap[i].where(true_labels != label, 0)  # (n_objects)
+        if target[i] >= 0:
+            kind = 'ignored' if ignored[i] else 'true positive' if true_positive[i] else 'duplicate'
+            verdicts.append((kind, target[i].item()))
         elif (of_class > 0.1).any():
-            verdicts.append(('loose box', of_class.argmax().item()))
+            verdicts.append(('localization', of_class.argmax().item()))
+        elif (of_others > 0.5).any():
+            verdicts.append(('classification', of_others.argmax().item()))
+        elif (of_others > 0.1).any():
+            verdicts.append(('both', of_others.argmax().item()))
         else:
-            verdicts.append(('nothing there', None))
-    return verdicts, found
+            verdicts.append(('background', None))
+    return verdicts
 
 
 def find_mistakes(lists, label_map, min_score):
     """
+    As in TIDE, an object is missed if it has no true positive, and no classification or localization error is about it,
+    whose correction would find it.
+
     :param lists: the first six arguments of `calculate_mAP`
     :param label_map: dict of label -> index
     :param min_score: detections with a lower score do not count
-    :return: dicts of label -> a Counter of `kinds`, and of objects 'not found'; the false alarms from the surest down,
-        tuples of (score, image, box, true box or None, caption); the objects that were not found from the largest
-        down, tuples of (area, image, None, true box, caption)
+    :return: dict of label -> a Counter of `kinds` and of 'missed'; dict of label -> false positives by decreasing
+        score, tuples of (score, index of the image, box, true box or None, caption); dict of label -> missed objects
+        by decreasing area, tuples of (area, index of the image, None, true box, caption)
     """
     labels = list(label_map)
-    counts, alarms, missed = {}, {}, {}
+    counts, false_positives, missed = {}, {}, {}
     for label in labels[1:]:
-        counts[label], alarms[label], missed[label] = Counter(), [], []
+        counts[label], false_positives[label], missed[label] = Counter(), [], []
     for image, tensors in enumerate(zip(*lists)):
         det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties = (t.cpu() for t in tensors)
         shown = (det_scores > min_score) & (det_labels > 0)  # (n)
         det_boxes, det_labels, det_scores = det_boxes[shown], det_labels[shown], det_scores[shown]
-        verdicts, found = judge(det_boxes, det_labels, true_boxes, true_labels, true_difficulties)
+        verdicts = judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties)
         true_labels = [labels[index] for index in true_labels]
         for (kind, target), box, index, score in zip(verdicts, det_boxes, det_labels, det_scores.tolist()):
             label = labels[index]
             counts[label][kind] += 1
-            if kind not in ('hit', 'difficult'):
+            if kind not in ('true positive', 'ignored'):
                 true_box = None if target is None else true_boxes[target]
-                what = f'{kind}: {true_labels[target]}' if kind == 'wrong class' else kind
-                alarms[label].append((score, image, box, true_box, f'{label} {score:.2f}\n{what}'))
+                what = f'{kind}: {true_labels[target]}' if kind in ('classification', 'both') else kind
+                false_positives[label].append((score, image, box, true_box, f'{label} {score:.2f}\n{what}'))
+        found = {target for kind, target in verdicts if kind in ('true positive', 'classification', 'localization')}
         for target, (box, label) in enumerate(zip(true_boxes, true_labels)):
             if target not in found and not true_difficulties[target]:
-                counts[label]['not found'] += 1
-                missed[label].append(((box[2:] - box[:2]).prod().item(), image, None, box, f'{label}\nnot found'))
-    for of_label in (*alarms.values(), *missed.values()):
+                counts[label]['missed'] += 1
+                missed[label].append(((box[2:] - box[:2]).prod().item(), image, None, box, f'{label}\nmissed'))
+    for of_label in (*false_positives.values(), *missed.values()):
         of_label.sort(key=lambda mistake: mistake[0], reverse=True)
-    return counts, alarms, missed
+    return counts, false_positives, missed
 
 
 def print_counts(counts, min_score):
-    """Print a table of what `find_mistakes` counted."""
-    columns = [*kinds, 'not found']
+    """
+    Print a table of the kinds of each class.
+
+    :param counts: see `find_mistakes`
+    :param min_score: see `find_mistakes`
+    """
+    columns = [*kinds, 'missed']
     print(f'\nAt scores above {min_score:g}:\n' + ' ' * 20 + ''.join(f'{column:>15}' for column in columns))
     for label, of_label in [*counts.items(), ('all', sum(counts.values(), Counter()))]:
         print(f'{label:20}' + ''.join(f'{of_label[column]:15}' for column in columns))
 
 
-def save_sheet(path, alarms, missed, image_paths):
+def save_sheet(path, false_positives, missed, image_paths):
     """
-    Draw a row for each class: its surest false alarms, then the largest of its objects that were not found.
+    Draw a row for each class: its false positives with the highest scores, then its largest missed objects.
 
-    :param path: where the sheet goes
-    :param image_paths: the images' paths; the others are what `find_mistakes` returns
+    :param path: where to save the sheet
+    :param false_positives: see `find_mistakes`
+    :param missed: see `find_mistakes`
+    :param image_paths: the paths of the images
     """
-    sheet = Image.new('RGB', (2 * n_shown * (tile + 10), len(alarms) * (tile + caption_height)), 'white')
-    for row, label in enumerate(alarms):
-        for first_column, of_label in ((0, alarms[label]), (n_shown, missed[label])):
+    sheet = Image.new('RGB', (2 * n_shown * (tile + 10), len(missed) * (tile + caption_height)), 'white')
+    for row, label in enumerate(missed):
+        for first_column, of_label in ((0, false_positives[label]), (n_shown, missed[label])):
             for column, (_, image, *mistake) in enumerate(of_label[:n_shown], first_column):
                 drawn = draw_mistake(open_image(image_paths[image]), *mistake)
                 sheet.paste(drawn, (column * (tile + 10), row * (tile + caption_height)))
@@ -115,16 +131,16 @@ def save_sheet(path, alarms, missed, image_paths):
 def draw_mistake(image, box, true_box, caption):
     """
     :param image: a PIL image in RGB
-    :param box: of the detection, fractional boundary coordinates (4), or None; drawn in orange
-    :param true_box: of the object, or None; drawn in green
+    :param box: of the detection, fractional boundary coordinates (4), drawn in orange; or None
+    :param true_box: of the object, the same, drawn in green; or None
     :param caption: two lines
-    :return: a PIL image: the boxes with some surroundings, and the caption below
+    :return: a tile of the sheet, a PIL image: the boxes and what is around them, with the caption below
     """
     size = torch.tensor([image.width, image.height] * 2)  # (4)
     boxes = [(b.cpu().clamp(0, 1) * size, color) for b, color in ((true_box, 'lime'), (box, 'orange')) if b is not None]
     corners = torch.stack([b for b, _ in boxes])  # (1 or 2, 4)
     low, high = corners[:, :2].amin(dim=0), corners[:, 2:].amax(dim=0)  # (2), (2)
-    side = max(1.6 * (high - low).max().item(), 24)  # pixels of the image that the tile shows, in each direction
+    side = max(1.6 * (high - low).max().item(), 24)  # of the part of the image that is shown, in pixels
     left, top = ((low + high) / 2 - side / 2).tolist()
     cut = image.crop((round(left), round(top), round(left + side), round(top + side))).resize((tile, tile))
     drawn = Image.new('RGB', (tile, tile + caption_height), 'white')

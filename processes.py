@@ -4,7 +4,7 @@ Many GPUs: several processes, each with a GPU of its own, that train or evaluate
     torchrun --nproc_per_node=8 train.py
     torchrun --nproc_per_node=8 eval.py
 
-Skip this file on a first reading: with plain `python train.py` there is one process; then `join_processes` only picks
+Skip this file on a first reading: with plain `python train.py` there is one process. Then `join_processes` only picks
 the device, `download_weights` only downloads, and the rest does nothing.
 """
 import os
@@ -35,24 +35,26 @@ def join_processes():
                         f'"torchrun --nproc_per_node={torch.cuda.device_count()}"')
     if gpu:
         torch.cuda.set_device(index)
-    # They wait for each other up to two hours, not PyTorch's 10 minutes: one may be downloading 528 MB, on a slow line.
-    dist.init_process_group('nccl' if gpu and dist.is_nccl_available() else 'gloo', timeout=timedelta(hours=2))
-    return torch.device('cuda', index) if gpu else torch.device('cpu')
+    device = torch.device('cuda', index) if gpu else torch.device('cpu')
+    # Wait for each other up to two hours, not PyTorch's 10 minutes: one may be downloading 528 MB on a slow line.
+    dist.init_process_group('nccl' if gpu and dist.is_nccl_available() else 'gloo', timeout=timedelta(hours=2),
+                            device_id=device if gpu and dist.is_nccl_available() else None)  # nccl warns without it
+    return device
 
 
 def leave_processes():
-    """Say goodbye to the other processes: whoever just ends looks to them as if it had crashed."""
+    """Shut down the process group; otherwise the end of this process looks like a crash to the others."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def n_processes():
-    """:return: how many processes work together"""
+    """:return: the number of processes that work together"""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_number():
-    """:return: this process's number, from 0; process 0 writes the checkpoints and the log"""
+    """:return: the number of this process, from 0; process 0 writes the checkpoints and the log"""
     return dist.get_rank() if n_processes() > 1 else 0
 
 
@@ -70,40 +72,40 @@ def mean_over_processes(tensor):
 
 def share_gradients(model):
     """
-    :param model: SSD300; of several processes, each has a copy
-    :return: the network to train with: of several processes, its gradients are the mean of theirs
+    :param model: SSD300, of which each process has a copy
+    :return: the network to train: with several processes, its gradients are the mean over all processes
     """
     if n_processes() == 1:
         return model
-    # Gradients lie where they are averaged, so that none is copied. The priors, a buffer, never change, and need not be
-    # sent around at each step.
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    network.broadcast_buffers = False  # set here, because newer versions warn of the argument
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)  # averages in place, without copies
+    network.broadcast_buffers = False  # the priors never change; newer versions warn if this is an argument
     return network
 
 
-def gather_images(pieces, counts):
+def gather_images(tensors):
     """
-    :param pieces: tensors (n, ...), each with the values of several images that this process had, one after the
-        other; of n processes, process i had the images i, i + n, i + 2n, ...
-    :param counts: how many values belong to each image
-    :return: list with a tensor for each image of all processes, in order, on the CPU, the same in each process
+    Exchange what each process found in its images: of n processes, process i had the images i, i + n, i + 2n, ...
+
+    :param tensors: list with a tensor (n, ...) for each image of this process
+    :return: list with a tensor for each image of all processes, in order, the same in each process
     """
-    mine = torch.cat(pieces).cpu() if pieces else torch.empty(0)  # of few images, a process may have none
-    parts = [(mine, counts)] * n_processes()
-    if n_processes() > 1:
-        dist.all_gather_object(parts, (mine, counts))  # one large tensor takes far less time than many small ones
-    parts = [values.split(counts) for values, counts in parts]
+    if n_processes() == 1:
+        return tensors
+    # One large tensor is much faster to exchange than many small ones. With few images, a process may have none.
+    mine = torch.cat(tensors) if tensors else torch.empty(0), [len(tensor) for tensor in tensors]
+    of_processes = [None] * n_processes()
+    dist.all_gather_object(of_processes, mine)
+    of_processes = [values.split(counts) for values, counts in of_processes]
     # The first image of each process, then the second of each; the last time, some have none left.
-    return [image for images in zip_longest(*parts) for image in images if image is not None]
+    return [image for images in zip_longest(*of_processes) for image in images if image is not None]
 
 
 def download_weights(weights, remedy):
     """
-    Download a file once for each machine: its first process does it, while the others wait to find it on the disk.
+    Download weights once for each machine: its first process downloads, while the others wait for the file.
 
-    :param weights: published weights of torchvision, which are downloaded if they are not on this machine
-    :param remedy: what to do if they can't be had, other than to put the file in its place
+    :param weights: torchvision's published weights, which are downloaded if they are not on this machine
+    :param remedy: text for the error: what else to do than to put the file in its place
     :return: their state_dict
     :raises UserError: they can't be downloaded or read
     """
@@ -122,6 +124,6 @@ def download_weights(weights, remedy):
 
 
 def wait_for_all():
-    """Return when all processes have come to this point."""
+    """Wait until all processes have reached this point."""
     if n_processes() > 1:
         dist.barrier()

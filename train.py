@@ -3,8 +3,8 @@ Train SSD300 on the images that create_data_lists.py has listed:
 
     python train.py
 
-Edit the parameters below first. After each epoch the weights go to `checkpoint_path`, and the log to a .csv file beside
-it. To go on after an interruption, set `checkpoint` to that file. With several GPUs (see processes.py):
+Edit the parameters below first. After each epoch the weights are saved at `checkpoint_path`, and the log in a .csv file
+beside it. To go on after an interruption, set `checkpoint` to that file. With several GPUs (see processes.py):
 
     torchrun --nproc_per_node=8 train.py
 """
@@ -14,106 +14,148 @@ import os
 import sys
 import time
 from datetime import timedelta
+from functools import partial
+from itertools import count
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from checkpoints import load_checkpoint, load_detector, save_checkpoint, start_from_coco
-from datasets import EpochSampler, PascalVOCDataset, collate_fn, load_batches, quiet_worker
+from checkpoints import load_checkpoint, load_detector, save_checkpoint
+from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from eval import evaluate, make_test_loader
 from files import UserError, run, write_whole
 from model import SSD300, MultiBoxLoss, possible_thin
 from processes import (join_processes, leave_processes, mean_over_processes, n_processes, process_number,
                        share_gradients)
-from utils import adjust_learning_rate, clip_gradient, fast_in_bfloat16
+from torchvision_weights import start_from_coco
+from utils import adjust_learning_rate, clip_gradient
 
 # Data
 data_folder = './'  # where create_data_lists.py wrote the lists
-keep_difficult = True  # train on objects that are marked as difficult, too
+keep_difficult = True  # also train on objects that are marked as difficult
 workers = 4  # processes that load images
 
 # Model
 checkpoint = None  # a checkpoint to go on from, or None to start anew
 checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
-pretrained = 'imagenet'  # start: 'imagenet' for VGG-16's base, 'coco' for a whole detector, None for random weights
-thin = 1  # of a new training, every thin-th channel is kept: 1 for the paper's network, 4 for one a laptop can train
+pretrained = 'imagenet'  # start from: 'imagenet' for VGG-16's base, 'coco' for a whole detector, None for random weights
+thin = 1  # keep every thin-th channel in a new training: 1 for the paper's network, 4 for one that a laptop can train
 
 # Learning: the paper's recipe, 120,000 iterations of 32 images of VOC 07+12, in epochs and with a smaller batch
 batch_size = 8  # images in a batch, of each process if there are several
-epochs = 232  # times to go through the training images
-optimizer = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for few images or random weights
-lr = 1e-3  # learning rate; with 'sgd', biases learn at twice this rate; with 'adamw', it is the highest
-decay_lr_at = (154, 193)  # with 'sgd', epochs from which the learning rate is lower ...
-decay_lr_to = 0.1  # ... by this factor, each time; with 'adamw', it rises and falls by itself
-momentum = 0.9  # how long earlier gradients count
-weight_decay = 5e-4  # how hard large weights are pulled back
-grad_clip = None  # largest length of the gradient; set it, say to 10, if the loss explodes
-bfloat16 = None  # compute in 16 bits: True, False, or None for only on GPUs that are made for it
-seed = 0  # the same seed gives the same weights, on the same processor
+epochs = 232  # passes over the training images
+optimizer_kind = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for few images or random weights
+lr = 1e-3  # highest learning rate; with 'sgd', that of biases is twice this
+warm_up = 500  # with 'sgd', steps in which the learning rate rises from near 0 to lr; 0 for none
+decay_lr_at = (154, 193)  # with 'sgd', epochs at which the learning rate is multiplied ...
+decay_lr_to = 0.1  # ... by this factor; with 'adamw', it follows `one_cycle`
+momentum = 0.9  # with 'sgd', the share of the last step in the next one
+weight_decay = 5e-4  # how strongly weights are pulled toward 0
+grad_clip = None  # largest norm of the gradient; set it, say to 10, if the loss explodes
+bfloat16 = False  # compute in 16 bits: faster on recent GPUs; its effect on the mAP has not been measured
+seed = 0  # the same seed gives the same weights on the same processor; on a GPU, nearly the same
 print_freq = 200  # batches between two lines of the log
-evaluate_every = 0  # epochs between two measurements of the mAP; 0 for none: VOC's test must not choose the epoch
+evaluate_every = 0  # epochs between two evaluations; 0 for none, since VOC's test set must not choose the epoch
 
 log_columns = 'epoch', 'batch', 'loss', 'loc_loss', 'conf_loss', 'lr', 'images_per_s', 'data_s', 'left_s', 'mAP'
 
 
-def make_optimizer(model, lr, momentum, weight_decay, kind='sgd'):
+def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """
     :param model: SSD300
-    :param kind: 'sgd' or 'adamw'; the others are the parameters at the top of this file
-    :return: stochastic gradient descent, with twice the learning rate for biases, as in the paper's code; or AdamW,
-        which needs far fewer steps from random weights
+    :param kind: 'sgd' for stochastic gradient descent, as in the paper; or 'adamw', which needs far fewer steps from
+        random weights
+    :param lr: highest learning rate; with 'sgd', that of biases is twice this, as in the paper's code
+    :param weight_decay: how strongly weights are pulled toward 0
+    :param momentum: for 'sgd', the share of the last step in the next one
+    :return: the optimizer
     """
     if kind == 'adamw':
-        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(momentum, 0.99), weight_decay=weight_decay)
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
     others = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
     return torch.optim.SGD([{'params': biases, 'lr': 2 * lr}, {'params': others}],
                            lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def one_cycle(optimizer, n_steps, n_done=0):
+def one_cycle(step, n_steps):
     """
-    Let the learning rate rise from nearly nothing, because the first steps are rough, and then fall to nothing.
-
-    :param optimizer: its learning rate is from now on a part of what it is, and another after each step
-    :param n_steps: how many steps the training has
-    :param n_done: how many of them were done before
+    :param step: number of a step, from 0
+    :param n_steps: steps of the whole training
+    :return: the factor of the learning rate: it rises to 1 in the first 7% of the steps, then falls to 0
     """
-    def part(step):
-        """:return: what part of the highest learning rate a step has"""
-        return min((step + 1) / (0.07 * n_steps), (n_steps - step) / (0.93 * n_steps), 1)
+    return min((step + 1) / (0.07 * n_steps), (n_steps - step) / (0.93 * n_steps), 1)
 
-    for group in optimizer.param_groups:
-        group['initial_lr'] = group['lr']
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, part, n_done - 1)
-    optimizer.register_step_post_hook(lambda *_: schedule.step())
+
+def warm_up_and_decay(step, steps_per_epoch, warm_up, decay_lr_at, decay_lr_to):
+    """
+    :param step: number of a step, from 0
+    :param steps_per_epoch: steps of an epoch
+    :param warm_up: steps in which the factor rises to 1: the first gradients are large, and could wreck the weights
+    :param decay_lr_at: epochs at which it is multiplied by `decay_lr_to`
+    :param decay_lr_to: a number from 0 to 1
+    :return: the factor of the learning rate
+    """
+    factor = (step + 1) / warm_up if step < warm_up else 1
+    for epoch in decay_lr_at:
+        if step >= epoch * steps_per_epoch:
+            factor *= decay_lr_to
+    return factor
+
+
+def follow_schedule(optimizer, factor, n_done=0):
+    """
+    Before each step, set the learning rates to a factor times what they are now. The factor depends on nothing but the
+    number of the step, so training goes on after an interruption as if there had been none.
+
+    :param optimizer: its learning rates are the highest ones
+    :param factor: a function from the number of a step, from 0, to the factor
+    :param n_done: number of steps that were taken before
+    """
+    highest, steps = [group['lr'] for group in optimizer.param_groups], count(n_done)
+
+    def set_learning_rates(*_):
+        for group, lr in zip(optimizer.param_groups, highest):
+            group['lr'] = lr
+        adjust_learning_rate(optimizer, factor(next(steps)))
+
+    optimizer.register_step_pre_hook(set_learning_rates)
 
 
 def best_of(checkpoint_path):
-    """:return: where the best checkpoint is kept, beside the last"""
+    """
+    :param checkpoint_path: path of the last checkpoint
+    :return: path of the checkpoint with the highest mAP
+    """
     return '{}_best{}'.format(*os.path.splitext(checkpoint_path))
 
 
-def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=0, seed=0, workers=0,
+def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=0, seed=0, workers=0, warm_up=0,
         decay_lr_at=(), decay_lr_to=0.1, rise_and_fall=False, test_set=None, evaluate_every=0, **options):
     """
-    Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; if the mAP is measured, also one of the
-    best epoch.
+    Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; with evaluations, also one of the epoch
+    with the highest mAP.
 
     :param model: SSD300, on the device to train on
-    :param optimizer: its optimizer
+    :param optimizer: its optimizer, see `make_optimizer`
     :param train_set: PascalVOCDataset
-    :param start_epoch: the first epoch to come, from 0
-    :param rise_and_fall: let the learning rate follow `one_cycle`; then `decay_lr_at` should be empty
-    :param test_set: PascalVOCDataset to measure the mAP on
-    :param options: see `train`; the others are the parameters at the top of this file
+    :param checkpoint_path: where to save the checkpoint; the log is saved beside it
+    :param epochs: number of epochs of the whole training
+    :param batch_size: images in a batch, of each process
+    :param start_epoch: the first epoch to train, from 0
+    :param seed: for the order of the images and their augmentation
+    :param workers: processes that load images
+    :param warm_up: see `warm_up_and_decay`, like `decay_lr_at` and `decay_lr_to`
+    :param rise_and_fall: let the learning rate follow `one_cycle` instead
+    :param test_set: PascalVOCDataset to evaluate on
+    :param evaluate_every: epochs between two evaluations; 0 for none
+    :param options: the other arguments of `train`
     """
     criterion = MultiBoxLoss(model.priors_cxcy)
     sampler = EpochSampler(len(train_set), seed, process_number(), n_processes())
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
-                              pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0,
-                              worker_init_fn=quiet_worker)
+                              pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0)
     network = share_gradients(model)
     first = process_number() == 0  # the only process that writes
     log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if first else None
@@ -124,49 +166,58 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
         test_loader = make_test_loader(test_set, batch_size, workers, model.priors_cxcy.device)
         if start_epoch > 0 and os.path.exists(best_path):
             best = load_checkpoint(best_path).get('mAP', best)
+
+    n_batches = len(train_loader)
     if rise_and_fall:
-        one_cycle(optimizer, epochs * len(train_loader), start_epoch * len(train_loader))
+        factor = partial(one_cycle, n_steps=epochs * n_batches)
+    else:
+        factor = partial(warm_up_and_decay, steps_per_epoch=n_batches, warm_up=warm_up, decay_lr_at=decay_lr_at,
+                         decay_lr_to=decay_lr_to)
+    follow_schedule(optimizer, factor, n_done=start_epoch * n_batches)
     for epoch in range(start_epoch, epochs):
-        if epoch in decay_lr_at:
-            adjust_learning_rate(optimizer, decay_lr_to)
         sampler.set_epoch(epoch)
         train(train_loader, network, criterion, optimizer, epoch, epochs=epochs, log_path=log_path, **options)
         if first:
-            save_checkpoint(checkpoint_path, epoch, model, optimizer, train_set.label_map, seed)
+            try:
+                save_checkpoint(checkpoint_path, epoch, model, optimizer, train_set.label_map, seed)
+            except UserError as error:  # another program has the file open, or the disk is full: the next may succeed
+                if epoch + 1 == epochs:
+                    raise
+                print(f'Epoch {epoch} is not saved: {error}', file=sys.stderr, flush=True)
         if evaluate_every > 0 and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs):
             _, mean_average_precision = evaluate(test_loader, model)
             if first:
-                add_to_log(log_path, epoch=epoch, batch=len(train_loader), mAP=mean_average_precision)
+                add_to_log(log_path, epoch=epoch, batch=n_batches, mAP=mean_average_precision)
                 if mean_average_precision > best:
                     best = mean_average_precision
                     save_checkpoint(best_path, epoch, model, optimizer, train_set.label_map, seed, mAP=best)
                 print(f'epoch {epoch}  mAP {mean_average_precision:.4f}  best {best:.4f}', flush=True)
 
 
-def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_freq=200, grad_clip=None, bfloat16=None,
+def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_freq=200, grad_clip=None, bfloat16=False,
           log_path=None):
     """
     Train for one epoch.
 
-    :param train_loader: DataLoader of PascalVOCDataset, with an EpochSampler
-    :param model: SSD300, or what `processes.share_gradients` made of it
+    :param train_loader: DataLoader of PascalVOCDataset
+    :param model: SSD300, or what `processes.share_gradients` returns for it
     :param criterion: MultiBoxLoss
     :param optimizer: optimizer of the model's parameters
-    :param epoch: the epoch's number, from 0
-    :param epochs: how many there will be, for the time left
-    :param log_path: CSV file to which the log's lines are added; the others are the parameters at the top of this file
+    :param epoch: number of the epoch, from 0
+    :param epochs: number of epochs of the whole training, for the time left
+    :param print_freq: batches between two lines of the log
+    :param grad_clip: largest norm of the gradient; None for no limit
+    :param bfloat16: compute in 16 bits; the loss is computed in 32
+    :param log_path: CSV file to which lines of the log are added; None for none
     :raises UserError: the loss or the gradient was not finite; the weights are as they were before that batch
     """
     model.train()
     device = criterion.priors_cxcy.device
-    bfloat16 = fast_in_bfloat16(device) if bfloat16 is None else bfloat16
     n_batches = len(train_loader)
     losses, n_images, loading, last_line = [], 0, 0., time.time()  # since the last line of the log
     end = time.time()  # of the last batch
 
-    # To name a batch's images: their order is fixed within an epoch, so the sampler tells us, too, which they are.
-    batches = zip(train_loader.batch_sampler, load_batches(train_loader))
-    for i, (images, (images, boxes, labels, _)) in enumerate(batches):
+    for i, (images, boxes, labels, _) in enumerate(train_loader):
         loading += time.time() - end
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
 
@@ -175,13 +226,11 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         loc_loss, conf_loss = criterion.losses(predicted_locs, predicted_scores, boxes, labels)
         loss = conf_loss + criterion.alpha * loc_loss
         if not update(optimizer, loss, grad_clip):
-            names = ', '.join(os.path.basename(train_loader.dataset.images[index]) for index, _ in images)
-            raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1}. Here, '
-                            f'the loss was {loss.item()}, of the images {names}. The weights were not changed, and '
-                            'the last checkpoint is as it was: check the boxes of these images, lower lr, or set '
-                            'grad_clip')
+            raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1}; the loss '
+                            f'was {loss.item()}. The weights were not changed, and the last checkpoint is as it was. '
+                            'Lower lr, set grad_clip = 10, or raise warm_up, and go on from the last checkpoint')
 
-        losses.append(torch.stack([loc_loss, conf_loss]).detach())  # left on the GPU until a line is printed
+        losses.append(torch.stack([loc_loss, conf_loss]).detach())  # stays on the GPU until a line is printed
         n_images += len(images) * n_processes()
         if (i + 1) % print_freq == 0 or i + 1 == n_batches:
             loc, conf = mean_over_processes(torch.stack(losses).mean(dim=0)).tolist()
@@ -196,20 +245,20 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
 def update(optimizer, loss, grad_clip=None):
     """
-    Take a step down the gradient, unless the loss or the gradient is not finite, in this process or another: then the
-    weights and the optimizer's memory stay as they are.
+    Take a step down the gradient, unless the loss or the gradient is not finite, in this process or another. Then the
+    weights and the state of the optimizer stay as they are.
 
-    :param optimizer: its weights change
-    :param loss: the loss, a scalar
-    :param grad_clip: see `train`
+    :param optimizer: optimizer of the weights, which change
+    :param loss: a scalar
+    :param grad_clip: largest norm of the gradient; None for no limit
     :return: whether the step was taken
     """
     optimizer.zero_grad()
     loss.backward()
-    length = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
-    # Of several processes, each has its own loss, and if one is not finite, the mean is not; the gradient is the same.
-    finite = mean_over_processes(loss.detach()).isfinite() & length.isfinite()
-    finite = finite.item()  # a GPU has to finish its work here, to tell
+    norm = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
+    # Each process has its own loss, and if one is not finite, neither is the mean. The gradient is the same in all.
+    finite = mean_over_processes(loss.detach()).isfinite() & norm.isfinite()
+    finite = finite.item()  # this waits for the GPU
     if finite:
         optimizer.step()
     return finite
@@ -217,10 +266,10 @@ def update(optimizer, loss, grad_clip=None):
 
 def start_log(log_path, start_epoch):
     """
-    Make sure that the log ends where training starts: after an interruption, later epochs will be logged again.
+    Begin the log, or remove what follows the last checkpoint, because these epochs will be trained again.
 
     :param log_path: CSV file, which may exist
-    :param start_epoch: the first epoch to come
+    :param start_epoch: the first epoch to train
     """
     rows = []
     if start_epoch > 0 and os.path.exists(log_path):
@@ -232,10 +281,10 @@ def start_log(log_path, start_epoch):
 
 def write_log(log_path, n_batches, **row):
     """
-    Print a line of the log, and add it to the file; in the first process only.
+    Print a line of the log, and add it to the file; only in the first process.
 
-    :param log_path: CSV file, or None
-    :param n_batches: of an epoch
+    :param log_path: CSV file; None for none
+    :param n_batches: number of batches of an epoch
     :param row: a value for each of `log_columns` but the mAP
     """
     if process_number() == 0:
@@ -247,7 +296,12 @@ def write_log(log_path, n_batches, **row):
 
 
 def add_to_log(log_path, **row):
-    """Add a row to a CSV file, with values for some of `log_columns`; the others stay empty."""
+    """
+    Add a row to the log.
+
+    :param log_path: CSV file
+    :param row: values for some of `log_columns`; the others stay empty
+    """
     try:
         with open(log_path, 'a', newline='') as file:
             csv.writer(file, lineterminator='\n').writerow([row.get(column, '') for column in log_columns])
@@ -257,10 +311,12 @@ def add_to_log(log_path, **row):
 
 def make_model(label_map, checkpoint, pretrained, thin):
     """
-    :param label_map: dict of label -> index, of the classes to learn; the others are the parameters at the top of this
-        file
+    :param label_map: dict of label -> index, of the classes to learn
+    :param checkpoint: path of a checkpoint to go on from, or None
+    :param pretrained: without a checkpoint, the weights to start from: 'imagenet', 'coco', or None for random ones
+    :param thin: without a checkpoint, keep every thin-th channel
     :return: SSD300 to start from, on the CPU
-    :raises UserError: a parameter has a value that it can't have, or the checkpoint is for other classes
+    :raises UserError: there is no such start or thin network, or the checkpoint is for other classes
     """
     if pretrained not in ('imagenet', 'coco', None):
         raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', or None")
@@ -283,22 +339,22 @@ def make_model(label_map, checkpoint, pretrained, thin):
 @torch.no_grad()
 def standardize(model, images):
     """
-    Prepare random weights for learning. Layer after layer, random weights make different images more alike, until
-    hardly anything tells them apart. So shift and scale each layer but the predictions, such that over some images
-    each of its channels has the mean 0 and the spread 1 (Salimans and Kingma, "Weight normalization", 2016). And let
-    the first predictions be nearly 0: random ones would be wild guesses, which would take many steps to take back.
+    Prepare random weights for training. Layer after layer, random weights make the features of different images more
+    alike, until hardly any difference is left. So scale and shift each layer but the predictions such that over some
+    images each channel has mean 0 and standard deviation 1 (Salimans and Kingma, "Weight normalization", 2016). Let the
+    first predictions be near 0, because it would take many steps to unlearn random ones.
 
     :param model: SSD300 with random weights, which are changed in place
     :param images: some images, a tensor (N, 3, 300, 300)
     """
     def shift_and_scale(layer, _, output):
-        """Change a layer's weights and biases for these images; its output too, which the next layer gets."""
-        n_values = output[:, 0].numel()  # of each channel; with one image, conv11_2's have a single one
-        spread, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
-        spread = spread.where(spread > 1e-3, 1)  # (n_channels); a channel that never changes is only shifted
-        layer.weight /= spread.view(-1, 1, 1, 1)
-        layer.bias.sub_(mean).div_(spread)
-        return (output - mean.view(-1, 1, 1)) / spread.view(-1, 1, 1)  # (N, n_channels, height, width)
+        """Change a layer's weights and biases, and its output, which is the next layer's input."""
+        n_values = output[:, 0].numel()  # of each channel; 1 for conv11_2 with a single image
+        std, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
+        std = std.where(std > 1e-3, 1)  # (n_channels); a constant channel is only shifted
+        layer.weight /= std.view(-1, 1, 1, 1)
+        layer.bias.sub_(mean).div_(std)
+        return (output - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)  # (N, n_channels, height, width)
 
     layers = [*model.base.children(), *model.aux_convs.children()]
     hooks = [layer.register_forward_hook(shift_and_scale) for layer in layers if isinstance(layer, nn.Conv2d)]
@@ -309,62 +365,59 @@ def standardize(model, images):
         layer.weight *= 0.1
 
 
-def restore(optimizer, saved, decay_lr_at, decay_lr_to):
+def restore(optimizer, saved):
     """
-    Bring a new optimizer to where it was when a checkpoint was saved. Its momentum is the checkpoint's; its learning
-    rate follows from the parameters at the top of this file, which may have changed.
+    Restore the state of an optimizer, such as the momentum, from a checkpoint. The learning rates stay as they are,
+    because they follow from the parameters at the top of this file, which may have changed.
 
+    :param optimizer: a new optimizer, see `make_optimizer`
     :param saved: see `checkpoints.load_checkpoint`
     :raises UserError: the checkpoint is of another kind of optimizer
     """
     kind, saved_kind = type(optimizer).__name__, saved.get('optimizer_kind', 'SGD')
     if kind != saved_kind:
-        raise UserError(f'the checkpoint was trained with {saved_kind}, which remembers other things than {kind}: go '
-                        f'on with {saved_kind}, or start anew')
-    optimizer.load_state_dict(saved['optimizer'] | {'param_groups': optimizer.state_dict()['param_groups']})
-    for epoch in decay_lr_at:
-        if epoch <= saved['epoch']:
-            adjust_learning_rate(optimizer, decay_lr_to)
+        raise UserError(f'the checkpoint was trained with {saved_kind}, whose state does not fit {kind}: set '
+                        f"optimizer_kind = '{saved_kind.lower()}' in train.py, or start anew")
+    optimizer.load_state_dict({'state': saved['optimizer']['state'],
+                               'param_groups': optimizer.state_dict()['param_groups']})
 
 
 def main():
     """Train with the parameters at the top of this file."""
-    if optimizer not in ('sgd', 'adamw'):
-        raise UserError(f"optimizer = {optimizer!r} in train.py: set it to 'sgd' or 'adamw'")
-    if not isinstance(evaluate_every, int) or evaluate_every < 0:
-        raise UserError(f'evaluate_every = {evaluate_every!r} in train.py: set it to a whole number of epochs, or to 0')
+    if optimizer_kind not in ('sgd', 'adamw'):
+        raise UserError(f"optimizer_kind = {optimizer_kind!r} in train.py: set it to 'sgd' or 'adamw'")
+    for name, value in (('evaluate_every', evaluate_every), ('warm_up', warm_up)):
+        if not isinstance(value, int) or value < 0:
+            raise UserError(f'{name} = {value!r} in train.py: set it to a whole number, at least 0')
     device = join_processes()
-    torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: let cuDNN find the fastest way
+    torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try algorithms, take the fastest
     torch.manual_seed(seed)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
     saved = {} if checkpoint is None else load_checkpoint(checkpoint)
-    resumes = 'optimizer' in saved  # else it is from the earlier implementation: only its weights
+    resumes = saved.get('optimizer') is not None  # convert_checkpoint.py writes only weights, to start from
     existing = [path for path in (checkpoint_path, best_of(checkpoint_path)) if os.path.exists(path)]
     if existing and not (resumes and os.path.samefile(checkpoint, existing[0])):
         raise UserError(f'{existing[0]} exists, and training would overwrite it: to go on with it, set '
-                        f"checkpoint = '{existing[0]}' in train.py; else move it away, and its log")
+                        f"checkpoint = '{existing[0]}' in train.py; else move it and its log away")
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True) if evaluate_every else None
 
     model = make_model(train_set.label_map, checkpoint, pretrained, thin).to(device)
     if checkpoint is None and pretrained is None:
         standardize(model, torch.stack([train_set[i, i][0] for i in range(min(16, len(train_set)))]).to(device))
-    learner = make_optimizer(model, lr, momentum, weight_decay, optimizer)
-    rise_and_fall = optimizer == 'adamw'
-    decays = () if rise_and_fall else decay_lr_at
+    optimizer = make_optimizer(model, optimizer_kind, lr, weight_decay, momentum)
     start_epoch, first_seed = 0, seed
     if resumes:
         start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
-        restore(learner, saved, decays, decay_lr_to)
+        restore(optimizer, saved)
         if start_epoch >= epochs:
             raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
-    del saved  # or its weights would take up memory to the end
+    del saved  # frees the memory of its weights
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
     try:
-        fit(model, learner, train_set, checkpoint_path, epochs, batch_size, start_epoch=start_epoch, seed=first_seed,
-            workers=workers, decay_lr_at=decays, decay_lr_to=decay_lr_to, rise_and_fall=rise_and_fall,
-            test_set=test_set, evaluate_every=evaluate_every, print_freq=print_freq, grad_clip=grad_clip,
-            bfloat16=bfloat16)
+        fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers, warm_up,
+            decay_lr_at, decay_lr_to, rise_and_fall=optimizer_kind == 'adamw', test_set=test_set,
+            evaluate_every=evaluate_every, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
     except KeyboardInterrupt:
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
         raise KeyboardInterrupt('There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.')
