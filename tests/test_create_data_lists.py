@@ -1,4 +1,4 @@
-"""Annotations, and the lists that are made of them."""
+"""Annotations, and the lists made from them."""
 import functools
 import hashlib
 import http.server
@@ -20,7 +20,7 @@ import files
 from create_data_lists import create_data_lists, parse_annotation, image_names, read_split
 from demo import draw_dataset
 from files import UserError, open_image, run
-from utils import make_label_map
+from utils import voc_labels
 
 
 # ---------------------------------------------------------------------------------------------------------- Annotations
@@ -33,10 +33,10 @@ def annotation(*objects, size='<size><width>100</width><height>80</height></size
         + '</bndbox></object>' for name, box, more in objects) + '</annotation>'
 
 
-def parse(tmp_path, text, **options):
+def parse(tmp_path, text, labels=voc_labels, **options):
     path = tmp_path / 'a.xml'
     path.write_text(text)
-    return parse_annotation(str(path), **options)
+    return parse_annotation(str(path), labels, **options)
 
 
 def test_annotation(tmp_path):
@@ -44,7 +44,8 @@ def test_annotation(tmp_path):
     parsed = parse(tmp_path, annotation(('dog', (1, 1, 100, 80), '<difficult>1</difficult>'),
                                         ('person', (45.5, 10.25, 60, 20), part), ('cat', (0, 0, 101, 81), '')))
     assert parsed['boxes'] == [[0, 0, 99, 79], [44.5, 9.25, 59, 19], [0, 0, 100, 80]]  # the last was a pixel outside
-    assert parsed['labels'] == [12, 15, 8] and parsed['difficulties'] == [1, 0, 0] and parsed['dropped'] == []
+    assert parsed['labels'] == ['dog', 'person', 'cat'] and parsed['difficulties'] == [1, 0, 0]
+    assert parsed['dropped'] == []
 
 
 @pytest.mark.parametrize('name, box, reason', [
@@ -90,7 +91,7 @@ def test_an_unreadable_annotation_is_named(tmp_path, text):
 
 def test_entities_are_read_but_not_fetched(tmp_path):
     parsed = parse(tmp_path, '<!DOCTYPE annotation [<!ENTITY e "dog">]>' + annotation(('&e;', (1, 2, 3, 4), '')))
-    assert parsed['labels'] == [12]
+    assert parsed['labels'] == ['dog']
     (tmp_path / 'e.dtd').write_text('<!ENTITY e "dog">')
     outside = f'<!DOCTYPE annotation [<!ENTITY % f SYSTEM "file://{tmp_path}/e.dtd"> %f;]>'
     with pytest.raises(UserError, match='undefined entity'):
@@ -108,15 +109,15 @@ def test_encodings_and_ends_of_lines(tmp_path, encoding):
     text = annotation(('d\xe4ch sel', (1, 2, 3, 4), ''))
     text = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>' + text
     (tmp_path / 'a.xml').write_bytes(text.replace('><', '>\r\n<').replace(' sel', '\r\nsel').encode(encoding))
-    parsed = parse_annotation(tmp_path / 'a.xml', make_label_map(['d\xe4ch sel']))
-    assert parsed['boxes'] == [[0, 1, 2, 3]] and parsed['labels'] == [1]
+    parsed = parse_annotation(tmp_path / 'a.xml', ['d\xe4ch sel'])
+    assert parsed['boxes'] == [[0, 1, 2, 3]] and parsed['labels'] == ['d\xe4ch sel']
 
 
 def boxes_of(folder, size, box):
     """The boxes of a data set's only image, when its annotation states this size, or None, and this box."""
     size = '' if size is None else '<size><width>{}</width><height>{}</height></size>'.format(*size)
     (folder / 'Annotations/a.xml').write_text(annotation(('dog', box, ''), size=size))
-    [(_, parsed)], _ = read_split(str(folder), 'test', ['a'], make_label_map(['dog']))
+    [(_, parsed)], _ = read_split(str(folder), 'test', ['a'], ['dog'])
     return parsed['boxes']
 
 
@@ -158,7 +159,7 @@ def test_a_list_of_names_from_windows(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*names, '', 'IMG (1) ']).encode())
     assert image_names(str(tmp_path), 'test', 0) == [*names, 'IMG (1)']
     path.write_bytes(b'\xff\xfe\x00\xd8')
-    with pytest.raises(UserError, match='test.txt is no list of names'):
+    with pytest.raises(UserError, match='test.txt is not a list of names'):
         image_names(str(tmp_path), 'test', 0)
 
 
@@ -329,8 +330,39 @@ def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
         lists.append([json.loads((tmp_path / f'{split}_images.json').read_text()) for split in ('TRAIN', 'TEST')])
     train, test = lists[0]
     assert lists[0] == lists[1] and len(train) == 7 and len(test) == 3 and not set(train) & set(test)
+    assert train == sorted(train) and test == sorted(test)
     assert json.loads((tmp_path / 'label_map.json').read_text()) == \
         {'background': 0, 'circle': 1, 'square': 2, 'triangle': 3}
+
+
+@pytest.mark.parametrize('test_fraction, n_test', [(0.36, 4), (0.34, 3), (0.5, 5)])
+def test_the_number_of_test_images_is_rounded_to_the_nearest(tmp_path, test_fraction, n_test):
+    make_voc_folder(tmp_path, 10, 0)
+    shutil.rmtree(tmp_path / 'ImageSets')
+    create_data_lists(str(tmp_path), None, str(tmp_path), test_fraction=test_fraction)
+    assert [len(names) for names in list_names(tmp_path)] == [10 - n_test, n_test]
+
+
+def test_a_second_folder_without_splits_is_all_for_training(tmp_path):
+    make_voc_folder(tmp_path / '07', 4, 2)
+    make_voc_folder(tmp_path / '12', 10, 0)
+    shutil.rmtree(tmp_path / '12/ImageSets')
+    create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), test_fraction=0.5)
+    train, test = list_names(tmp_path)
+    assert sorted(train) == sorted([f'trainval_{i:02}' for i in [*range(4), *range(10)]])
+    assert test == ['test_00', 'test_01']
+
+
+def test_all_labels_are_those_of_training_and_test(tmp_path):
+    make_voc_folder(tmp_path / '07', 2, 2)
+    make_voc_folder(tmp_path / '12', 2, 0)
+    for path, label in (('07/Annotations/test_01.xml', 'cat'), ('12/Annotations/trainval_01.xml', 'zebra')):
+        (tmp_path / path).write_text((tmp_path / path).read_text().replace('dog', label))
+    create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), labels=None)
+    assert json.loads((tmp_path / 'label_map.json').read_text()) == {'background': 0, 'cat': 1, 'dog': 2, 'zebra': 3}
+    for split, labels in (('TRAIN', [[2], [2], [2], [3]]), ('TEST', [[2], [1]])):
+        objects = json.loads((tmp_path / f'{split}_objects.json').read_text())
+        assert [image['labels'] for image in objects] == labels
 
 
 @pytest.mark.parametrize('breakage', ['image', 'cut image', 'annotation', 'no image', 'size', 'disk full',
