@@ -2,11 +2,10 @@
 import os
 import re
 import sys
-import threading
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 import detect
 from checkpoints import save_checkpoint
@@ -76,25 +75,165 @@ def test_detect_goes_on_after_a_file_that_is_no_image(checkpoint, tmp_path, monk
         run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path / 'empty')
 
 
-def test_of_many_images_each_keeps_its_own(checkpoint, tmp_path, monkeypatch, capsys):
-    """In any order they may be ready in: lines in the order of the images, and what one image alone yields."""
-    folder, sizes = tmp_path / 'in', [(40 + 31 * i % 300, 40 + 17 * i % 200) for i in range(30)]
-    folder.mkdir()
-    for i, size in enumerate(sizes):
-        Image.effect_noise(size, 50).convert('RGB').save(folder / f'{i:02}.png')
-    (folder / '11.jpg').write_text('no image')
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
-    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
-    with pytest.raises(UserError, match='1 of 31 files'):
-        run_detect(monkeypatch, checkpoint, tmp_path / 'out', folder)
-    printed = capsys.readouterr()
-    assert re.findall(r'(\d\d).png: 1 objects, drawn in (.*)', printed.out) == [
-        (f'{i:02}', str(tmp_path / 'out' / f'{i:02}.png')) for i in range(30)]
-    assert printed.err.count('\n') == 1 and '11.jpg' in printed.err
-    for i, size in enumerate(sizes):
-        with Image.open(folder / f'{i:02}.png') as image, Image.open(tmp_path / 'out' / f'{i:02}.png') as annotated:
-            assert annotated.size == size
+def test_each_image_is_detected_and_saved_by_itself(checkpoint, tmp_path, monkeypatch, capsys):
+    """Lines in the order of the images; each copy is what `detect` draws, in the file's own format."""
+    sizes = {'00.png': (40, 71), '01.PNG': (300, 200), '02.png': (640, 33), '03.bmp': (5, 7)}
+    for name, size in sizes.items():
+        Image.effect_noise(size, 50).convert('RGB').save(tmp_path / name)
+    run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path)
+    outputs = ['00.png', '01.PNG', '02.png', '03.bmp.png']
+    assert re.findall(r'^(.*): 1 objects, drawn in (.*)$', capsys.readouterr().out, re.M) == [
+        (str(tmp_path / name), str(tmp_path / 'out' / output)) for name, output in zip(sizes, outputs)]
+    for (name, size), output in zip(sizes.items(), outputs):
+        with Image.open(tmp_path / name) as image, Image.open(tmp_path / 'out' / output) as annotated:
+            assert annotated.size == size and annotated.format == 'PNG'
             assert annotated.tobytes() == detect.detect(image, detect.min_score, 0.45, 200).tobytes()
+
+
+def test_the_parameters_at_the_top(checkpoint, tmp_path, monkeypatch, capsys):
+    """The image, if none is given; how certain detections must be; how many; a window with each."""
+    path, shown = tmp_path / 'x.png', []
+    Image.new('RGB', (200, 100)).save(path)
+    monkeypatch.setattr(detect, 'img_path', str(path))
+    run_detect(monkeypatch, checkpoint, tmp_path / 'out')
+    assert f'{path}: 1 objects' in capsys.readouterr().out
+    monkeypatch.setattr(Image.Image, 'show', lambda image: shown.append(image.tobytes()))
+    for name, value in ('min_score', 0.995), ('top_k', 0):
+        with monkeypatch.context() as changed:
+            changed.setattr(detect, name, value)
+            run_detect(monkeypatch, checkpoint, tmp_path / 'out')
+            assert f'{path}: 0 objects' in capsys.readouterr().out
+    assert shown == []
+    monkeypatch.setattr(detect, 'show', True)
+    run_detect(monkeypatch, checkpoint, tmp_path / 'out')
+    assert shown == [Image.open(tmp_path / 'out' / 'x.png').tobytes()]
+
+
+def test_a_single_file_that_is_no_image(checkpoint, tmp_path, monkeypatch, capsys):
+    """Its line is the only one; and the detector is not loaded for it."""
+    with pytest.raises(UserError, match='none.jpg is missing'):
+        run_detect(monkeypatch, 'no.pth', tmp_path / 'out', tmp_path / 'none.jpg')
+    assert capsys.readouterr() == ('', '')
+
+
+def test_a_jpeg_stays_one_and_loses_little(checkpoint, tmp_path, monkeypatch):
+    image = Image.effect_noise((300, 200), 80).convert('RGB')
+    for name in 'a.jpg', 'b.JPEG':
+        image.save(tmp_path / name, quality=100)
+    image.save(tmp_path / 'reference', 'JPEG', quality=95)
+    run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path)
+    assert sorted(os.listdir(tmp_path / 'out')) == ['a.jpg', 'b.JPEG']
+    for path in (tmp_path / 'out').iterdir():
+        with Image.open(path) as annotated, Image.open(tmp_path / 'reference') as reference:
+            assert annotated.format == 'JPEG' and annotated.quantization == reference.quantization
+
+
+def test_of_an_animated_file_the_first_frame(checkpoint, tmp_path, monkeypatch):
+    frames = [Image.new('RGB', (200, 100), color) for color in ('red', 'blue')]
+    for name in 'a.gif', 'b.png':
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path)
+    assert sorted(os.listdir(tmp_path / 'out')) == ['a.gif.png', 'b.png']
+    for path in (tmp_path / 'out').iterdir():
+        with Image.open(path) as annotated:
+            assert getattr(annotated, 'n_frames', 1) == 1 and annotated.getpixel((195, 50)) == (255, 0, 0)
+
+
+def test_copies_where_a_and_A_are_one(tmp_path, monkeypatch):
+    """No path is another's, or an image's, even if the file system does not tell A from a."""
+    monkeypatch.setattr(detect, 'output_folder', str(tmp_path / 'Out'))
+    paths = [str(tmp_path / path) for path in ('p/A.png', 'q/a.PNG', 'q/a.tif', 'out/B.jpg', 'q/b.jpg', 'r/b.jpg')]
+    assert [os.path.relpath(path, tmp_path / 'Out') for path in detect.output_paths(paths)] == [
+        'A.png', 'a-2.PNG', 'a.tif.png', 'B-2.jpg', 'b-3.jpg', 'b-4.jpg']
+    (tmp_path / 'Out').symlink_to(tmp_path / 'p')
+    assert [os.path.basename(path) for path in detect.output_paths(paths[:1])] == ['A-2.png']
+
+
+def test_folders_and_files_in_their_order(tmp_path):
+    for name in 'c.png', 'a.jpg', 'b.txt', 'B.TIF':
+        (tmp_path / name).write_text('')
+    assert detect.list_images(['z.png', str(tmp_path), 'x']) == [
+        'z.png', *(str(tmp_path / name) for name in ('B.TIF', 'a.jpg', 'c.png')), 'x']
+
+
+def test_without_a_checkpoint_torchvisions(tmp_path, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(detect, 'load_detector', lambda path: (loaded.append(path) or torch.nn.Dropout(), label_map))
+    (tmp_path / 'is.pth').write_text('')
+    detect.kept_detector.cache_clear()
+    for path in 'none.pth', None, str(tmp_path / 'is.pth'), 'none.pth':
+        model, found = detect.kept_detector(path)
+        assert found is label_map and not model.training
+    assert loaded == [None, None, str(tmp_path / 'is.pth')]  # the last was kept
+    printed = capsys.readouterr()
+    assert printed.out == '' and re.fullmatch("There is no none.pth: torchvision's weights.*train.py\".\n", printed.err)
+    detect.kept_detector.cache_clear()
+
+
+def test_boxes_are_in_pixels_of_each_image():
+    """Whole ones, inside the image; wanted labels only, and no placeholder."""
+    boxes = torch.tensor([[0.1, 0.25, 0.505, 0.9], [-0.2, 0.3, 1.3, 0.5], [0, 0, 1, 1], [0.2, 0.2, 0.4, 0.4]])
+    asked = []
+
+    def detect_objects(locs, scores, *settings):
+        asked.append((locs, scores, settings))
+        return [boxes], [torch.tensor([1, 3, 0, 2])], [torch.tensor([0.9, 0.8, 0.75, 0.5])]
+
+    class Model:
+        priors_cxcy = torch.zeros(1)
+
+        def __call__(self, images):
+            assert images.shape == (1, 3, 300, 300) and not torch.is_grad_enabled()
+            return images.mean(), len(asked)
+
+    model = Model()
+    model.detect_objects = detect_objects
+    images = [Image.new('RGB', (200, 100), 'white'), Image.new('RGB', (31, 50))]
+    found = detect.find_objects(images, 0.3, 0.6, 7, model, label_map)
+    assert [[(label, round(score, 4), box) for label, score, box in of_image] for of_image in found] == [
+        [('circle', 0.9, [20, 25, 101, 90]), ('triangle', 0.8, [0, 30, 200, 50]), ('square', 0.5, [40, 20, 80, 40])],
+        [('circle', 0.9, [3, 12, 16, 45]), ('triangle', 0.8, [0, 15, 31, 25]), ('square', 0.5, [6, 10, 12, 20])]]
+    assert [(scores, settings) for _, scores, settings in asked] == [(0, (0.3, 0.6, 7)), (1, (0.3, 0.6, 7))]
+    assert asked[0][0] > 2 and asked[1][0] < -1.5  # the white image, then the black one
+    [left] = detect.find_objects(images[:1], 0.3, 0.6, 7, model, label_map, suppress=['circle', 'square'])
+    assert [label for label, _, _ in left] == ['triangle']
+
+
+def test_the_best_is_drawn_on_top():
+    colors = {label: ImageColor.getrgb(color) for label, color in make_color_map(label_map).items()}
+    for first, second in ('circle', 'square'), ('square', 'circle'):
+        box = [50, 60, 250, 160]
+        image = detect.draw_objects(Image.new('RGB', (300, 200)), [(first, 0.9, box), (second, 0.4, box)], label_map)
+        for corner in (50, 60), (249, 159):
+            assert image.getpixel(corner) == colors[first]
+        assert image.getpixel((51, 59)) == colors[first]  # its label
+
+
+def test_where_boxes_and_labels_are_drawn(monkeypatch):
+    """An outline inside the box, whose width goes with the image; its label above, inside at the upper edge."""
+    color = ImageColor.getrgb(make_color_map(label_map)['square'])
+    for scale in 1, 3:
+        image = Image.new('RGB', (300 * scale, 200 * scale))
+        box = [50 * scale, 60 * scale, 250 * scale, 160 * scale]
+        drawn = detect.draw_objects(image, [('square', 0.9, box)], label_map)
+        width = {1: 1, 3: 4}[scale]
+        inner = [box[0] + width, box[1] + width, box[2] - width, box[3] - width]
+        outline = Image.new('RGB', image.size)
+        outline.paste(color, box)
+        outline.paste('black', inner)
+        below = 0, box[1], *image.size
+        assert drawn.crop(below).tobytes() == outline.crop(below).tobytes()
+        left, top, right, bottom = drawn.crop((0, 0, image.width, box[1])).getbbox()
+        text = detect.load_font({1: 10, 3: 24}[scale]).getbbox('square 0.90')
+        assert (left, bottom) == (box[0], box[1])
+        assert (right - left, bottom - top) == (text[2] - text[0] + 2 * width, text[3] - text[1] + 2 * width)
+        assert image.getbbox() is None  # the image stays as it is
+
+    drawn = detect.draw_objects(image, [('square', 0.9, [700, 5, 900, 500])], label_map)
+    left, top, right, bottom = drawn.crop((0, 0, 900, 30)).getbbox()
+    assert (top, right) == (0, 900) and drawn.getpixel((701, 1)) == color
+    point = detect.draw_objects(image, [('square', 0.9, [300, 300, 300, 300])], label_map)
+    assert point.getpixel((300, 300)) == color
 
 
 def test_no_copy_has_the_name_of_another(checkpoint, tmp_path, monkeypatch):
@@ -115,48 +254,6 @@ def test_a_damaged_checkpoint_is_named_once(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r'c\.pth'):
         run_detect(monkeypatch, str(tmp_path / 'c.pth'), tmp_path / 'out', tmp_path)
     assert 'Error' not in capsys.readouterr().err and not (tmp_path / 'out').exists()
-
-
-def test_an_error_while_saving_ends_it(checkpoint, tmp_path, monkeypatch):
-    """A file is where the folder should be: the other images are not tried, and no thread stays."""
-    for i in range(20):
-        Image.new('RGB', (50, 50)).save(tmp_path / f'{i:02}.png')
-    (tmp_path / 'out').write_text('a file')
-    drawn, threads = [], threading.active_count()
-    monkeypatch.setattr(detect, 'draw_objects', lambda image, *_: drawn.append(1) or image)
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
-    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
-    with pytest.raises(FileExistsError):
-        run_detect(monkeypatch, checkpoint, tmp_path / 'out', tmp_path)
-    assert len(drawn) < 20 and threading.active_count() == threads
-
-
-@pytest.mark.parametrize('suffix, options', [('gif', {'loop': 0}), ('webp', {}), ('png', {'loop': 3})])
-def test_moving_images_come_back_moving(checkpoint, tmp_path, monkeypatch, suffix, options):
-    frames, durations = [], [40, 100, 250, 70, 90]
-    for i in range(5):
-        frames.append(Image.new('RGB', (200, 100), 'white'))
-        frames[-1].paste('blue', (60 + 20 * i, 40, 80 + 20 * i, 60))
-    path = tmp_path / f'moving.{suffix}'
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, **options)
-    monkeypatch.setattr(detect, 'batch_size', 2)
-    run_detect(monkeypatch, checkpoint, tmp_path / 'out', path)
-    with Image.open(path) as before, Image.open(tmp_path / 'out' / path.name) as after:
-        assert after.n_frames == 5 and after.size == (200, 100) and before.info.get('loop') == after.info.get('loop')
-        for i in range(5):
-            after.seek(i)
-            pixels = after.convert('RGB')
-            assert after.info['duration'] == durations[i]
-            red, green, blue = pixels.getpixel((70 + 20 * i, 50))
-            assert blue > 150 and red < 100 and green < 100  # the image of this frame ...
-            assert min(pixels.getpixel((10, 70))) < 200  # ... with the box's left edge
-
-
-def test_more_frames_than_memory_holds_are_refused(tmp_path):
-    frames = [Image.new('1', (6000, 6000), i % 2) for i in range(6)]  # of which RGB would take 650 MB
-    frames[0].save(tmp_path / 'a.gif', save_all=True, append_images=frames[1:])
-    with pytest.raises(UserError, match='a.gif is not .* 6 frames of 6000x6000 are too many'):
-        detect.read_frames(str(tmp_path / 'a.gif'))
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16', 'I', 'F'])

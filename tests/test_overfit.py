@@ -1,13 +1,18 @@
-"""overfit.py: it learns a few images by heart, and shows it."""
+"""overfit.py: it learns a few images, and shows it."""
+import json
 import math
 
 import pytest
 import torch
-from PIL import Image
+from conftest import copy_lists
+from PIL import Image, ImageChops
 
 import overfit
 from datasets import PascalVOCDataset
-from files import UserError
+from detect import draw_objects
+from files import UserError, open_image
+from model import SSD300
+from utils import make_label_map
 
 
 def learn(folder, tmp_path, n_images, steps, lr=3e-3):
@@ -18,15 +23,91 @@ def learn(folder, tmp_path, n_images, steps, lr=3e-3):
     return train_set, result, Image.open(path)
 
 
-def test_it_learns_images_by_heart(voc_folder, tmp_path, capsys):
+def test_it_learns_images(voc_folder, tmp_path, capsys):
     train_set, (loss, n_found), sheet = learn(voc_folder, tmp_path, 2, 40)
     n_objects = sum(len(objects['labels']) for objects in train_set.objects[:2])
     assert n_found == n_objects > 5 and loss < 0.5
     lines = capsys.readouterr().out.splitlines()
     assert [line.split('  ')[0] for line in lines] == ['step 10', 'step 20', 'step 30', 'step 40']
-    assert lines[-1].endswith(f'found {n_objects} of {n_objects}  false alarms 0')
+    assert lines[-1].endswith(f'found {n_objects} of {n_objects}  false positives 0')
     assert sheet.size == (5 * overfit.tile[0], 40 + 2 * overfit.tile[1])  # objects, and four looks
     assert len(sheet.getcolors(10 ** 6)) > 1000
+
+
+def test_objects_that_are_difficult_count(voc_folder, tmp_path, capsys):
+    """All are learned, so all are to be found."""
+    copy_lists(voc_folder, tmp_path)
+    path = tmp_path / 'TRAIN_objects.json'
+    all_objects = json.loads(path.read_text())
+    for objects in all_objects:
+        objects['difficulties'] = [1] * len(objects['labels'])
+    path.write_text(json.dumps(all_objects))
+    _, (_, n_found), _ = learn(str(tmp_path), tmp_path, 2, 40)
+    n_objects = sum(len(objects['labels']) for objects in all_objects[:2])
+    assert n_found == n_objects
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f'found {n_objects} of {n_objects}  false positives 0')
+
+
+def test_what_is_found_is_counted(voc_folder, tmp_path, monkeypatch, capsys):
+    """Two of the objects, and three boxes that are none: with the settings at the top of overfit.py."""
+    train_set = PascalVOCDataset(voc_folder, 'TRAIN', keep_difficult=True)
+    train_set.split = 'TEST'
+    _, boxes, labels, _ = train_set[0]
+    asked = []
+
+    def detect_objects(model, locs, scores, *settings):
+        asked.append((settings, locs.requires_grad, len(locs)))
+        nowhere = torch.tensor([[0, 0, 0.01, 0.01]]).repeat(4, 1)  # (4, 4)
+        return ([torch.cat([boxes[:2], nowhere])], [torch.cat([labels[:2], torch.tensor([1, 2, 3, 1])])],
+                [torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.3])])  # the last one's score is too low to count
+
+    monkeypatch.setattr(SSD300, 'detect_objects', detect_objects)
+    _, (_, n_found), sheet = learn(voc_folder, tmp_path, 1, 8)
+    assert n_found == 2 and asked == [((0.4, 0.45, 200), False, 1)] * 4
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split('  ')[0] for line in lines] == ['step 2', 'step 4', 'step 6', 'step 8']
+    assert all(line.endswith(f'found 2 of {len(boxes)}  false positives 3') for line in lines)
+
+
+def test_the_sheet_shows_each_image_and_what_was_found(tmp_path):
+    """A row for each image, a column for each list; no placeholder."""
+    label_map, (width, height) = make_label_map(['a', 'b']), overfit.tile
+    images = [Image.new('RGB', (200, 100), 'gray'), Image.new('RGB', (1000, 500), 'navy')]
+    none = torch.tensor([[0., 0, 1, 1]]), torch.tensor([0]), torch.tensor([0.])
+    some = torch.tensor([[0.1, 0.222, 0.5, 1.2]]), torch.tensor([2]), torch.tensor([0.625])
+    columns = [('first', *zip(none, some)), ('second', *zip(some, none))]
+    overfit.save_sheet(str(tmp_path / 's.png'), images, columns, label_map)
+    drawn = draw_objects(images[0], [('b', 0.625, [20, 22, 100, 100])], label_map)
+    large = draw_objects(images[1], [('b', 0.625, [100, 111, 500, 500])], label_map)
+    large.thumbnail((width - 10, height - 10))
+    small = images[1].copy()
+    small.thumbnail((width - 10, height - 10))
+    with Image.open(tmp_path / 's.png') as sheet:
+        assert sheet.size == (2 * width, 40 + 2 * height)
+        for column, of_column in enumerate([[images[0], large], [drawn, small]]):
+            for row, expected in enumerate(of_column):
+                x, y = column * width + 5, 40 + row * height
+                assert sheet.crop((x, y, x + expected.width, y + expected.height)).tobytes() == expected.tobytes()
+                around = sheet.crop((column * width, y, (column + 1) * width, y + height))
+                around.paste('white', (5, 0, 5 + expected.width, expected.height))
+                assert around.getcolors() == [(width * height, (255, 255, 255))]
+            heading = sheet.crop((column * width, 0, (column + 1) * width, 40))
+            left, top, right, bottom = ImageChops.invert(heading).getbbox()
+            assert 5 <= left <= 9 and 8 <= top <= 16 and 24 <= bottom <= 38 and right > 40
+
+
+def test_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(overfit, 'save_sheet', lambda path, images, columns, label_map: shown.append(
+        (images, columns, label_map)) or Image.new('RGB', (1, 1)).save(path))
+    train_set, (_, n_found), _ = learn(voc_folder, tmp_path, 2, 1)
+    [(images, [(heading, boxes, labels, scores), (last, *_)], label_map)] = shown
+    assert label_map == train_set.label_map
+    assert [image.tobytes() for image in images] == [open_image(path).tobytes() for path in train_set.images[:2]]
+    for i in range(2):
+        assert torch.equal(boxes[i], train_set[i][1]) and torch.equal(labels[i], train_set[i][2])
+        assert scores[i].tolist() == [1] * len(labels[i])
+    assert heading == f'{len(labels[0]) + len(labels[1])} objects' and last == f'step 1: {n_found} found'
 
 
 def test_fewer_images_than_asked_for(voc_folder, tmp_path):
