@@ -39,7 +39,7 @@ workers = 4  # processes that load images
 # Model
 checkpoint = None  # a checkpoint to go on from, or None to start anew
 checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
-pretrained = 'imagenet'  # start from: 'imagenet' for VGG-16's base, 'coco' for a whole detector, None for random weights
+pretrained = 'imagenet'  # start from 'imagenet' (VGG-16), from 'coco' (a whole detector), or None (random weights)
 thin = 1  # keep every thin-th channel in a new training: 1 for the paper's network, 4 for one that a laptop can train
 
 # Learning: the paper's recipe, 120,000 iterations of 32 images of VOC 07+12, in epochs and with a smaller batch
@@ -226,9 +226,9 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         loc_loss, conf_loss = criterion.losses(predicted_locs, predicted_scores, boxes, labels)
         loss = conf_loss + criterion.alpha * loc_loss
         if not update(optimizer, loss, grad_clip):
-            raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1}; the loss '
-                            f'was {loss.item()}. The weights were not changed, and the last checkpoint is as it was. '
-                            'Lower lr, set grad_clip = 10, or raise warm_up, and go on from the last checkpoint')
+            raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
+                            f'{loss.item()}). The weights were not changed, and the last checkpoint is intact: go on '
+                            'from it with a lower lr, with grad_clip = 10, or with a longer warm_up')
 
         losses.append(torch.stack([loc_loss, conf_loss]).detach())  # stays on the GPU until a line is printed
         n_images += len(images) * n_processes()

@@ -39,7 +39,7 @@ def test_evaluation_asks_as_pascal_voc_does(voc_folder):
     assert model.asked == (0.01, 0.45, 200) and not model.training
 
 
-def test_detections_of_difficult_objects_are_no_false_alarms_in_eval(voc_folder, tmp_path, monkeypatch, capsys):
+def test_detections_of_difficult_objects_are_no_false_positives_in_eval(voc_folder, tmp_path, monkeypatch, capsys):
     """The first image's object is difficult; were it left out, its detection would halve the precision."""
     shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
     images = json.loads((tmp_path / 'TEST_images.json').read_text())
@@ -55,15 +55,16 @@ def test_detections_of_difficult_objects_are_no_false_alarms_in_eval(voc_folder,
     eval_script.main()
     printed, table = capsys.readouterr().out, r'circle +0 +-\nsquare +1 +1\.000\ntriangle +0 +-\nmAP +1 +1\.000\n'
     assert re.search(table, printed)
-    mistakes = r'At scores above 0\.4:\n +hit .*\n.*\nsquare +1 +0 +0 +0 +0 +1 +0\n.*\nall +1 +0 +0 +0 +0 +1 +0\n'
-    assert re.search(mistakes, printed)  # one hit, one difficult object
+    mistakes = r'At scores above 0\.4:\n +true positive .*\n.*\nsquare( +[01]){8}\n.*\nall +1 +0 +0 +0 +0 +0 +1 +0\n'
+    assert re.search(mistakes, printed)  # one true positive, one ignored
     with Image.open(eval_script.mistakes_path) as sheet:
         assert len(sheet.getcolors(10)) == 1  # no mistake to show
 
 
 def test_scripts_read_what_the_one_before_wrote():
     assert create_data_lists.output_folder == train.data_folder == eval_script.data_folder
-    assert train.checkpoint_path == eval_script.checkpoint
+    assert train.checkpoint_path == eval_script.checkpoint == detect.checkpoint
+    assert eval_script.mistakes_min_score == detect.min_score
 
 
 @pytest.mark.filterwarnings('error:.*pin_memory')
@@ -83,7 +84,8 @@ def test_main_evaluates_in_16_bits_only_if_its_parameter_says_so(voc_folder, mon
     for name, value in {'data_folder': voc_folder, 'workers': 0, 'bfloat16': bfloat16}.items():
         monkeypatch.setattr(eval_script, name, value)
     eval_script.main()
-    assert asked == [{'bfloat16': bfloat16, 'mistakes_path': eval_script.mistakes_path}]
+    assert asked == [{'bfloat16': bfloat16, 'mistakes_path': eval_script.mistakes_path,
+                      'mistakes_min_score': eval_script.mistakes_min_score}]
 
 
 def test_the_first_process_shows_how_far_an_evaluation_is(voc_folder, capsys):
@@ -130,7 +132,6 @@ def test_eval_and_detect_find_the_same(images, monkeypatch):
                              torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
             return super().forward(image)
 
-    monkeypatch.setattr(eval_script, 'fast_in_bfloat16', lambda _: True, raising=False)  # as on a new GPU
     monkeypatch.setattr(eval_script, 'calculate_mAP', lambda *lists: (found.extend(lists[:3]), ({}, 0.))[1])
     before = [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark]
     model, dataset = Model(len(label_map)), PascalVOCDataset(images, 'TEST')

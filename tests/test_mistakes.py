@@ -7,7 +7,7 @@ from conftest import random_boxes
 from PIL import Image
 
 import mistakes
-from utils import find_hits, make_label_map
+from utils import make_label_map, match_detections
 
 label_map = make_label_map(['cat', 'dog'])
 none = torch.empty(0, 4), torch.empty(0, dtype=torch.long)
@@ -17,27 +17,52 @@ def test_each_kind_of_mistake_by_hand():
     """A cat on the left, a dog on the right, each 0.4 wide and high; below, a difficult cat."""
     true_boxes = torch.tensor([[0., 0., .4, .4], [.5, 0., .9, .4], [0., .5, .4, .9]])
     true_labels, difficult = torch.tensor([1, 2, 1]), torch.tensor([0, 0, 1])
-    detections = [([0., 0., .4, .3], 1, ('hit', 0)),           # 0.75 of the cat
-                  ([0., 0., .4, .4], 1, ('second box', 0)),    # all of it, but later
-                  ([.5, 0., .9, .4], 1, ('wrong class', 1)),   # the dog, called a cat
-                  ([.5, 0., .9, .2], 2, ('loose box', 1)),     # 0.5 of the dog, which is not more than 0.5
-                  ([.8, .3, .9, .4], 2, ('nothing there', None)),  # a sixteenth of it
-                  ([.5, 0., .9, .2], 1, ('nothing there', None)),  # 0.5 of an object of another class
-                  ([.5, .5, .9, .9], 2, ('nothing there', None)),
-                  ([0., .5, .4, .9], 1, ('difficult', 2)),
-                  ([0., .5, .4, .9], 1, ('difficult', 2)),
-                  ([0., .5, .4, .9], 2, ('wrong class', 2))]
+    detections = [([0., 0., .4, .3], 1, ('true positive', 0)),  # 0.75 of the cat
+                  ([0., 0., .4, .4], 1, ('duplicate', 0)),      # all of it, with a lower score
+                  ([.5, 0., .9, .4], 1, ('classification', 1)),  # the dog, called a cat
+                  ([.5, 0., .9, .2], 2, ('localization', 1)),   # 0.5 of the dog, which is not more than 0.5
+                  ([.8, .3, .9, .4], 2, ('background', None)),  # a sixteenth of it
+                  ([.5, 0., .9, .06], 2, ('localization', 1)),  # 0.15 of it
+                  ([.5, 0., .9, .2], 1, ('both', 1)),           # 0.5 of an object of another class
+                  ([.5, 0., .9, .06], 1, ('both', 1)),          # 0.15
+                  ([.8, .3, .9, .4], 1, ('background', None)),  # a sixteenth
+                  ([.5, .5, .9, .9], 2, ('background', None)),
+                  ([0., .5, .4, .9], 1, ('ignored', 2)),
+                  ([0., .5, .4, .9], 1, ('ignored', 2)),
+                  ([0., .5, .4, .9], 2, ('classification', 2))]
     boxes, labels, expected = zip(*detections)
-    verdicts, found = mistakes.judge(torch.tensor(boxes), torch.tensor(labels), true_boxes, true_labels, difficult)
-    assert verdicts == list(expected) and found == {0}
+    scores = torch.linspace(1, 0.5, len(boxes))
+    verdicts = mistakes.judge(torch.tensor(boxes), torch.tensor(labels), scores, true_boxes, true_labels, difficult)
+    assert verdicts == list(expected)
+
+
+def test_of_two_kinds_localization_comes_before_classification():
+    """A box over a dog that also overlaps a cat by 0.2, called a cat."""
+    true_boxes = torch.tensor([[0., 0., .4, .4], [0., .2, .4, .6]])
+    verdicts = mistakes.judge(torch.tensor([[0., .25, .4, .65]]), torch.tensor([1]), torch.tensor([.9]), true_boxes,
+                              torch.tensor([1, 2]), torch.tensor([0, 0]))
+    assert verdicts == [('localization', 0)]
 
 
 @pytest.mark.parametrize('n, n_objects', [(0, 0), (3, 0), (0, 3)])
 def test_without_detections_or_objects(n, n_objects):
-    boxes = random_boxes(n)
-    verdicts, found = mistakes.judge(boxes, torch.ones(n).long(), random_boxes(n_objects), torch.ones(n_objects).long(),
-                                     torch.zeros(n_objects))
-    assert verdicts == [('nothing there', None)] * n and found == set()
+    verdicts = mistakes.judge(random_boxes(n), torch.ones(n).long(), torch.ones(n), random_boxes(n_objects),
+                              torch.ones(n_objects).long(), torch.zeros(n_objects))
+    assert verdicts == [('background', None)] * n
+
+
+def test_missed_objects_are_those_that_no_correction_would_find():
+    """A cat found as a dog, a cat found by a loose box, a cat nobody found, a difficult one, and one found."""
+    true_boxes = torch.tensor([[0., 0., .2, .2], [.3, 0., .5, .2], [.6, 0., .9, .3], [0., .5, .2, .7],
+                               [.4, .5, .6, .7]])
+    detections = torch.tensor([[0., 0., .2, .2], [.3, 0., .5, .08], [.4, .5, .6, .7]])
+    lists = [[detections], [torch.tensor([2, 1, 1])], [torch.tensor([.9, .8, .7])],
+             [true_boxes], [torch.ones(5).long()], [torch.tensor([0, 0, 0, 1, 0])]]
+    counts, false_positives, missed = mistakes.find_mistakes(lists, label_map, 0.4)
+    assert counts == {'cat': Counter({'true positive': 1, 'localization': 1, 'missed': 1}),
+                      'dog': Counter({'classification': 1})}
+    assert [mistake[3].tolist() for mistake in missed['cat']] == [true_boxes[2].tolist()] and not missed['dog']
+    assert [mistake[4] for mistake in false_positives['dog']] == ['dog 0.90\nclassification: cat']
 
 
 def random_lists(n_images):
@@ -55,47 +80,48 @@ def random_lists(n_images):
     return lists
 
 
-def test_hits_mistakes_and_misses_add_up():
-    """To all detections and all objects; and hits are those of the mean average precision."""
+def test_kinds_add_up_to_all_detections_and_objects():
+    """True positives are those of the mean average precision."""
     lists = random_lists(60)
     lists[0][0], lists[1][0], lists[2][0] = torch.tensor([[0., 0., 1., 1.]]), torch.tensor([0]), torch.tensor([0.])
     for min_score in (0, 0.4):
-        counts, alarms, missed = mistakes.find_mistakes(lists, label_map, min_score)
+        counts, false_positives, missed = mistakes.find_mistakes(lists, label_map, min_score)
         shown = [scores > min_score for scores in lists[2]]
         judged = [[t[s] for t, s in zip(values, shown)] for values in lists[:3]]
-        hits = find_hits(*judged, *lists[3:], label_map)
+        true_positive = torch.cat([match_detections(*image)[0] for image in zip(*judged, *lists[3:])])
         labels, true_labels, difficult = torch.cat(judged[1]), torch.cat(lists[4]), torch.cat(lists[5])
         for label, index in list(label_map.items())[1:]:
             of_label = counts[label]
             assert min(of_label[kind] for kind in mistakes.kinds) > 0
             assert sum(of_label[kind] for kind in mistakes.kinds) == (labels == index).sum()
+            assert of_label['true positive'] == true_positive[labels == index].sum()
+            n_right = of_label['true positive'] + of_label['ignored']
+            assert n_right + len(false_positives[label]) == (labels == index).sum()
             n_objects = ((true_labels == index) & (difficult == 0)).sum()
-            assert of_label['hit'] + of_label['not found'] == n_objects == hits[label][1]
-            assert of_label['hit'] == hits[label][0].sum()
-            assert of_label['hit'] + len(alarms[label]) == len(hits[label][0])
-            assert len(missed[label]) == of_label['not found']
-            scores = [score for score, *_ in alarms[label]]
+            assert of_label['true positive'] + of_label['missed'] <= n_objects
+            assert len(missed[label]) == of_label['missed']
+            scores = [score for score, *_ in false_positives[label]]
             assert scores == sorted(scores, reverse=True) and scores[-1] > min_score
 
 
-def test_the_sheet_shows_the_surest(tmp_path, capsys):
-    """One white image with a black square as the cat, which was not found; a dog is claimed elsewhere."""
+def test_the_sheet_shows_the_highest_scores(tmp_path, capsys):
+    """One white image with a black square as the cat, which is missed; a dog is detected elsewhere."""
     image = Image.new('RGB', (200, 100), 'white')
     image.paste((0, 0, 0), (20, 20, 60, 60))
     image.save(tmp_path / 'a.png')
     lists = [[torch.tensor([[.5, .5, .75, 1.], [-1e5, -1e5, 1e5, 1e5]])], [torch.tensor([2, 2])],  # one is enormous
              [torch.tensor([.9, .8])],
              [torch.tensor([[.1, .2, .3, .6]])], [torch.tensor([1])], [torch.tensor([0])]]
-    counts, alarms, missed = mistakes.find_mistakes(lists, label_map, 0.4)
-    assert counts == {'cat': Counter({'not found': 1}), 'dog': Counter({'nothing there': 2})}
+    counts, false_positives, missed = mistakes.find_mistakes(lists, label_map, 0.4)
+    assert counts == {'cat': Counter({'missed': 1}), 'dog': Counter({'background': 2})}
     mistakes.print_counts(counts, 0.4)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1] == 'At scores above 0.4:' and printed[-1].split() == ['all', *'0200001']
-    mistakes.save_sheet(tmp_path / 'm.png', alarms, missed, [tmp_path / 'a.png'])
+    assert printed[1] == 'At scores above 0.4:' and printed[-1].split() == ['all', *'00000201']
+    mistakes.save_sheet(tmp_path / 'm.png', false_positives, missed, [tmp_path / 'a.png'])
     sheet = Image.open(tmp_path / 'm.png')
     tile, step = mistakes.tile, mistakes.tile + mistakes.caption_height
     assert sheet.size == (10 * (tile + 10), 2 * step)
-    cat = sheet.crop((5 * (tile + 10), 0, 5 * (tile + 10) + tile, tile))  # it has no false alarms
+    cat = sheet.crop((5 * (tile + 10), 0, 5 * (tile + 10) + tile, tile))  # it has no false positives
     colors = {color: n for n, color in cat.getcolors(9999)}
     square = (tile / 1.6) ** 2
     assert colors[(0, 255, 0)] > tile and square * 0.9 < colors[(0, 0, 0)] + colors[(0, 255, 0)] < square * 1.1

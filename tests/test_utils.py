@@ -9,9 +9,9 @@ from torchvision.ops import batched_nms, box_convert, box_iou
 
 import utils
 from files import UserError
-from utils import (calculate_mAP, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
-                   find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map, make_label_map,
-                   non_maximum_suppression, priors_of_map, voc_labels, xy_to_cxcy)
+from utils import (FeatureMap, average_precision, calculate_mAP, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate,
+                   feature_maps, find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map,
+                   make_label_map, match_detections, non_maximum_suppression, voc_labels, xy_to_cxcy)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Boxes
@@ -62,7 +62,7 @@ def test_encoding_equals_torchvisions_and_round_trips():
 
 
 def test_suppression_by_hand():
-    """The best strikes out the second, which can then strike out nothing: the third stays. So does another class."""
+    """The best suppresses the second, which can then suppress nothing: the third is kept, as is another class."""
     boxes = torch.tensor([[.4, 0., .8, 1.], [.2, 0., .6, 1.], [0., 0., .4, 1.], [0., 0., .4, 1.]])
     kept = non_maximum_suppression(boxes, torch.tensor([.7, .8, .9, .6]), torch.tensor([1, 1, 1, 2]), max_overlap=0.3)
     assert kept.tolist() == [2, 0, 3]
@@ -119,13 +119,24 @@ def test_number_of_priors_and_of_clamped_ones():
     assert (cxcy_to_xy(priors) < 0).any()  # boxes are not cut at the image's edge
 
 
-def test_priors_of_four_tiles_by_hand():
-    """Two rows of two tiles; one of the priors would be wider than the image, and one higher."""
-    sizes = (.6, .6), (.7, .7), (1., .3), (.3, 1.)
+def test_priors_of_four_tiles_and_of_one_by_hand():
+    """Two rows of two tiles, where one prior would be wider than the image, and one higher; and a map of one tile."""
+    maps = {'fine': FeatureMap(1, 2, 0.6, (1, 4, 1 / 4)), 'coarse': FeatureMap(1, 1, 0.8, (1,))}
+    extra = math.sqrt(0.6 * 0.8)
+    sizes = (.6, .6), (extra, extra), (1., .3), (.3, 1.)
     expected = [[x, y, *size] for y in (.25, .75) for x in (.25, .75) for size in sizes]
-    priors = priors_of_map(2, 0.5, 0.6, 0.7, (1, 4, 1 / 4))
+    expected += [[.5, .5, .8, .8], [.5, .5, .9, .9]]
+    priors = create_prior_boxes(maps, last_extra_scale=.9)
     assert priors.dtype == torch.float32
     torch.testing.assert_close(priors, torch.tensor(expected))
+
+
+def test_extra_priors_have_the_papers_scales():
+    """The geometric mean of a map's scale and the next one's; 1 on the last map."""
+    priors, first = create_prior_boxes(), 0
+    for feature_map, extra in zip(feature_maps.values(), (.1 * .2, .2 * .375, .375 * .55, .55 * .725, .725 * .9, 1)):
+        torch.testing.assert_close(priors[first + 1, 2:], torch.full((2,), extra ** 0.5))
+        first += feature_map.size ** 2 * (len(feature_map.ratios) + 1)
 
 
 def test_decimate():
@@ -205,6 +216,27 @@ def test_mAP_without_detections_or_objects():
     assert mAP([[(left, 2, .9)]], [[(right, 1, 0)]]) == ({'a': 0.}, 0.)  # class b has no objects and no AP
 
 
+def test_matches_of_an_image_by_hand():
+    """In the order of the detections, though the third has the highest score; the last overlaps a difficult object."""
+    detections = torch.tensor([left, far, left, left, right])
+    matches = match_detections(detections, torch.tensor([1, 1, 1, 2, 1]), torch.tensor([.5, .9, .8, .9, .3]),
+                               torch.tensor([right, left]), torch.tensor([1, 1]), torch.tensor([1, 0]))
+    assert [values.tolist() for values in matches] == [[False, False, True, False, False],
+                                                       [False, False, False, False, True], [1, -1, 1, -1, 0]]
+    for n, n_objects in ((0, 2), (2, 0), (0, 0)):
+        none = match_detections(random_boxes(n), torch.ones(n), torch.ones(n), random_boxes(n_objects),
+                                torch.ones(n_objects), torch.zeros(n_objects))
+        assert [values.tolist() for values in none] == [[False] * n, [False] * n, [-1] * n]
+
+
+def test_average_precision_by_hand():
+    assert average_precision(torch.tensor([True, False]), 1) == 1
+    assert average_precision(torch.tensor([], dtype=torch.bool), 3) == 0
+    # Recalls of 0.3 and 0.6 are reached exactly: 0, .1, .2, .3 at precision 1, .4 to .6 at 2/3
+    hits = torch.tensor([True] * 3 + [False] * 3 + [True] * 3)
+    assert average_precision(hits, 10) == pytest.approx((4 * 1 + 3 * 2 / 3) / 11)
+
+
 def test_mAP_counts_each_of_many_images_once():
     """A false positive in each of 1,001 images, and then a hit."""
     detections, objects = [[(far, 1, .9)]] * 1001 + [[(left, 1, .8)]], [[]] * 1001 + [[(left, 1, 0)]]
@@ -246,12 +278,3 @@ def test_mAP_equals_a_plain_count():
     average_precisions, mean = mAP(detections, objects)
     assert average_precisions == pytest.approx(expected) and mean == pytest.approx(sum(expected.values()) / 2)
     assert 0.05 < mean < 0.95
-
-
-# ----------------------------------------------------------------------------------------------------- Training helpers
-
-@pytest.mark.parametrize('capability, expected', [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
-def test_bfloat16_is_fast_on_gpus_from_ampere_on(monkeypatch, capability, expected):
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
-    assert utils.fast_in_bfloat16(torch.device('cuda')) is expected
-    assert utils.fast_in_bfloat16(torch.device('cpu')) is False
