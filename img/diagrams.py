@@ -680,9 +680,10 @@ def draw_learning_rate():
         axes.plot(at, 2 * rates, color=faint, linestyle='--', label='biases')
         axes.plot(at, rates, color=ink, linewidth=2.5, label='all other weights')
     first.set(title='the first steps', xlabel='step', ylabel='learning rate', yticks=(0, train.lr, 2 * train.lr))
-    first.legend(fontsize=small)
+    first.legend(fontsize=small, loc='lower right', handlelength=1.5)
     whole.set(title='all epochs', yscale='log', xlabel='epoch', ylim=(train.lr / 200, 4 * train.lr),
               xticks=(0, *train.decay_lr_at, train.epochs))
+    whole.tick_params('x', labelsize=small)
     return drawing
 
 
