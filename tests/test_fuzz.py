@@ -1,4 +1,4 @@
-"""A small part of tests/long/fuzz.py."""
+"""A small part of tests/long/fuzz.py: damaged files are read or reported."""
 import pytest
 from fuzz import fuzz
 

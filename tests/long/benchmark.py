@@ -1,10 +1,10 @@
 """
-How fast it is here, side by side with torchvision:
+Measure how fast this project is on this machine, and torchvision beside it:
 
     python tests/long/benchmark.py
 
-prints a table of medians. Each row is measured in this one run; compare the two columns, more than the numbers
-themselves, which depend on the machine. Rows that need a GPU say so where there is none.
+prints a table of medians. All rows are measured in the same run; compare the two columns rather than the numbers
+themselves, which depend on the machine. Without a GPU, the rows that need one are not measured.
 """
 import io
 import json
@@ -48,7 +48,7 @@ gpu = torch.device('cuda') if torch.cuda.is_available() else None
 
 
 def median_seconds(function, n=5, warm_up=1):
-    """The median time that a function takes; on a GPU, until it has finished its work."""
+    """The median time that a function takes, including its work on the GPU."""
     seconds = []
     for i in range(warm_up + n):
         start = time.perf_counter()
@@ -61,7 +61,7 @@ def median_seconds(function, n=5, warm_up=1):
 
 
 def peak_memory():
-    """The most memory that this process had until now, in GiB, where the system tells."""
+    """The peak memory of this process until now, in GiB; NaN on Windows."""
     unit = 2**30 if sys.platform == 'darwin' else 2**20
     return getrusage(RUSAGE_SELF).ru_maxrss / unit if getrusage is not None else float('nan')
 
@@ -80,8 +80,8 @@ def section(title):
 
 def predictions(n_images, trained, device):
     """
-    Predictions like those of a network that has begun to learn (about 90,000 scores above 0.01 an image), or of a
-    trained one (a few hundred: 25 objects, each seen by a dozen priors of its neighborhood).
+    Predictions like those of a network early in training (about 90,000 scores above 0.01 in each image), or of a
+    trained one (a few hundred: 25 objects, each with high scores at a dozen priors around it).
     """
     rng = torch.Generator().manual_seed(0)
     locs = torch.randn(n_images, 8732, 4, generator=rng)
@@ -97,7 +97,7 @@ def predictions(n_images, trained, device):
 
 
 def benchmark_detection(device):
-    """Ours and torchvision's, from predictions to detections, at batch 8."""
+    """Decoding and non-maximum suppression, ours and torchvision's, of a batch of 8 images."""
     section(f'Detection on {device}: 8 images, {n_classes} classes' + ' ' * 25 + 'ours           torchvision   ratio')
     model = SSD300(n_classes).to(device)
     other = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(device).eval()
@@ -109,12 +109,12 @@ def benchmark_detection(device):
         ours = median_seconds(lambda: model.detect_objects(locs, scores, 0.01, 0.45, 200)) / 8
         theirs = median_seconds(lambda: other.postprocess_detections(
             {'bbox_regression': locs, 'cls_logits': scores}, priors, [(300, 300)] * 8)) / 8
-        row(f'  an image with {n:,} candidates', f'{1000 * ours:.2f} ms', f'{1000 * theirs:.2f} ms',
+        row(f'  time per image with {n:,} candidates', f'{1000 * ours:.2f} ms', f'{1000 * theirs:.2f} ms',
             f'{theirs / ours:.1f}x')
 
 
 def benchmark_one_image():
-    """detect.py's time for an image of 500x375, on the CPU, without loading and saving."""
+    """The time that detect.py takes for an image of 500x375 on the CPU, without loading and saving it."""
     section('An image of 500x375 in detect.py, on the CPU')
     image, _ = photograph()
     for thin in (1, 4):
@@ -125,7 +125,7 @@ def benchmark_one_image():
 
 @torch.no_grad()
 def benchmark_forward_and_detection():
-    """Images per second at batch 64 on the GPU, of the forward pass alone and with detection."""
+    """The forward pass on the GPU in batches of 64, alone and with detection."""
     section('Forward pass on the GPU: batch 64, bfloat16' + ' ' * 29 + 'alone      with detection   ratio')
     model, images = SSD300(n_classes).to(gpu).eval(), torch.randn(64, 3, 300, 300, device=gpu)
     locs, scores = predictions(64, True, gpu)
@@ -153,7 +153,7 @@ def benchmark_forward_and_detection():
 # --------------------------------------------------------------------------------------------------------------- mAP
 
 def random_detections(n_images):
-    """The arguments of `calculate_mAP`: 200 detections an image, 20 classes, as many objects an image as VOC's."""
+    """Arguments of `calculate_mAP`: 200 detections in each image, 20 classes, as many objects per image as in VOC."""
     rng = torch.Generator().manual_seed(0)
 
     def boxes(n):
@@ -170,8 +170,8 @@ def random_detections(n_images):
 
 
 def benchmark_mAP():
-    """On one core; and how time grows with the number of images."""
-    section('Mean average precision on one core: 200 detections an image')
+    """Mean average precision on one core, of 4,952 images (VOC 2007 test) and ten times as many."""
+    section('Mean average precision on one core: 200 detections in each image')
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seconds = {}
@@ -186,7 +186,7 @@ def benchmark_mAP():
 # -------------------------------------------------------------------------------------------------------------- Data
 
 def photograph():
-    """An image of 500x375, and as JPEG; as hard to compress as a photograph."""
+    """A PIL image of 500x375, as hard to compress as a photograph, and the bytes of its JPEG file."""
     image = draw_background((500, 375), random.Random(3))
     file = io.BytesIO()
     image.save(file, 'JPEG', quality=90)
@@ -194,7 +194,7 @@ def photograph():
 
 
 def benchmark_transforms():
-    """Training's random variations, ours and torchvision's, of an image with two objects on one thread."""
+    """Augmentation for training, ours and torchvision's, of an image with two objects, on one thread."""
     section('Training transform on one thread: 500x375 pixels' + ' ' * 24 + 'ours        torchvision v2   ratio')
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -229,7 +229,7 @@ def benchmark_transforms():
 # ---------------------------------------------------------------------------------------------------------- Training
 
 def objects(n_images, device, n_objects=3):
-    """Boxes and labels, so many objects an image."""
+    """Random boxes (fractional boundary coordinates) and labels: two lists of tensors, one for each image."""
     rng = torch.Generator().manual_seed(0)
     corners = torch.rand(n_images, n_objects, 2, generator=rng) * 0.6
     boxes = torch.cat([corners, corners + 0.1 + 0.3 * torch.rand(n_images, n_objects, 2, generator=rng)], dim=2)
@@ -237,11 +237,11 @@ def objects(n_images, device, n_objects=3):
 
 
 def our_step(batch_size, device, bfloat16, channels_last=True, thin=1):
-    """A function that makes a training step of ours."""
+    """A function that takes a training step of our model."""
     model = SSD300(n_classes, thin=thin).to(device)
     if not channels_last:
         model = model.to(memory_format=torch.contiguous_format)
-    criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 1e-5, 0.9, 5e-4)
+    criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 'sgd', 1e-5, 5e-4)
     images, (boxes, labels) = torch.randn(batch_size, 3, 300, 300, device=device), objects(batch_size, 'cpu')
 
     def step():
@@ -252,7 +252,7 @@ def our_step(batch_size, device, bfloat16, channels_last=True, thin=1):
 
 
 def our_loss(batch_size, device, n_objects):
-    """A function that computes the loss of such a step, and its gradient by the predictions."""
+    """A function that computes the loss of such a step, and its gradient with respect to the predictions."""
     criterion = MultiBoxLoss(utils.create_prior_boxes()).to(device)
     boxes, labels = objects(batch_size, 'cpu', n_objects)
     locs = torch.randn(batch_size, 8732, 4, device=device, requires_grad=True)
@@ -261,7 +261,7 @@ def our_loss(batch_size, device, n_objects):
 
 
 def their_step(batch_size, device, bfloat16):
-    """A function that makes a training step of torchvision's model."""
+    """A function that takes a training step of torchvision's model."""
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-5, momentum=0.9, weight_decay=5e-4)
     images = list(torch.rand(batch_size, 3, 300, 300, device=device))
@@ -277,7 +277,7 @@ def their_step(batch_size, device, bfloat16):
 
 
 def take_steps(connection, make_step, arguments):
-    """Take a step whenever the other process asks; tell it the seconds, and the most memory so far, in GiB."""
+    """Take a step whenever the other process asks for it; send it the seconds, and the peak memory so far in GiB."""
     torch.backends.cudnn.benchmark = True
     step = make_step(*arguments)
     while connection.recv():
@@ -288,18 +288,20 @@ def take_steps(connection, make_step, arguments):
 
 def race(runners, n, warm_up):
     """
-    Each runner steps in a process of its own, as in training: memory that other models used and left would make its
-    steps faster or slower. They take turns, so that a machine that slows down slows all of them.
+    Time several kinds of steps. Each has a process of its own, because memory that another one has freed would change
+    its speed. They take turns, so that a machine that slows down slows all of them.
 
-    :param runners: for each, a function that makes its step, and the arguments
-    :return: for each, the median seconds and the most memory
+    :param runners: list of (function that returns the step, *its arguments)
+    :param n: number of steps to time
+    :param warm_up: number of steps before these, which are not timed
+    :return: list of (median seconds, peak memory in GiB), one for each runner
     """
     context = multiprocessing.get_context('spawn')
     connections = []
     for make_step, *arguments in runners:
         connection, other_end = context.Pipe()
         context.Process(target=take_steps, args=(other_end, make_step, arguments), daemon=True).start()
-        other_end.close()  # here; should the process fail, waiting for it ends
+        other_end.close()  # in this process: if the other one fails, `recv` raises instead of waiting
         connections.append(connection)
     measured = []
     for _ in range(warm_up + n):
@@ -313,7 +315,7 @@ def race(runners, n, warm_up):
 
 
 def benchmark_training(device, batch_size, n):
-    """A training step of ours and of torchvision's, in both precisions."""
+    """A training step of our model and of torchvision's, in both precisions."""
     section(f'Training step on {device}: batch {batch_size}' + ' ' * 35 + 'ours           torchvision   ratio')
     for bfloat16 in (False, True):
         ((ours, our_memory), (theirs, their_memory), (plain, _), (thin, thin_memory), (loss, _),
@@ -323,11 +325,11 @@ def benchmark_training(device, batch_size, n):
              (our_loss, batch_size, device, 3), (our_loss, batch_size, device, 40)], n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
             f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
-        row('    of it the loss and its gradient, 3 objects an image', f'{100 * loss / ours:.2f}%')
-        row('    the same with 40 objects an image', f'{100 * loss_of_many / ours:.2f}%')
-        row('    with thin = 4, and against the whole network', f'{batch_size / thin:.2f} images/s',
+        row('    of which the loss and its gradient, 3 objects per image', f'{100 * loss / ours:.2f}%')
+        row('    the same with 40 objects per image', f'{100 * loss_of_many / ours:.2f}%')
+        row('    with thin = 4, compared with the whole network', f'{batch_size / thin:.2f} images/s',
             f'{thin_memory:.2f} GiB', f'{ours / thin:.1f}x')
-        row('    against float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
+        row('    compared with float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
             f'{plain / ours:.2f}x')
         row('    peak memory' + (' of the process' if device.type == 'cpu' else ''), f'{our_memory:.2f} GiB',
             f'{their_memory:.2f} GiB', f'{their_memory / our_memory:.2f}x')
@@ -338,7 +340,7 @@ def benchmark_training(device, batch_size, n):
 
 
 def benchmark_loader():
-    """The training loop of train.py on the GPU, fed by the loader with JPEG files."""
+    """The training loop of train.py on the GPU, with images loaded from JPEG files."""
     section('Training from JPEG files of 500x375 on the GPU')
     workers = os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
@@ -346,19 +348,19 @@ def benchmark_loader():
             with open(os.path.join(folder, f'{i}.jpg'), 'wb') as file:
                 file.write(photograph()[1])
         boxes, labels = objects(64, 'cpu')
-        of_image = [{'boxes': (boxes[i] * torch.tensor([500, 375] * 2)).tolist(), 'labels': labels[i].tolist(),
-                       'difficulties': [0] * 3} for i in range(64)]
-        contents = {'label_map': utils.label_map, 'TRAIN_objects': of_image * 100,
+        annotations = [{'boxes': (boxes[i] * torch.tensor([500, 375] * 2)).tolist(), 'labels': labels[i].tolist(),
+                        'difficulties': [0] * 3} for i in range(64)]
+        contents = {'label_map': utils.label_map, 'TRAIN_objects': annotations * 100,
                     'TRAIN_images': [os.path.join(folder, f'{i}.jpg') for i in range(64)] * 100}
         for name, content in contents.items():
             with open(os.path.join(folder, f'{name}.json'), 'w') as file:
                 json.dump(content, file)
         for batch_size in (8, 32):
             model = SSD300(n_classes).to(gpu)
-            criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 1e-5, 0.9, 5e-4)
+            criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 'sgd', 1e-5, 5e-4)
             loader = DataLoader(PascalVOCDataset(folder, 'TRAIN'), batch_size, sampler=EpochSampler(6400, 0),
                                 collate_fn=collate_fn, num_workers=workers, pin_memory=True, persistent_workers=True)
-            for epoch in range(2):  # the first is for warming up
+            for epoch in range(2):  # the first is a warm-up
                 start = time.perf_counter()
                 train(loader, model, criterion, optimizer, epoch, print_freq=100)
                 torch.cuda.synchronize()

@@ -1,9 +1,10 @@
 """
-Kill training again and again, at random moments and while it writes its checkpoint, and go on each time:
+Kill training many times, at random moments and while it writes its checkpoint, and resume it each time:
 
     python tests/long/kill_loop.py
 
-The end must be the same as that of a training that nobody disturbed, bit for bit. It takes some 15 minutes.
+The final checkpoint must be that of an uninterrupted training, bit for bit. This needs Linux, and takes about 15
+minutes.
 """
 import os
 import random
@@ -23,9 +24,9 @@ from demo import draw_dataset, shapes  # noqa: E402
 
 n_kills = 60
 more_epochs = 2  # after the last kill
-seed = 0  # of the moments of the kills
+seed = 0  # for the moments of the kills
 
-# What each process runs: train.py with other settings
+# What each process runs: train.py with other parameters
 program = '''
 import files, os, sys, train
 train.checkpoint_path, epochs = sys.argv[1:]
@@ -37,14 +38,14 @@ if __name__ == '__main__':
 
 
 def start(folder, checkpoint_path, epochs):
-    """Start training in a folder with lists, up to `epochs`, from the checkpoint if there is one; the process."""
+    """Start a process that trains in a folder with lists, up to `epochs`, from the checkpoint if there is one."""
     return subprocess.Popen([sys.executable, '-u', '-c', program, checkpoint_path, str(epochs)], cwd=folder,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {'PYTHONPATH': root, 'CUDA_VISIBLE_DEVICES': ''})
 
 
 def finish(folder, checkpoint_path, epochs):
-    """Train undisturbed, up to `epochs`."""
+    """Train up to `epochs` without a kill."""
     process = start(folder, checkpoint_path, epochs)
     output, _ = process.communicate()
     if process.returncode != 0:
@@ -52,13 +53,13 @@ def finish(folder, checkpoint_path, epochs):
 
 
 def workers_of(pid):
-    """The ids of the processes that the process of this id has started."""
+    """The ids of the child processes of a process."""
     with open(f'/proc/{pid}/task/{pid}/children') as file:
         return [int(pid) for pid in file.read().split()]
 
 
 def runs(pid):
-    """Whether there is a process of this id, other than a dead one that nobody has asked after."""
+    """Whether a process runs: it exists and is not a zombie."""
     try:
         with open(f'/proc/{pid}/stat') as file:
             return file.read().rpartition(') ')[2][0] != 'Z'
@@ -67,21 +68,21 @@ def runs(pid):
 
 
 def written_at(path):
-    """When a file was written last, or None if there is none."""
+    """When a file was last written; None if it does not exist."""
     return os.stat(path).st_mtime_ns if os.path.exists(path) else None
 
 
 def kill_at_a_random_moment(process, rng, temporary):
     """
-    Kill a process that trains: every other time as soon as it writes, or a little later, else up to 8 seconds after
-    training started.
+    Kill a process that trains: half of the time at most half a second after it began to write a checkpoint, otherwise
+    up to 8 seconds after training started.
 
     :param process: see `start`
-    :param rng: the source of random numbers
-    :param temporary: the file that exists while the checkpoint is written
+    :param rng: a random.Random
+    :param temporary: path of the file that exists while the checkpoint is written
     :return: whether it was writing; and the ids of its workers
     """
-    before = written_at(temporary)  # left by an earlier kill, if at all
+    before = written_at(temporary)  # an earlier kill may have left one
     for line in process.stdout:
         if line.startswith('Training on'):
             break
@@ -111,7 +112,7 @@ def same(a, b):
 
 
 def main():
-    """Kill, go on, compare, and print figures."""
+    """Kill, resume, compare, and print the results."""
     rng, began = random.Random(seed), time.time()
     with tempfile.TemporaryDirectory() as folder:
         draw_dataset(folder, 2, 1)
@@ -125,20 +126,20 @@ def main():
             workers += of_this
             during_write += writing
             without_checkpoint += not had
-            epoch = load_checkpoint(path)['epoch'] if os.path.exists(path) else None  # whole, or this raises
-            print(f'kill {i + 1}, {"while writing" if writing else "while training"}: the last whole checkpoint is of '
+            epoch = load_checkpoint(path)['epoch'] if os.path.exists(path) else None  # raises if damaged
+            print(f'kill {i + 1}, {"while writing" if writing else "while training"}: the last checkpoint is of '
                   f'epoch {epoch}', flush=True)
         epochs = (-1 if epoch is None else epoch) + 1 + more_epochs
         finish(folder, path, epochs)
-        finish(folder, os.path.join(folder, 'undisturbed.pth'), epochs)
-        equal = same(load_checkpoint(path), load_checkpoint(os.path.join(folder, 'undisturbed.pth')))
+        finish(folder, os.path.join(folder, 'uninterrupted.pth'), epochs)
+        equal = same(load_checkpoint(path), load_checkpoint(os.path.join(folder, 'uninterrupted.pth')))
         leftover = [name for name in os.listdir(folder) if name.endswith('.tmp')]
         alive = sum(map(runs, workers))
-    print(f'{n_kills} kills, {during_write} of them while a checkpoint was written, {without_checkpoint} before there '
-          f'was one; {epochs} epochs in all; {time.time() - began:.0f} s')
+    print(f'{n_kills} kills, of which {during_write} while a checkpoint was written, and {without_checkpoint} before '
+          f'the first; {epochs} epochs in all; {time.time() - began:.0f} s')
     print(f'Of {len(workers)} workers of killed processes, {alive} still run; temporary files left: {leftover}')
-    print('The weights, the momentum and all else equal those of an undisturbed training, bit for bit.' if equal
-          else 'The weights differ from those of an undisturbed training.')
+    print('The checkpoint equals that of an uninterrupted training, bit for bit.' if equal
+          else 'The checkpoint differs from that of an uninterrupted training.')
     sys.exit(0 if equal and not alive and not leftover else 1)
 
 

@@ -1,14 +1,13 @@
 """
-Train for 2,000 steps and evaluate 5,000 images, and watch memory and open files:
+Train for 2,000 steps and evaluate 5,000 images, and check that memory and the number of open files do not grow:
 
     python tests/long/soak.py
 
-Neither may grow. Memory is what is in use: what the C library has got back, but keeps for later, is taken from it
-first, and shown apart. It needs Linux, and takes some 10 minutes.
+Only memory in use counts; memory that was freed, but that the C library keeps, is printed separately. This needs Linux,
+and takes about 10 minutes.
 
-What costs time, the network, is replaced by a tiny one (see tests/tiny.py) whose predictions have the same shapes; the
-loader and its worker, the loss, the optimizer, the log, the checkpoint, the detection, the evaluation and the mean
-average precision are the real ones.
+The network is replaced by a fast one whose predictions have the same shapes (see tests/tiny.py); the data loader and
+its worker, the loss, the optimizer, the log, the checkpoints, detection and evaluation are the real ones.
 """
 import ctypes
 import os
@@ -22,44 +21,44 @@ root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path[:0] = [root, os.path.join(root, 'tests')]
 
 from create_data_lists import create_data_lists  # noqa: E402
-from datasets import PascalVOCDataset, collate_fn, quiet_worker  # noqa: E402
+from datasets import PascalVOCDataset, collate_fn  # noqa: E402
 from demo import draw_dataset, shapes  # noqa: E402
 from eval import evaluate  # noqa: E402
 from kill_loop import workers_of  # noqa: E402
 from tiny import TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
 
-n_drawn = 40  # images, which are used again and again
+n_drawn = 40  # images for each split, which are repeated
 batch_size = 4
 n_steps = 2_000
 steps_per_epoch = 250
 n_evaluated = 5_000
-slack = 30  # MB by which memory may grow all the same, for it fluctuates
+slack = 30  # MB by which memory may grow, since it fluctuates
 
 
 def usage(what):
     """
-    Measure this process and those that it has started, and print a line.
+    Measure this process and its child processes, and print a line.
 
-    :param what: what was done until now
+    :param what: description of what was done until now
     :return: memory in use, in MB; and the number of open files
     """
     pids = os.getpid(), *workers_of(os.getpid())
     taken = sum(map(memory_of, pids))
     ctypes.CDLL(None).malloc_trim(0)
     memory, files = sum(map(memory_of, pids)), sum(len(os.listdir(f'/proc/{pid}/fd')) for pid in pids)
-    print(f'{what}: {memory:.0f} MB in use and {taken - memory:.0f} MB kept, {files} open files', flush=True)
+    print(f'{what}: {memory:.0f} MB in use and {taken - memory:.0f} MB freed but kept, {files} open files', flush=True)
     return memory, files
 
 
 def memory_of(pid):
-    """The memory of a process in MB, with what it shares with others counted in equal parts."""
+    """The memory of a process in MB; of memory shared with others, its proportional part."""
     with open(f'/proc/{pid}/smaps_rollup') as file:
         return next(int(line.split()[1]) for line in file if line.startswith('Pss:')) / 1024
 
 
 def repeated(folder, split, n):
-    """The images of a split, again and again until they are n."""
+    """A data set of n images: those of a split, repeated."""
     dataset = PascalVOCDataset(folder, split, keep_difficult=True)
     times = n // len(dataset)
     dataset.images, dataset.objects = dataset.images * times, dataset.objects * times
@@ -69,7 +68,7 @@ def repeated(folder, split, n):
 def soak_training(folder):
     """:return: what memory and open files grew by, from the first epoch's end to the last step"""
     model, readings, steps = TinyDetector(len(shapes) + 1), [], []
-    optimizer = make_optimizer(model, 1e-4, 0.9, 5e-4)
+    optimizer = make_optimizer(model, 'sgd', 1e-4, 5e-4)
 
     def after_step(*_):
         steps.append(1)
@@ -86,15 +85,14 @@ def soak_evaluation(folder):
     """:return: what memory and open files grew by, from after evaluating 400 images to after 5,000 others"""
     model, readings = TinyDetector(len(shapes) + 1), []
     for n in (400, n_evaluated):
-        loader = DataLoader(repeated(folder, 'TEST', n), batch_size, collate_fn=collate_fn, num_workers=1,
-                            worker_init_fn=quiet_worker)
+        loader = DataLoader(repeated(folder, 'TEST', n), batch_size, collate_fn=collate_fn, num_workers=1)
         evaluate(loader, model)
         readings.append(usage(f'{n} images evaluated'))
     return tuple(last - first for first, last in zip(*readings))
 
 
 def main():
-    """Train, evaluate, and say whether anything grew."""
+    """Train, evaluate, and exit with 1 if anything grew."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         draw_dataset(folder, n_drawn, n_drawn)
