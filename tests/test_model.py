@@ -59,7 +59,8 @@ def test_state_dict_has_the_names_that_other_weights_use(ssd):
     layers = [f'base.{name}' for name in (*base, 'conv6', 'conv7')]
     layers += [f'aux_convs.conv{block}_{i}' for block in (8, 9, 10, 11) for i in (1, 2)]
     layers += [f'pred_convs.{kind}_{name}' for kind in ('loc', 'cl') for name in feature_maps]
-    expected = {f'{layer}.{kind}' for layer in layers for kind in ('weight', 'bias')} | {'rescale_factors'}
+    expected = {f'{layer}.{kind}' for layer in layers for kind in ('weight', 'bias')}
+    expected |= {'rescale_factors', 'priors_cxcy'}
     assert set(ssd.state_dict()) == expected
     assert ssd.rescale_factors.shape == (1, 512, 1, 1) and (ssd.rescale_factors == 20).all()
     assert ssd.base.conv6.weight.shape == (1024, 512, 3, 3) and ssd.base.conv7.weight.shape == (1024, 1024, 1, 1)
@@ -83,6 +84,8 @@ def test_a_thin_network_keeps_every_fourth_channel():
     for (key, few), all_of_them in zip(thin.state_dict().items(), whole.state_dict().values()):
         if key == 'rescale_factors':
             assert few.shape == (1, 128, 1, 1) and (few == 20).all()
+        elif key == 'priors_cxcy':
+            assert torch.equal(few, all_of_them)
         elif key == 'base.conv1_1.weight':
             assert torch.equal(few, all_of_them[::4])  # it still sees red, green and blue
         elif key.startswith('pred_convs'):
@@ -237,6 +240,23 @@ class _Predictor:
 
     def __init__(self, n_classes):
         self.n_classes, self.priors_cxcy = n_classes, create_prior_boxes()
+
+
+def test_priors_are_loaded_with_the_weights_that_fit_them():
+    """As after a start from COCO's weights, whose priors are others; weights without priors leave them alone."""
+    trained, fresh = SSD300(n_classes=3, thin=64), SSD300(n_classes=3, thin=64)
+    with torch.no_grad():
+        trained.priors_cxcy *= 0.9
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.priors_cxcy, trained.priors_cxcy)
+
+    earlier = {key: 2 * values for key, values in trained.state_dict().items() if key != 'priors_cxcy'}
+    fresh.load_state_dict(earlier)
+    assert torch.equal(fresh.priors_cxcy, trained.priors_cxcy)
+    assert torch.equal(fresh.base.conv1_1.weight, 2 * trained.base.conv1_1.weight)
+    del earlier['base.conv1_1.weight']
+    with pytest.raises(RuntimeError, match='conv1_1.weight'):
+        fresh.load_state_dict(earlier)
 
 
 def test_priors_follow_the_model_to_another_device():
@@ -507,7 +527,7 @@ def detect_plainly(predictor, locs, scores, min_score, max_overlap, top_k):
         boxes, found = cxcy_to_xy(gcxgcy_to_cxcy(loc, predictor.priors_cxcy)), []
         for label in range(1, score.size(1)):
             left = score[:, label].argsort(descending=True)
-            left = left[score[left, label] > min_score]
+            left = left[score[left, label] > min_score][:400]
             while len(left) > 0:
                 best, left = left[0].item(), left[1:]
                 found.append((score[best, label].item(), label, best))
@@ -573,18 +593,29 @@ def test_an_infinite_prediction_gives_no_box(value):
     assert boxes[0].isfinite().all()
 
 
-def test_candidates_that_all_overlap_are_searched_to_the_end():
-    """One box everywhere: the first candidates leave a single survivor each, so the search has to go on to the last."""
+@pytest.mark.parametrize('n_better, found', [(399, True), (400, False)])
+def test_only_the_400_best_of_each_class_are_candidates(n_better, found):
+    """One box everywhere, except for one prior, which is the 400th or 401st of its class; another class is not asked."""
     predictor = _Predictor(n_classes=3)
     target = torch.tensor([0.5, 0.5, 0.3, 0.3]).expand(1, 8732, 4).clone()
-    target[0, 100] = torch.tensor([0.1, 0.1, 0.05, 0.05])  # except for one, with the lowest score
+    target[0, 8000] = torch.tensor([0.1, 0.1, 0.05, 0.05])
     scores = torch.zeros(1, 8732, 3)
-    scores[..., 1] = 5 + torch.rand(8732)
-    scores[0, 100, 1] = 4
+    scores[0, :n_better, 1] = 5 + torch.rand(n_better)
+    scores[0, 8000, 1] = 4
+    scores[0, 4000:5000, 2] = 4 + torch.rand(1000)
     locs = cxcy_to_gcxgcy(target, predictor.priors_cxcy)
-    boxes, labels, _ = SSD300.detect_objects(predictor, locs, scores, 0.01, 0.45, 50)
-    assert xy_to_cxcy(boxes[0])[labels[0] == 1].tolist() == [pytest.approx([.5, .5, .3, .3], abs=1e-5),
-                                                           pytest.approx([.1, .1, .05, .05], abs=1e-5)]
+    boxes, labels, _ = SSD300.detect_objects(predictor, locs, scores, 0.5, 0.45, 50)
+    expected = [pytest.approx([.5, .5, .3, .3], abs=1e-5)] + found * [pytest.approx([.1, .1, .05, .05], abs=1e-5)]
+    assert xy_to_cxcy(boxes[0])[labels[0] == 1].tolist() == expected
+    assert labels[0].tolist().count(2) == 1
+
+
+def test_a_score_must_be_above_the_minimum():
+    scores = torch.zeros(1, 8732, 2)  # all of them exactly one half
+    _, labels, _ = SSD300.detect_objects(_Predictor(2), torch.zeros(1, 8732, 4), scores, 0.5, 0.45, 200)
+    assert labels[0].tolist() == [0]
+    _, labels, _ = SSD300.detect_objects(_Predictor(2), torch.zeros(1, 8732, 4), scores, 0.4999, 0.45, 200)
+    assert labels[0].tolist() == [1] * len(labels[0]) and len(labels[0]) > 10
 
 
 def test_no_detection_gives_a_placeholder():
