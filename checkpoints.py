@@ -7,6 +7,7 @@ convert_checkpoint.py turns these into ours.
 """
 import os
 import re
+import warnings
 
 import torch
 
@@ -76,7 +77,9 @@ def read_saved(path):
     :raises UserError: it holds more than plain values and tensors, or is damaged
     """
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of files that are then refused
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # nearly anything, if the file is damaged
         with open(path, 'rb') as file:
             if b'cmodel\nSSD300\n' in file.read(2 ** 20):  # as pickle names the class SSD300 of model.py

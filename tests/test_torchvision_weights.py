@@ -1,0 +1,219 @@
+"""torchvision's SSD300 and its weights, in ours."""
+import json
+import os
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.models.detection.image_list import ImageList
+
+import detect
+import eval as eval_script
+import torchvision_weights
+import train
+from checkpoints import load_checkpoint
+from datasets import to_input
+from demo import draw_image
+from files import UserError
+from model import SSD300
+from torchvision_weights import coco_default_boxes, coco_detector, coco_index, from_torchvision, start_from_coco
+from utils import (cxcy_to_xy, find_jaccard_overlap, gcxgcy_to_cxcy, make_label_map, non_maximum_suppression,
+                   voc_labels, xy_to_cxcy)
+
+
+per_tile = 4, 6, 6, 6, 4, 4
+tiles = 38 ** 2, 19 ** 2, 10 ** 2, 5 ** 2, 3 ** 2, 1
+
+
+@pytest.fixture(scope='module')
+def theirs():
+    """torchvision's model with random weights, which scores neither near 0 nor near 1."""
+    torch.manual_seed(1)
+    model = ssd300_vgg16(weights=None, weights_backbone=None, score_thresh=0.01, nms_thresh=0.45,
+                         topk_candidates=9000).eval()
+    model.backbone.scale_weight.data = 10 + 20 * torch.rand(512)
+    for head in (model.head.classification_head, model.head.regression_head):
+        for layer in head.module_list:
+            torch.nn.init.normal_(layer.bias)
+    image = draw_random_image()
+    with torch.no_grad():  # scale each map's outputs to a spread of 2 for scores, of 1 for offsets
+        features = list(model.backbone(to_their_input(image)).values())
+        for head, spread in ((model.head.classification_head, 2.), (model.head.regression_head, 1.)):
+            for layer, feature in zip(head.module_list, features):
+                out = layer(feature)
+                layer.weight.mul_(spread / out.std())
+                layer.bias.mul_(spread / out.std())
+    return model
+
+
+def draw_random_image():
+    """A PIL image of 300x300."""
+    return draw_image(random.Random(4))[0].resize((300, 300))
+
+
+def to_pixels(image):
+    """(3, 300, 300), from 0 to 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def to_their_input(image):
+    """(1, 3, 300, 300), as torchvision normalizes it."""
+    return ((to_pixels(image) - torch.tensor([0.48235, 0.45882, 0.40784]).view(3, 1, 1)) * 255).unsqueeze(0)
+
+
+def to_our_order(tensor):
+    """Reorder the ratios within each tile, along dimension 0."""
+    parts = []
+    for part, n in zip(tensor.split([n * t for n, t in zip(per_tile, tiles)]), per_tile):
+        order = [0, 1, 2, 4, 3, 5] if n == 6 else [0, 1, 2, 3]
+        parts.append(part.unflatten(0, (-1, n))[:, order].flatten(0, 1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def test_predictions_equal_torchvisions(theirs):
+    image = draw_random_image()
+    before = {key: values.clone() for key, values in theirs.state_dict().items()}
+    ours = from_torchvision(theirs.state_dict()).eval()
+    assert all(torch.equal(values, before[key]) for key, values in theirs.state_dict().items())
+    features = list(theirs.backbone(to_their_input(image)).values())
+    outputs = theirs.head(features)
+    default_boxes = theirs.anchor_generator(ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)]), features)[0]
+    torch.testing.assert_close(ours.priors_cxcy, to_our_order(xy_to_cxcy(default_boxes / 300)), atol=1e-5, rtol=0)
+
+    locs, scores = ours(to_input(image).unsqueeze(0))
+    for mine, other in ((locs[0], outputs['bbox_regression'][0]), (scores[0], outputs['cls_logits'][0])):
+        other = to_our_order(other)
+        assert (mine - other).norm() < 3e-3 * other.norm()
+
+    # Torchvision clips boxes before it suppresses; so do we here.
+    boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs[0], ours.priors_cxcy)).clamp(0, 1)
+    probabilities, labels = scores[0].softmax(dim=1)[:, 1:].flatten().topk(9000)
+    boxes, labels = boxes[labels // 90], labels % 90 + 1
+    kept = non_maximum_suppression(boxes, probabilities, labels, 0.45)[:60]
+    found = theirs([to_pixels(image)])[0]
+    assert 0.05 < found['scores'][49] and found['scores'][0] < 0.999
+    for box, label, score in zip(found['boxes'][:50] / 300, found['labels'], found['scores']):
+        same = kept[labels[kept] == label]
+        overlaps = find_jaccard_overlap(box[None], boxes[same])[0]
+        assert overlaps.max() > 0.95
+        assert (probabilities[same[overlaps.argmax()]] - score).abs() < 0.01
+
+
+@torch.no_grad()
+def test_a_choice_of_classes_keeps_their_scores(theirs):
+    image = to_input(draw_random_image()).unsqueeze(0)
+    locs, scores = from_torchvision(theirs.state_dict())(image)
+    some_locs, some_scores = from_torchvision(theirs.state_dict(), [0, 17, 3])(image)
+    torch.testing.assert_close(some_locs, locs)
+    torch.testing.assert_close(some_scores, scores[:, :, [0, 17, 3]], atol=1e-4, rtol=1e-4)
+
+
+def test_other_weights_are_refused():
+    with pytest.raises(UserError, match='ssd300_vgg16'):
+        from_torchvision({'features.0.weight': torch.zeros(1)})
+
+
+def test_other_feature_maps_are_refused(theirs, monkeypatch):
+    fewer = dict(list(torchvision_weights.feature_maps.items())[:5])
+    monkeypatch.setattr(torchvision_weights, 'feature_maps', fewer)
+    with pytest.raises(UserError, match='feature_maps in utils.py were changed') as error:
+        from_torchvision(theirs.state_dict())
+    assert '\n' not in str(error.value)
+
+
+def test_weights_trained_from_coco_keep_its_priors(theirs, monkeypatch):
+    """Even if they are saved by hand and loaded into a new SSD300."""
+    monkeypatch.setattr(torchvision_weights, 'download_coco', theirs.state_dict)
+    model, _ = start_from_coco(make_label_map(['cat']), thin=64)
+    fresh = SSD300(2, thin=64)
+    assert not torch.equal(fresh.priors_cxcy, model.priors_cxcy)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.priors_cxcy, coco_default_boxes())
+
+
+def test_voc_labels_have_their_names_in_coco():
+    assert [label for label in voc_labels if coco_index(label) is None] == []
+    assert len({coco_index(label) for label in voc_labels}) == 20
+    assert coco_index('tvmonitor') == torchvision_weights.coco_categories.index('tv')
+    assert coco_index('background') is coco_index('__background__') is coco_index('triceratops') is None
+
+
+def test_fine_tuning_keeps_the_rows_of_known_labels(theirs, monkeypatch):
+    monkeypatch.setattr(torchvision_weights, 'download_coco', theirs.state_dict)
+    label_map = make_label_map(['triceratops', 'sofa', 'cat'])
+    model, anew = start_from_coco(label_map)
+    assert anew == ['triceratops']
+    coco = from_torchvision(theirs.state_dict())
+    torch.testing.assert_close(model.priors_cxcy, coco.priors_cxcy)
+    for (key, mine), other in zip(model.state_dict().items(), coco.state_dict().values(), strict=True):
+        if '.cl_' not in key:
+            assert torch.equal(mine, other), key
+            continue
+        mine, other = mine.unflatten(0, (-1, 4)), other.unflatten(0, (-1, 91))
+        assert torch.equal(mine[:, [0, 2, 3]], other[:, [0, coco_index('sofa'), coco_index('cat')]])
+        if key.endswith('.bias'):
+            assert (mine[:, 1] == 0).all()
+        else:
+            assert mine[:, 1].abs().max() > 0 and not torch.equal(mine[:, 1], other[:, 1])
+
+
+def test_train_says_which_labels_start_anew(theirs, voc_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision_weights, 'download_coco', theirs.state_dict)
+    for name, value in (('data_folder', voc_folder), ('pretrained', 'coco'), ('workers', 0), ('epochs', 1),
+                        ('checkpoint_path', str(tmp_path / 'a.pth')), ('lr', 1e-6)):
+        monkeypatch.setattr(train, name, value)
+    train.main()
+    assert "['circle', 'square', 'triangle']" in capsys.readouterr().out
+    torch.testing.assert_close(load_checkpoint(tmp_path / 'a.pth')['model']['priors_cxcy'], coco_default_boxes())
+
+
+def lists_with_labels(voc_folder, folder, labels):
+    """Copy lists, with other names for the labels."""
+    shutil.copytree(voc_folder, folder, dirs_exist_ok=True)
+    (folder / 'label_map.json').write_text(json.dumps(make_label_map(labels)))
+
+
+def test_eval_measures_coco_weights_on_other_labels(theirs, voc_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torchvision_weights, 'download_coco', theirs.state_dict)
+    lists_with_labels(voc_folder, tmp_path, ['sofa', 'dog', 'tvmonitor'])
+    for name, value in (('data_folder', str(tmp_path)), ('checkpoint', None), ('workers', 0)):
+        monkeypatch.setattr(eval_script, name, value)
+    eval_script.main()
+    assert re.search(r'^sofa +\d.*^dog +\d.*^tvmonitor +\d.*^mAP ', capsys.readouterr().out, re.M | re.S)
+    lists_with_labels(voc_folder, tmp_path, ['sofa', 'triceratops', 'dog'])
+    with pytest.raises(UserError, match='triceratops'):
+        eval_script.main()
+
+
+def test_with_the_file_in_place_no_network_is_touched(theirs, tmp_path, monkeypatch, capsys):
+    def no_network(*_, **__):
+        raise OSError('no network')
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr('torch.hub.download_url_to_file', no_network)
+    name = os.path.basename(torchvision_weights.coco_weights.url)
+    with pytest.raises(UserError) as error:
+        coco_detector()
+    assert str(tmp_path / 'hub' / 'checkpoints') in str(error.value) and name in str(error.value)
+    assert '\n' not in str(error.value)
+
+    os.makedirs(tmp_path / 'hub' / 'checkpoints', exist_ok=True)
+    torch.save(theirs.state_dict(), tmp_path / 'hub' / 'checkpoints' / name)
+    model, label_map = coco_detector()
+    assert len(label_map) == 81 and label_map['person'] == 1 and 'N/A' not in label_map
+    monkeypatch.chdir(tmp_path)
+    detect.kept_detector.cache_clear()
+    capsys.readouterr()  # older versions of PyTorch say that a download begins
+    annotated = detect.detect(draw_random_image(), 0.1, 0.45, 5)
+    assert annotated.size == (300, 300)
+    line = capsys.readouterr().err
+    assert line.startswith('There is no checkpoint_ssd300.pth') and line.count('\n') == 1 and 'COCO' in line
+    model, label_map = coco_detector(['sofa', 'dog'])
+    assert label_map == {'background': 0, 'sofa': 1, 'dog': 2} and model.n_classes == 3
+    with pytest.raises(UserError, match='triceratops'):
+        coco_detector(['triceratops'])
