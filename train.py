@@ -59,6 +59,8 @@ print_freq = 200  # batches between two lines of the log
 evaluate_every = 0  # epochs between two evaluations; 0 for none, since VOC's test set must not choose the epoch
 
 log_columns = 'epoch', 'batch', 'loss', 'loc_loss', 'conf_loss', 'lr', 'images_per_s', 'data_s', 'left_s', 'mAP'
+log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  '
+            'lr {lr:.2g}  {images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}')
 
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
@@ -73,8 +75,9 @@ def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
-    others = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
+    named = list(model.named_parameters())
+    biases = [parameter for name, parameter in named if name.endswith('.bias')]
+    others = [parameter for name, parameter in named if not name.endswith('.bias')]
     return torch.optim.SGD([{'params': biases, 'lr': 2 * lr}, {'params': others}],
                            lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -124,10 +127,7 @@ def follow_schedule(optimizer, factor, n_done=0):
 
 
 def best_of(checkpoint_path):
-    """
-    :param checkpoint_path: path of the last checkpoint
-    :return: path of the checkpoint with the highest mAP
-    """
+    """:return: the path of the checkpoint with the highest mAP, beside the path of the last one"""
     return '{}_best{}'.format(*os.path.splitext(checkpoint_path))
 
 
@@ -187,7 +187,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
         if evaluate_every > 0 and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs):
             _, mean_average_precision = evaluate(test_loader, model)
             if first:
-                add_to_log(log_path, epoch=epoch, batch=n_batches, mAP=mean_average_precision)
+                write_log(log_path, epoch=epoch, batch=n_batches, mAP=mean_average_precision)
                 if mean_average_precision > best:
                     best = mean_average_precision
                     save_checkpoint(best_path, epoch, model, optimizer, train_set.label_map, seed, mAP=best)
@@ -236,9 +236,12 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
             loc, conf = mean_over_processes(torch.stack(losses).mean(dim=0)).tolist()
             seconds = time.time() - last_line
             n_left = ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
-            write_log(log_path, n_batches, epoch=epoch, batch=i + 1, loss=conf + criterion.alpha * loc, loc_loss=loc,
-                      conf_loss=conf, lr=optimizer.param_groups[-1]['lr'], images_per_s=n_images / seconds,
-                      data_s=loading / len(losses), left_s=round(n_left * seconds / len(losses)))
+            row = {'epoch': epoch, 'batch': i + 1, 'loss': conf + criterion.alpha * loc, 'loc_loss': loc,
+                   'conf_loss': conf, 'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / seconds,
+                   'data_s': loading / len(losses), 'left_s': round(n_left * seconds / len(losses))}
+            if process_number() == 0:
+                print(log_line.format(n_batches=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
+            write_log(log_path, **row)
             losses, n_images, loading, last_line = [], 0, 0., time.time()
         end = time.time()
 
@@ -279,33 +282,19 @@ def start_log(log_path, start_epoch):
         csv.writer(file, lineterminator='\n').writerows([log_columns, *rows])
 
 
-def write_log(log_path, n_batches, **row):
-    """
-    Print a line of the log, and add it to the file; only in the first process.
-
-    :param log_path: CSV file; None for none
-    :param n_batches: number of batches of an epoch
-    :param row: a value for each of `log_columns` but the mAP
-    """
-    if process_number() == 0:
-        print('epoch {epoch}  batch {batch}/{n}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  '
-              'lr {lr:.2g}  {images_per_s:.1f} images/s  data {data_s:.3f} s  left {left}'.format(
-                  n=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
-    if log_path is not None:
-        add_to_log(log_path, **row)
-
-
-def add_to_log(log_path, **row):
+def write_log(log_path, **row):
     """
     Add a row to the log.
 
-    :param log_path: CSV file
+    :param log_path: CSV file, or None, as in all processes but the first
     :param row: values for some of `log_columns`; the others stay empty
     """
+    if log_path is None:
+        return
     try:
         with open(log_path, 'a', newline='') as file:
             csv.writer(file, lineterminator='\n').writerow([row.get(column, '') for column in log_columns])
-    except OSError as error:  # no reason to end a training of days
+    except OSError as error:  # not worth ending a training of days
         print(f'This line is not in {log_path}: {error}', file=sys.stderr)
 
 
