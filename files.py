@@ -20,10 +20,10 @@ class UserError(Exception):
 
 not_enough_memory = 'there is not enough memory: lower batch_size'
 
-# PyTorch raises these as plain RuntimeError: words of its message, and our line; None for its own message, which has
-# the remedy. The first words that are found count.
+# PyTorch raises these as plain RuntimeError: words of its message -> our line, or None to print its own message, which
+# has the remedy. The first words that are found count.
 runtime_errors = {
-    'DataLoader worker (pid': None,  # killed; says if shared memory is short, as in a container
+    'DataLoader worker (pid': None,  # it was killed
     'Pin memory thread exited': None,
     'Too many open files': None,
     'received 0 items of ancdata': 'there are too many open files: raise the limit with "ulimit -n", or lower workers',
@@ -51,7 +51,9 @@ def run(main):
         lines = [line for words, line in runtime_errors.items() if words in str(error)]
         if not lines:
             raise
-        sys.exit(f'Error: {lines[0] or one_line(error)}')
+        # If a worker was killed, the cause names the signal and, if it was short of shared memory, the remedy.
+        message = f'{one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': ')
+        sys.exit(f'Error: {lines[0] or message}')
     except KeyboardInterrupt as stop:
         sys.exit(f'Stopped. {stop}'.strip())
 

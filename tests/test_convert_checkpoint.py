@@ -50,7 +50,8 @@ def test_checkpoints_of_the_earlier_implementation(tmp_path, zipped):
     torch.save(weights, tmp_path / 'weights.pth')
     # In a process of its own, because the earlier implementation's module has our module's name
     names = ['zip.pth.tar', 'weights.pth', 'old.pth.tar']
-    subprocess.run([sys.executable, os.path.join(root, 'tests', 'earlier', 'write.py'), *names], cwd=tmp_path, check=True)
+    write = os.path.join(root, 'tests', 'earlier', 'write.py')
+    subprocess.run([sys.executable, write, *names], cwd=tmp_path, check=True)
     convert(tmp_path / names[0 if zipped else 2], tmp_path / 'c.pth')
     model, label_map = load_detector(tmp_path / 'c.pth')
     assert label_map == make_label_map(voc_labels) and set(model.state_dict()) == set(weights)

@@ -1,22 +1,20 @@
 """Errors that end in one line, and images of any kind."""
-import gc
+import errno
 import os
+import re
+import signal
 import subprocess
 import sys
+from copy import copy
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from conftest import root
-from tiny import TinyDetector
 from torch.utils.data import DataLoader
 
-import datasets
-import eval as eval_script
-import train
-from datasets import PascalVOCDataset, collate_fn, load_batches
-from files import UserError, image_header, killed_worker, open_image, run, to_rgb
+from files import UserError, image_header, is_image, open_image, run, to_rgb, write_whole
 
 
 # --------------------------------------------------------------------------------------------------------------- Errors
@@ -28,124 +26,44 @@ def last_line(function):
     return stop.value.code
 
 
-news_of_a_death = [
-    RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. '),
-    RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly'),
-    RuntimeError('Pin memory thread exited unexpectedly'), RuntimeError('received 0 items of ancdata'),
-    RuntimeError('Invalid data received'), ConnectionResetError(104, 'Connection reset by peer'),
-    ConnectionRefusedError(111, 'Connection refused'), BrokenPipeError(32, 'Broken pipe'),
-    FileNotFoundError(2, 'No such file or directory'), OSError('got end of file during message'), EOFError(),
-    EOFError('unexpected EOF')]
-
-
-@pytest.fixture
-def fail_to_load(monkeypatch):
-    """A function that lets all data loaders with workers fail with an error, at the second batch."""
-    monkeypatch.setattr(datasets.time, 'sleep', lambda _: None)
-
-    def fail(error):
-        loaded, plain = [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter._next_data
-
-        def next_data(self):
-            loaded.append(1)
-            if len(loaded) == 2:
-                raise error
-            return plain(self)
-        monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, '_next_data', next_data)
-    return fail
-
-
-class FakeLoader(list):
-    """Batches, and an error in the place of one."""
-
-    num_workers = 1
-
-    def __iter__(self):
-        for batch in list.__iter__(self):
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
-
-
-@pytest.mark.parametrize('error', news_of_a_death, ids=lambda error: f'{type(error).__name__} {error}')
-def test_a_killed_worker_is_named_however_the_news_comes(monkeypatch, error):
-    monkeypatch.setattr(datasets.time, 'sleep', lambda _: None)
-    batches = load_batches(FakeLoader([1, error]))
-    assert next(batches) == 1
-    assert last_line(lambda: next(batches)) == f'Error: {killed_worker}' and 'lower workers' in killed_worker
-
-
-def test_training_and_evaluation_name_a_killed_worker(folder, tmp_path, fail_to_load):
-    def fit():
-        model = TinyDetector(4)
-        train.fit(model, train.make_optimizer(model, 1e-3, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', True),
-                  str(tmp_path / 'c.pth'), 1, 4, workers=1)
-
-    def evaluate():
-        eval_script.evaluate(DataLoader(PascalVOCDataset(folder, 'TEST'), 1, collate_fn=collate_fn, num_workers=1),
-                             TinyDetector(4))
-
-    for script in (fit, evaluate):
-        fail_to_load(ConnectionResetError(104, 'Connection reset by peer'))
-        assert last_line(script) == f'Error: {killed_worker}'
-
-
-def test_the_signal_that_a_worker_was_killed_ends_in_the_same_line(monkeypatch):
-    """It comes while the last batch is worked on; or after other news, and does not interrupt the end."""
-    waits = []
-
-    def work():
-        for _ in load_batches(FakeLoader([1, 2])):
-            raise news_of_a_death[0]
-
-    def signal_comes(seconds):
-        assert seconds > 0.1
-        waits.append(seconds)
-        raise news_of_a_death[0]
-
-    assert last_line(work) == f'Error: {killed_worker}'
-    monkeypatch.setattr(datasets.time, 'sleep', signal_comes)
-    with pytest.raises(UserError, match=killed_worker):
-        list(load_batches(FakeLoader([EOFError()])))
-    assert len(waits) == 1
-
-
 class Unlucky(torch.utils.data.Dataset):
     """Its only image can't be loaded."""
 
-    def __init__(self, error):
-        self.error = error
+    def __init__(self, fail):
+        self.fail = fail
 
     def __len__(self):
         return 1
 
     def __getitem__(self, i):
-        raise self.error
+        self.fail()
+
+
+def load(fail, workers):
+    """A function that loads the only image of a data set with a data loader: it fails."""
+    return lambda: list(DataLoader(Unlucky(fail), num_workers=workers))
+
+
+def throw(error):
+    """Raise an error, in an expression."""
+    raise error
+
+
+@pytest.mark.parametrize('number, words', [(signal.SIGKILL, 'Killed.'),
+                                           (signal.SIGBUS, 'raise your shared memory limit')])
+def test_a_killed_worker_ends_in_one_line_of_pytorch(number, words):
+    """Short of shared memory, as in a container, a worker gets SIGBUS; then PyTorch says what to do."""
+    line = last_line(load(lambda: os.kill(os.getpid(), number), 1))
+    assert re.match(r'Error: DataLoader worker \(pid', line) and words in line and '\n' not in line
 
 
 @pytest.mark.parametrize('workers', [0, 1])
-def test_errors_of_workers_that_live_keep_their_lines(monkeypatch, workers):
-    monkeypatch.setattr(torch.utils.data._utils, 'MP_STATUS_CHECK_INTERVAL', 0.2)  # how long to wait for their end
-
-    def load(error):
-        return lambda: list(load_batches(DataLoader(Unlucky(error), num_workers=workers)))
-
-    assert last_line(load(UserError('a.jpg is broken'))) == 'Error: a.jpg is broken'
-    assert last_line(load(PermissionError(13, 'Permission denied', 'a.jpg'))).endswith("denied: 'a.jpg'")
+def test_errors_in_workers_keep_their_lines(workers):
+    assert last_line(load(lambda: throw(UserError('a.jpg is broken')), workers)) == 'Error: a.jpg is broken'
+    line = last_line(load(lambda: throw(PermissionError(13, 'Permission denied', 'a.jpg')), workers))
+    assert line.startswith('Error: ') and line.endswith("denied: 'a.jpg'")
     with pytest.raises(RuntimeError, match='shapes do not fit'):
-        run(load(RuntimeError('shapes do not fit')))
-    gc.collect()  # the workers end now
-
-
-def test_errors_from_elsewhere_keep_their_lines():
-    def read_checkpoint():
-        for _ in load_batches(FakeLoader([1])):
-            raise FileNotFoundError(2, 'No such file or directory', 'c.pth')
-
-    assert last_line(read_checkpoint) == "Error: [Errno 2] No such file or directory: 'c.pth'"
-    many = RuntimeError('Too many open files. Please increase the limit\nusing `ulimit -n`')
-    line = last_line(lambda: list(load_batches(FakeLoader([many]))))
-    assert line == 'Error: Too many open files. Please increase the limit using `ulimit -n`'
+        run(load(lambda: throw(RuntimeError('shapes do not fit')), workers))
 
 
 @pytest.mark.parametrize('error, line', [
@@ -153,7 +71,11 @@ def test_errors_from_elsewhere_keep_their_lines():
     (RuntimeError('CUDA out of memory. Tried to allocate 2 GiB'), 'lower batch_size'),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'lower batch_size'),
     (RuntimeError('DefaultCPUAllocator: not enough memory: you tried'), 'lower batch_size'),
-    (RuntimeError('Connection closed by peer [127.0.0.1]:1'), 'another process ended')])
+    (RuntimeError('Connection closed by peer [127.0.0.1]:1'), 'another process ended'),
+    (RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly'), 'worker (pid(s) 7, 8) exited unexpectedly'),
+    (RuntimeError('Pin memory thread exited unexpectedly'), 'Pin memory thread exited'),
+    (RuntimeError('Too many open files. Please increase the limit\nusing `ulimit -n`'), 'limit using `ulimit -n`'),
+    (RuntimeError('received 0 items of ancdata'), 'too many open files: raise the limit with "ulimit -n"')])
 def test_errors_of_pytorch_that_a_user_can_cause(error, line):
     def fail():
         raise error
@@ -190,6 +112,77 @@ def test_importing_touches_nothing(tmp_path):
     result = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True,
                             env={**os.environ, 'PYTHONPATH': root, 'PYTHONDONTWRITEBYTECODE': '1'})
     assert result.stdout == 'False\n' and result.stderr == '' and os.listdir(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------------------- Files that are written
+
+def refuse_to_replace(monkeypatch, times):
+    """Let os.replace fail as on Windows, while another program has the file open; the list of the seconds waited."""
+    waited, replace = [], os.replace
+
+    def replace_later(source, path):
+        if len(waited) < times:
+            raise PermissionError(13, 'Access is denied', source, None, path)
+        replace(source, path)
+
+    monkeypatch.setattr('files.os.replace', replace_later)
+    monkeypatch.setattr('files.time.sleep', waited.append)
+    return waited
+
+
+def write(path):
+    """Write 'new' to a file."""
+    with write_whole(path) as [file]:
+        file.write(b'new')
+
+
+def test_a_file_that_is_open_elsewhere_is_replaced_when_it_is_free(tmp_path, monkeypatch):
+    path = tmp_path / 'c.pth'
+    path.write_bytes(b'old')
+    waited = refuse_to_replace(monkeypatch, 3)
+    write(path)
+    assert path.read_bytes() == b'new' and os.listdir(tmp_path) == ['c.pth'] and len(waited) == 3
+
+
+def test_a_file_that_stays_open_elsewhere_is_unchanged(tmp_path, monkeypatch):
+    path = tmp_path / 'c.pth'
+    path.write_bytes(b'old')
+    waited = refuse_to_replace(monkeypatch, 100)
+    with pytest.raises(UserError) as error:
+        write(path)
+    assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['c.pth'] and 3 < sum(waited) < 15
+    assert str(error.value).startswith(f'{path} could not be written and is unchanged: ')
+    assert 'Access is denied' in str(error.value) and str(error.value).endswith('whether another program has it open')
+    assert '\n' not in str(error.value)
+
+
+def test_a_temporary_file_that_is_open_elsewhere_hides_no_error(tmp_path, monkeypatch):
+    def no_removal(path):
+        raise PermissionError(13, 'Access is denied', path)
+
+    refuse_to_replace(monkeypatch, 100)
+    monkeypatch.setattr('files.os.remove', no_removal)
+    with pytest.raises(UserError, match='c.pth could not be written and is unchanged'):
+        write(tmp_path / 'c.pth')
+
+
+def test_other_errors_of_a_replacement_are_not_waited_for(tmp_path, monkeypatch):
+    (tmp_path / 'c.pth').mkdir()
+    monkeypatch.setattr('files.time.sleep', lambda _: pytest.fail('waited'))
+    with pytest.raises(UserError, match='could not be written'):
+        write(tmp_path / 'c.pth')
+
+
+def test_of_several_files_each_is_old_or_new(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ('a', 'b')]
+    replace = os.replace
+    monkeypatch.setattr('files.os.replace', lambda source, path: replace(source, path) if path == paths[0] else throw(
+        OSError(errno.EIO, 'Input/output error')))
+    with pytest.raises(UserError, match='a, .*b could not be written and each is unchanged or complete: .*put error'):
+        with write_whole(*paths, mode='w') as files:
+            for file in files:
+                file.write('new')
+    assert os.listdir(tmp_path) == ['a'] and paths[0].read_text() == 'new'
 
 
 # ------------------------------------------------------------------------------------------------------------- Images
@@ -250,3 +243,67 @@ def test_an_orientation_that_means_nothing_turns_nothing(tmp_path, orientation):
     exif[0x0112] = orientation
     Image.new('RGB', (40, 20)).save(tmp_path / 'a.jpg', exif=exif)
     assert open_image(tmp_path / 'a.jpg').size == (40, 20) and image_header(tmp_path / 'a.jpg') == ((40, 20), 1)
+
+
+@pytest.mark.parametrize('name, expected', [('a.jpg', True), ('A.JPG', True), ('a.webp', True), ('a.gif', True),
+                                            ('a.eps', False), ('a.mpg', False), ('a.pdf', False), ('a.xml', False),
+                                            ('jpg', False)])
+def test_images_are_known_by_their_extension(name, expected):
+    assert is_image(name) == expected
+
+
+@pytest.mark.parametrize('read', [open_image, image_header])
+@pytest.mark.parametrize('when', ['opened', 'loaded'])
+@pytest.mark.parametrize('error, line', [
+    (MemoryError(), 'there is not enough memory'),
+    (OSError(errno.EMFILE, 'Too many open files'), "Too many open files: '{path}'"),
+    (OSError(errno.ENFILE, 'Too many open files in system', 'x'), "Too many open files in system: 'x'"),
+    (PermissionError(errno.EACCES, 'Permission denied'), "Permission denied: '{path}'"),
+    (OSError(errno.EIO, 'Input/output error'), "Input/output error: '{path}'")])
+def test_what_the_system_cannot_do_is_not_said_of_the_image(tmp_path, monkeypatch, read, when, error, line):
+    path = str(tmp_path / 'a.jpg')
+    Image.new('RGB', (40, 20)).save(path)
+    if read is image_header:  # which loads the pixels of a file that seems cut off
+        with open(path, 'ab') as file:
+            file.write(b'more')
+    function = 'PIL.Image.open' if when == 'opened' else 'PIL.JpegImagePlugin.JpegImageFile.load'
+    monkeypatch.setattr(function, lambda *_, **__: throw(copy(error)))  # which may get the file's name
+    with pytest.raises(type(error)):
+        read(path)
+    said = last_line(lambda: read(path))
+    assert line.format(path=path) in said and 'not an image' not in said
+
+
+def test_too_many_open_files_end_in_that_line(tmp_path):
+    resource = pytest.importorskip('resource')
+    Image.new('RGB', (40, 20)).save(tmp_path / 'a.png')
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        line = last_line(lambda: open_image(tmp_path / 'a.png'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert 'Too many open files' in line and 'a.png' in line and 'not an image' not in line
+
+
+@pytest.mark.parametrize('error', [OSError('image file is truncated'), OSError(-2), EOFError(),
+                                   ValueError('bad\nheader'), SyntaxError('not a TIFF file'),
+                                   OSError(errno.EINVAL, 'Invalid argument')])
+def test_what_a_bad_file_makes_pillow_raise_is_said_of_the_image(tmp_path, monkeypatch, error):
+    monkeypatch.setattr('PIL.Image.open', lambda _: throw(error))
+    for read in (open_image, image_header):
+        with pytest.raises(UserError, match='a.jpg is not an image that can be read') as stop:
+            read(tmp_path / 'a.jpg')
+        assert '\n' not in str(stop.value)
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    (tmp_path / 'text.jpg').write_text('no image')
+    Image.effect_noise((200, 200), 100).save(tmp_path / 'whole.jpg')
+    (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:4000])
+    for name in ('text.jpg', 'cut.jpg'):
+        for read in (open_image, image_header):
+            with pytest.raises(UserError, match=f'{name} is not an image that can be read'):
+                read(tmp_path / name)
+    with pytest.raises(UserError, match='none.jpg is missing: check the path'):
+        open_image(tmp_path / 'none.jpg')
