@@ -20,8 +20,8 @@ wrong_answers = {
     'fully_connected_to_convolution': ('weight.view(-1, channels, size, size)',
                                        'weight.view(-1, size, size, channels).permute(0, 3, 1, 2)'),
     # Column by column instead of row by row
-    'priors_of_map': ('for row in range(size) for column in range(size)',
-                      'for column in range(size) for row in range(size)'),
+    'create_prior_boxes': ('c_x, c_y = (column + 0.5) / size, (row + 0.5) / size',
+                           'c_x, c_y = (row + 0.5) / size, (column + 0.5) / size'),
     # The distance of the centers is divided by 10 instead of multiplied
     'cxcy_to_gcxgcy': ('/ (priors_cxcy[..., 2:] / 10)', '/ (priors_cxcy[..., 2:] * 10)'),
     # The channels do not come last before the output is reshaped
@@ -29,16 +29,16 @@ wrong_answers = {
     # Of two objects that overlap a prior equally, neither gives way
     'own_priors': ('(others > mine) | (others == mine) & earlier', 'others > mine'),
     # An object has its own prior, but below the threshold it is background nevertheless
-    'MultiBoxLoss.match': ('F.pad(overlap_of_prior, (0, 1)).scatter(1, own, 1.)[:, :-1]', 'overlap_of_prior'),
+    'MultiBoxLoss.match': ('            overlap_of_prior[i, prior_of_object[i, :n]] = 1.\n', ''),
     # Positives are among the hard negatives
     'MultiBoxLoss.losses': ('conf_loss.where(~positive, 0).sort(', 'conf_loss.sort('),
-    # A box strikes out those of other classes, too
+    # A box also suppresses those of other classes
     'non_maximum_suppression': ('batched_nms(boxes_xy, scores.double(), labels, max_overlap)',
                                 'batched_nms(boxes_xy, scores.double(), 0 * labels, max_overlap)'),
     # The column of the background is cut off, and not added to the labels again
-    'SSD300.detect_objects': ('best % (self.n_classes - 1) + 1', 'best % (self.n_classes - 1)'),
-    # A second detection of an object is another hit
-    'calculate_mAP': ('hits.append(target >= 0 and target not in found)', 'hits.append(target >= 0)')}
+    'SSD300.detect_objects': ('scores[ranks, classes], classes + 1', 'scores[ranks, classes], classes'),
+    # A second detection of an object is another true positive
+    'calculate_mAP': ('elif targets[i] not in found:', 'else:')}
 
 
 def read_exercises():

@@ -595,7 +595,7 @@ def test_an_infinite_prediction_gives_no_box(value):
 
 @pytest.mark.parametrize('n_better, found', [(399, True), (400, False)])
 def test_only_the_400_best_of_each_class_are_candidates(n_better, found):
-    """One box everywhere, except for one prior, which is the 400th or 401st of its class; another class is not asked."""
+    """One box everywhere, except for one prior, which is the 400th or 401st of its class; another class has 1000."""
     predictor = _Predictor(n_classes=3)
     target = torch.tensor([0.5, 0.5, 0.3, 0.3]).expand(1, 8732, 4).clone()
     target[0, 8000] = torch.tensor([0.1, 0.1, 0.05, 0.05])
