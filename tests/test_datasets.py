@@ -11,8 +11,8 @@ from conftest import copy_lists
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import (EpochSampler, PascalVOCDataset, centers_inside, collate_fn, expand, flip, photometric_distort,
-                      random_crop, resize, to_input, transform)
+from datasets import (EpochSampler, PascalVOCDataset, centers_inside, collate_fn, crop_window, draw_window,
+                      expand_window, flip, photometric_distort, to_input, transform)
 from demo import draw_background, shapes
 from files import UserError
 from utils import find_jaccard_overlap, make_label_map, mean, std
@@ -45,6 +45,31 @@ def test_images_whose_objects_are_all_difficult_or_that_have_none(voc_folder, tm
         hidden, kept = PascalVOCDataset(tmp_path, split), PascalVOCDataset(tmp_path, split, keep_difficult=True)
         assert hidden[0][1].shape == hidden[1][1].shape == kept[1][1].shape == (0, 4)
         assert kept[0][3].all() and len(kept[0][3]) > 0
+
+
+@pytest.mark.parametrize('split', ['train', 'Train', 'test'])
+def test_a_split_in_any_case(voc_folder, split):
+    """On Windows and macOS, the lists of "train" are found as well: training without augmentation would go unnoticed."""
+    given, expected = PascalVOCDataset(voc_folder, split), PascalVOCDataset(voc_folder, split.upper())
+    assert given.split == split.upper() and len(given) == len(expected)
+    for item in ((0, 5), (1, 6)):
+        assert all(map(torch.equal, given[item], expected[item]))
+
+    image, objects = draw_background((200, 150), random.Random(0)), (torch.tensor([[20., 30., 90., 90.]]),
+                                                                   torch.tensor([1]), torch.tensor([0]))
+    results = {name: transform(image, *objects, name, random.Random(7))
+               for name in (split, split.upper(), 'TRAIN', 'TEST')}
+    assert all(map(torch.equal, results[split], results[split.upper()]))
+    assert not torch.equal(results['TRAIN'][0], results['TEST'][0])
+
+
+@pytest.mark.parametrize('split', ['val', 'trainval', '', 'TRAIN '])
+def test_another_split_is_refused(voc_folder, split):
+    for refused in (lambda: PascalVOCDataset(voc_folder, split),
+                    lambda: transform(Image.new('RGB', (9, 9)), torch.empty(0, 4), torch.empty(0).long(),
+                                      torch.empty(0).byte(), split)):
+        with pytest.raises(UserError, match=f"the split '{split}' is unknown: take 'TRAIN' or 'TEST'"):
+            refused()
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(voc_folder):
@@ -153,11 +178,11 @@ def test_boxes_stay_on_their_objects(monkeypatch, split):
         assert min(areas) < 0.01 and max(areas) > 0.5  # zoomed out and in
 
 
-def test_expand():
+def test_expand_window():
     rng, image = random.Random(0), (10., 20., 110., 70.)
     scales = []
     for _ in range(2000):
-        x_min, y_min, x_max, y_max = expand(image, rng)
+        x_min, y_min, x_max, y_max = expand_window(image, rng)
         assert x_min <= 10 and y_min <= 20 and x_max >= 110 - 1e-9 and y_max >= 70 - 1e-9
         assert (x_max - x_min) / (y_max - y_min) == pytest.approx(2)
         scales.append((x_max - x_min) / 100)
@@ -165,7 +190,7 @@ def test_expand():
 
 
 def test_beyond_the_image_there_is_the_mean():
-    image, boxes = resize(Image.new('RGB', (100, 100), 'white'), torch.empty(0, 4), (-100., -100., 300., 300.))
+    image, boxes = draw_window(Image.new('RGB', (100, 100), 'white'), torch.empty(0, 4), (-100., -100., 300., 300.))
     pixels = to_input(image)
     assert pixels[:, :70, :].abs().max() < 0.02 and pixels[:, 80:145, 80:145].min() > 2 and boxes.shape == (0, 4)
 
@@ -173,18 +198,18 @@ def test_beyond_the_image_there_is_the_mean():
 def test_a_window_is_drawn_in_any_size():
     image = Image.new('RGB', (100, 100))
     image.paste(red, (50, 0, 100, 50))
-    drawn, boxes = resize(image, torch.tensor([[50., 0., 100., 50.]]), (-100., 0., 100., 100.), dims=(40, 80))
+    drawn, boxes = draw_window(image, torch.tensor([[50., 0., 100., 50.]]), (-100., 0., 100., 100.), dims=(40, 80))
     assert drawn.size == (40, 80) and boxes.tolist() == [[.75, 0., 1., .5]]
     assert drawn.getpixel((39, 0)) == red and drawn.getpixel((0, 79)) == datasets.mean_color
     assert drawn.getpixel((21, 79)) == (0, 0, 0)
 
 
-def test_random_crop_keeps_its_promises():
+def test_crop_window_keeps_its_promises():
     rng, window, kept_whole, n_tries = random.Random(0), (0., 0., 400., 300.), 0, 1000
     boxes = torch.tensor([[10., 10., 120., 90.], [200., 100., 390., 290.], [0., 250., 40., 299.]])
     smallest = 1.
     for _ in range(n_tries):
-        x_min, y_min, x_max, y_max = crop = random_crop(window, boxes, rng)
+        x_min, y_min, x_max, y_max = crop = crop_window(window, boxes, rng)
         if crop == window:
             kept_whole += 1
             continue
@@ -198,18 +223,18 @@ def test_random_crop_keeps_its_promises():
 
 
 @pytest.mark.parametrize('min_overlap', [.1, .5, .9])
-def test_random_crop_meets_the_minimum_overlap(min_overlap):
+def test_crop_window_meets_the_minimum_overlap(min_overlap):
     class Choose(random.Random):
         def choice(self, _):
             return min_overlap
 
     boxes = torch.tensor([[50., 50., 250., 250.]])
     for seed in range(50):
-        crop = random_crop((0., 0., 300., 300.), boxes, Choose(seed))
+        crop = crop_window((0., 0., 300., 300.), boxes, Choose(seed))
         assert find_jaccard_overlap(torch.tensor([crop]), boxes).item() >= min_overlap
 
 
-def test_random_crop_draws_the_minimum_overlaps_of_the_paper():
+def test_crop_window_draws_the_minimum_overlaps_of_the_paper():
     offered = []
 
     class Remember(random.Random):
@@ -217,13 +242,13 @@ def test_random_crop_draws_the_minimum_overlaps_of_the_paper():
             offered.append(options)
             return super().choice(options)
 
-    random_crop((0., 0., 100., 100.), torch.tensor([[10., 10., 90., 90.]]), Remember(0))
+    crop_window((0., 0., 100., 100.), torch.tensor([[10., 10., 90., 90.]]), Remember(0))
     assert all(set(options) == {0., .1, .3, .5, .7, .9, None} and len(options) == 7 for options in offered) and offered
 
 
 def test_objects_whose_center_is_cut_off_are_left_out(monkeypatch):
-    monkeypatch.setattr(datasets, 'random_crop', lambda window, boxes, rng: (0., 0., 50., 50.))
-    monkeypatch.setattr(datasets, 'expand', lambda window, rng: window)
+    monkeypatch.setattr(datasets, 'crop_window', lambda window, boxes, rng: (0., 0., 50., 50.))
+    monkeypatch.setattr(datasets, 'expand_window', lambda window, rng: window)
     boxes = torch.tensor([[10., 10., 60., 60.], [45., 45., 100., 100.], [0., 0., 20., 20.]])
     _, boxes, labels, difficulties = transform(Image.new('RGB', (100, 100)), boxes, torch.tensor([1, 2, 3]),
                                                torch.tensor([0, 1, 1]), 'TRAIN', random.Random(2))

@@ -54,7 +54,7 @@ def train_spoiled(folder, how):
     dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     spoiled = [index for index, _ in EpochSampler(len(dataset), 0, n_processes() - 1, n_processes())][5]
     model = TinyDetector(n_classes=4)
-    optimizer, weights = make_optimizer(model, 1e-3, 0.9, 5e-4), [model.head.weight.detach().clone()]
+    optimizer, weights = make_optimizer(model, 'sgd', 1e-3, 5e-4), [model.head.weight.detach().clone()]
     optimizer.register_step_post_hook(lambda *_: weights.append(model.head.weight.detach().clone()))
     if how == 'nan':
         dataset = SpoiledImages(dataset, spoiled, float('nan'))
@@ -124,9 +124,9 @@ def main():
         model = SSD300(n_classes=4, thin=16).to(device)
         print(f'process {process_number()} is {os.getpid()}', flush=True)
         train.evaluate = partial(evaluate, min_score=0, top_k=5000)  # so that there are some hits
-        fit(model, make_optimizer(model, 1e-5, 0.9, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
-            os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, print_freq=1,
-            test_set=PascalVOCDataset(folder, 'TEST', keep_difficult=True), evaluate_every=1)
+        fit(model, make_optimizer(model, 'sgd', 1e-5, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
+            os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, warm_up=3,
+            print_freq=1, test_set=PascalVOCDataset(folder, 'TEST', keep_difficult=True), evaluate_every=1)
     elif what == 'spoiled':
         train_spoiled(folder, *sys.argv[3:])
     elif what == 'download':
