@@ -335,6 +335,43 @@ def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
         {'background': 0, 'circle': 1, 'square': 2, 'triangle': 3}
 
 
+def test_a_missing_folder_is_named_with_the_remedy(tmp_path):
+    missing = str(tmp_path / 'missing')
+    make_voc_folder(tmp_path / '07', 1, 1)
+    for folders in ((missing, None), (str(tmp_path / '07'), missing)):
+        with pytest.raises(UserError, match='missing.*is missing: set the paths .* or download = True'):
+            create_data_lists(*folders, str(tmp_path))
+
+
+def test_the_summary_counts_images_and_objects(tmp_path, capsys):
+    make_voc_folder(tmp_path, 3, 2)
+    objects = ('cat', (1, 1, 9, 9), '<difficult>1</difficult>'), ('dog', (1, 1, 5, 5), ''), ('cat', (1, 1, 1, 9), '')
+    for name, *of_image in (('trainval_00', *objects), ('trainval_01',), ('test_01', *objects[:1])):
+        (tmp_path / f'Annotations/{name}.xml').write_text(annotation(*of_image, size=''))
+    create_data_lists(str(tmp_path), None, str(tmp_path), labels=('dog', 'cat'))
+    assert capsys.readouterr().out.splitlines() == [
+        '                         train      test', 'images                       2         2',
+        'objects                      3         2', 'of which difficult           1         1',
+        '  dog                        2         1', '  cat                        1         1',
+        'Left out 1 training images without objects, and dropped 1 boxes:',
+        f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
+        "Left out 0 images that can't be read, or whose annotation can't:", '  none', f'The lists are in {tmp_path}.']
+
+
+def test_without_test_images_there_is_an_error(tmp_path):
+    make_voc_folder(tmp_path, 2, 0)
+    with pytest.raises(UserError, match='no test image in .*raise test_fraction'):
+        create_data_lists(str(tmp_path), None, str(tmp_path))
+
+
+def test_by_default_the_classes_are_vocs_and_a_fifth_is_for_the_test(tmp_path):
+    make_voc_folder(tmp_path, 10, 0)
+    shutil.rmtree(tmp_path / 'ImageSets')
+    create_data_lists(str(tmp_path), None, str(tmp_path))
+    assert [len(names) for names in list_names(tmp_path)] == [8, 2]
+    assert list(json.loads((tmp_path / 'label_map.json').read_text())) == ['background', *voc_labels]
+
+
 @pytest.mark.parametrize('test_fraction, n_test', [(0.36, 4), (0.34, 3), (0.5, 5)])
 def test_the_number_of_test_images_is_rounded_to_the_nearest(tmp_path, test_fraction, n_test):
     make_voc_folder(tmp_path, 10, 0)
