@@ -156,15 +156,7 @@ def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
 
 
 def start(train_set, thin, device, lr):
-    """
-    Make what train.py makes with `pretrained = None` and `optimizer_kind = 'adamw'`.
-
-    :param train_set: PascalVOCDataset, of at least 16 images
-    :param thin: every thin-th channel is kept
-    :param device: where the model goes
-    :param lr: the highest learning rate
-    :return: SSD300 with random weights, and its optimizer
-    """
+    """:return: SSD300 with random weights, and its optimizer, as train.py makes them for 'adamw'; lr is the highest"""
     model = SSD300(n_classes=len(train_set.label_map), thin=thin).to(device)
     standardize(model, torch.stack([train_set[i, i][0] for i in range(16)]).to(device))
     return model, make_optimizer(model, 'adamw', lr, weight_decay)

@@ -122,10 +122,10 @@ def list_images(paths):
 def output_paths(paths):
     """
     :param paths: images
-    :return: for each image where its annotated copy goes: JPEG and PNG files keep their format, others become PNG. No
+    :return: for each image, the path of its annotated copy: JPEG and PNG files keep their format, others become PNG. No
         copy overwrites another or one of the images, even on case-insensitive file systems.
     """
-    taken, found = {os.path.realpath(path).casefold() for path in paths}, []
+    taken = {os.path.realpath(path).casefold() for path in paths}
     for path in paths:
         stem, extension = os.path.splitext(os.path.basename(path))
         if extension.lower() not in ('.jpg', '.jpeg', '.png'):
@@ -134,8 +134,7 @@ def output_paths(paths):
         while os.path.realpath(output_path).casefold() in taken:
             output_path, number = os.path.join(output_folder, f'{stem}-{number}{extension}'), number + 1
         taken.add(os.path.realpath(output_path).casefold())
-        found.append(output_path)
-    return found
+        yield output_path
 
 
 def main():

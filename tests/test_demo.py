@@ -11,9 +11,7 @@ from PIL import Image
 import demo
 from create_data_lists import parse_annotation
 from demo import draw_dataset, draw_image, draw_shape, shapes
-from utils import find_jaccard_overlap, make_label_map
-
-label_map = make_label_map(shapes)
+from utils import find_jaccard_overlap
 
 
 def test_shapes_have_all_sizes_and_do_not_cover_each_other():
@@ -52,9 +50,9 @@ def test_the_same_seed_draws_the_same_data_set(tmp_path):
                 for name in 'abc'}
     assert len(contents['a']) == 3 * 2 + 2 and contents['a'] == contents['b'] != contents['c']
     image, objects = draw_image(random.Random(3))
-    parsed = parse_annotation(tmp_path / 'a/Annotations/trainval_0000.xml', label_map, image.size)
+    parsed = parse_annotation(tmp_path / 'a/Annotations/trainval_0000.xml', shapes, image.size)
     assert parsed['boxes'] == [list(map(float, box)) for _, box, _ in objects] and parsed['dropped'] == []
-    assert parsed['labels'] == [label_map[shape] for shape, _, _ in objects]
+    assert parsed['labels'] == [shape for shape, _, _ in objects]
     assert parsed['difficulties'] == [int(difficult) for _, _, difficult in objects]
 
 

@@ -1,4 +1,5 @@
 """Detection in images, and drawing."""
+import inspect
 import os
 import re
 import sys
@@ -8,8 +9,11 @@ import torch
 from PIL import Image, ImageColor
 
 import detect
+import overfit
+import train
 from checkpoints import save_checkpoint
 from demo import shapes
+from eval import evaluate
 from files import UserError
 from model import SSD300
 from utils import make_color_map, make_label_map
@@ -168,6 +172,25 @@ def test_without_a_checkpoint_torchvisions(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out == '' and re.fullmatch("There is no none.pth: torchvision's weights.*train.py\".\n", printed.err)
     detect.kept_detector.cache_clear()
+
+
+@pytest.mark.parametrize('has_gpu, device', [(False, 'cpu'), (True, 'cuda')])
+def test_the_detector_is_on_the_gpu_if_there_is_one(monkeypatch, has_gpu, device):
+    devices = []
+    monkeypatch.setattr(torch.nn.Module, 'to', lambda model, device: devices.append(device) or model)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    monkeypatch.setattr(detect, 'load_detector', lambda path: (torch.nn.Dropout(), label_map))
+    detect.kept_detector.__wrapped__(None)
+    assert devices == [device]
+
+
+def test_scripts_agree():
+    """What is counted, drawn and learned by default is the same; the checkpoint is the one that train.py writes."""
+    assert detect.checkpoint == train.checkpoint_path
+    settings = detect.min_score, detect.max_overlap, detect.top_k
+    assert (overfit.min_score, overfit.max_overlap, overfit.top_k) == settings
+    defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
+    assert (defaults['mistakes_min_score'], defaults['max_overlap'], defaults['top_k']) == settings
 
 
 def test_boxes_are_in_pixels_of_each_image():
