@@ -23,34 +23,15 @@ def learn(folder, tmp_path, n_images, steps, lr=3e-3):
     return train_set, result, Image.open(path)
 
 
-def test_it_learns_images(voc_folder, tmp_path, capsys):
-    train_set, (loss, n_found), sheet = learn(voc_folder, tmp_path, 2, 40)
-    n_objects = sum(len(objects['labels']) for objects in train_set.objects[:2])
-    assert n_found == n_objects > 5 and loss < 0.5
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split('  ')[0] for line in lines] == ['step 10', 'step 20', 'step 30', 'step 40']
-    assert lines[-1].endswith(f'found {n_objects} of {n_objects}  false positives 0')
-    assert sheet.size == (5 * overfit.tile[0], 40 + 2 * overfit.tile[1])  # objects, and four looks
-    assert len(sheet.getcolors(10 ** 6)) > 1000
-
-
-def test_objects_that_are_difficult_count(voc_folder, tmp_path, capsys):
-    """All are learned, so all are to be found."""
+@pytest.mark.parametrize('difficult', [0, 1])
+def test_what_is_found_is_counted(voc_folder, tmp_path, monkeypatch, capsys, difficult):
+    """Two of the objects, difficult or not, for all are learned; and three boxes that are none."""
     copy_lists(voc_folder, tmp_path)
-    path = tmp_path / 'TRAIN_objects.json'
-    all_objects = json.loads(path.read_text())
+    all_objects = json.loads((tmp_path / 'TRAIN_objects.json').read_text())
     for objects in all_objects:
-        objects['difficulties'] = [1] * len(objects['labels'])
-    path.write_text(json.dumps(all_objects))
-    _, (_, n_found), _ = learn(str(tmp_path), tmp_path, 2, 40)
-    n_objects = sum(len(objects['labels']) for objects in all_objects[:2])
-    assert n_found == n_objects
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f'found {n_objects} of {n_objects}  false positives 0')
-
-
-def test_what_is_found_is_counted(voc_folder, tmp_path, monkeypatch, capsys):
-    """Two of the objects, and three boxes that are none: with the settings at the top of overfit.py."""
-    train_set = PascalVOCDataset(voc_folder, 'TRAIN', keep_difficult=True)
+        objects['difficulties'] = [difficult] * len(objects['labels'])
+    (tmp_path / 'TRAIN_objects.json').write_text(json.dumps(all_objects))
+    train_set = PascalVOCDataset(str(tmp_path), 'TRAIN', keep_difficult=True)
     train_set.split = 'TEST'
     _, boxes, labels, _ = train_set[0]
     asked = []
@@ -62,7 +43,7 @@ def test_what_is_found_is_counted(voc_folder, tmp_path, monkeypatch, capsys):
                 [torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.3])])  # the last one's score is too low to count
 
     monkeypatch.setattr(SSD300, 'detect_objects', detect_objects)
-    _, (_, n_found), sheet = learn(voc_folder, tmp_path, 1, 8)
+    _, (_, n_found), _ = learn(str(tmp_path), tmp_path, 1, 8)
     assert n_found == 2 and asked == [((0.4, 0.45, 200), False, 1)] * 4
     lines = capsys.readouterr().out.splitlines()
     assert [line.split('  ')[0] for line in lines] == ['step 2', 'step 4', 'step 6', 'step 8']
@@ -124,7 +105,13 @@ def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, caps
     for name, value in dict(data_folder=voc_folder, n_images=1, steps=1, thin=16,
                             sheet_path=str(tmp_path / 'sheet.png')).items():
         monkeypatch.setattr(overfit, name, value)
+    plain, told = overfit.overfit, []
+    monkeypatch.setattr(overfit, 'overfit', lambda train_set, *rest: told.append(
+        (train_set.images, train_set.keep_difficult, torch.initial_seed(), rest)) or plain(train_set, *rest))
+    torch.manual_seed(5)
     overfit.main()
+    images = PascalVOCDataset(voc_folder, 'TRAIN').images
+    assert told == [(images, True, 0, (1, 1, 16, 1e-3, str(tmp_path / 'sheet.png'), torch.device('cpu')))]
     assert f'Look at {tmp_path / "sheet.png"}' in capsys.readouterr().out
     assert Image.open(tmp_path / 'sheet.png').height == 40 + overfit.tile[1]
     for name in 'n_images', 'steps', 'thin':
@@ -135,3 +122,14 @@ def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, caps
     monkeypatch.setattr(overfit, 'data_folder', str(tmp_path))
     with pytest.raises(UserError, match='create_data_lists.py'):
         overfit.main()
+
+
+def test_it_learns_images(voc_folder, tmp_path, capsys):
+    train_set, (loss, n_found), sheet = learn(voc_folder, tmp_path, 2, 40)
+    n_objects = sum(len(objects['labels']) for objects in train_set.objects[:2])
+    assert n_found == n_objects > 5 and loss < 0.5
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split('  ')[0] for line in lines] == ['step 10', 'step 20', 'step 30', 'step 40']
+    assert lines[-1].endswith(f'found {n_objects} of {n_objects}  false positives 0')
+    assert sheet.size == (5 * overfit.tile[0], 40 + 2 * overfit.tile[1])  # objects, and four looks
+    assert len(sheet.getcolors(10 ** 6)) > 1000
