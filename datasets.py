@@ -24,7 +24,7 @@ class PascalVOCDataset(Dataset):
     Images with their objects, ready for the network. See "Inputs".
 
     :param data_folder: the folder with the lists
-    :param split: 'TRAIN' for the training images, with augmentation, or 'TEST'; in any case
+    :param split: 'TRAIN' for the training images, with augmentation, or 'TEST'; upper or lower case
     :param keep_difficult: keep objects that are marked as difficult
     :raises UserError: there is no such split; a list is missing, or is not from the same run as the others
     """
@@ -49,7 +49,10 @@ class PascalVOCDataset(Dataset):
         :return: image (3, 300, 300), boxes in fractional boundary coordinates (n_objects, 4), labels (n_objects),
             difficulties (n_objects) byte
         """
-        i, rng = (i[0], random.Random(i[1])) if isinstance(i, tuple) else (i, random)
+        rng = random
+        if isinstance(i, tuple):
+            i, seed = i
+            rng = random.Random(seed)
         image = open_image(self.images[i])
         boxes = torch.tensor(self.objects[i]['boxes'], dtype=torch.float32).view(-1, 4)  # (n_objects, 4)
         labels = torch.tensor(self.objects[i]['labels'], dtype=torch.long)  # (n_objects)
@@ -62,7 +65,7 @@ class PascalVOCDataset(Dataset):
 
 def standard_split(split):
     """
-    :param split: name of a split, in any case
+    :param split: name of a split, in upper or lower case
     :return: 'TRAIN' or 'TEST'
     :raises UserError: it is another word, which would otherwise mean training without augmentation
     """
@@ -113,7 +116,7 @@ class EpochSampler(Sampler):
         return self.n // self.n_processes
 
     def __iter__(self):
-        rng = random.Random(f'{self.seed} {self.epoch}')
+        rng = random.Random(f'{self.seed} {self.epoch}')  # a string, because seed 0, epoch 1 is not seed 1, epoch 0
         images = [(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)]
         return iter(images[self.process::self.n_processes][:len(self)])
 
@@ -140,6 +143,7 @@ def to_input(image):
     :return: the network's input: a tensor (3, 300, 300), RGB from 0 to 1, then normalized
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 300, 300), from 0 to 255
+    # Pixels are not divided by 255; mean and std are multiplied instead, which is faster.
     return FT.normalize(pixels.float().contiguous(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
 
 
@@ -250,7 +254,7 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     canvas = Image.new('RGB', dims, mean_color)
     canvas.paste(drawn, (left, top))
 
-    # Boxes move with the pixels.
+    # The scale of whole pixels keeps the boxes aligned with the image.
     scales = torch.tensor([(right - left) / (part[2] - part[0]), (bottom - top) / (part[3] - part[1])]).repeat(2)  # (4)
     boxes = (boxes - torch.tensor(part[:2] * 2)) * scales + torch.tensor([left, top] * 2)  # (n_objects, 4)
     return canvas, (boxes / torch.tensor(dims * 2)).clamp(0, 1)
@@ -276,7 +280,7 @@ def transform(image, boxes, labels, difficulties, split, rng=random):
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
     :param labels: (n_objects)
     :param difficulties: (n_objects)
-    :param split: 'TRAIN', or 'TEST' to only resize and normalize; in any case
+    :param split: 'TRAIN', or 'TEST' to only resize and normalize; upper or lower case
     :param rng: a random.Random, or the module
     :return: the input (3, 300, 300), boxes in fractional boundary coordinates (n, 4), labels (n), difficulties (n);
         in training, without the objects whose center is outside the crop

@@ -23,13 +23,13 @@ data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to evaluate, from train.py; None for torchvision's, trained on COCO
 batch_size = 32  # images in a batch; fewer if memory runs out
 workers = 4  # processes that load images
-mistakes_path = 'mistakes.png'  # where to save a sheet of the worst mistakes; None for none
+mistakes_path = 'mistakes.png'  # where to save an image of the worst mistakes; None for none
 mistakes_min_score = 0.4  # the lowest score of the detections whose mistakes are counted and drawn: see detect.py
 bfloat16 = False  # compute in 16 bits: faster on many GPUs, but the result differs a little
 
 
-# Many GPUs round the factors of a multiplication to 10 bits (TF32) unless told otherwise. Then the mAP, or what
-# detect.py finds, would depend on the GPU.
+# PyTorch lets convolutions on recent GPUs use TF32, with a mantissa of 10 bits. Turn it off, so that neither the mAP
+# nor what detect.py finds depends on the GPU.
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False, mistakes_path=None,
@@ -62,15 +62,15 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
             values.extend(of_image.cpu() for of_image in of_batch)
     lists = [gather_images(values) for values in lists]
     seconds = time.time() - start
+    true_labels, difficulties = torch.cat(lists[4]), torch.cat(lists[5])
 
     label_map = test_loader.dataset.label_map
     average_precisions, mean_average_precision = calculate_mAP(*lists, label_map)
     if process_number() > 0:
         return average_precisions, mean_average_precision
-    labels, difficulties = torch.cat(lists[4]), torch.cat(lists[5])
     print(f'{"class":20}{"objects":>10}{"AP":>10}')
     for label, index in list(label_map.items())[1:]:
-        n_objects = ((labels == index) & (difficulties == 0)).sum().item()
+        n_objects = ((true_labels == index) & (difficulties == 0)).sum().item()
         shown = f'{average_precisions[label]:.3f}' if label in average_precisions else '-'
         print(f'{label:20}{n_objects:10}{shown:>10}')
     print(f'{"mAP":20}{(difficulties == 0).sum().item():10}{mean_average_precision:10.3f}')

@@ -78,7 +78,8 @@ class VGGBase(nn.Module):
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
         """
         # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. ReLU and max pooling
-        # commute, so the first three pools come first: this leaves ReLU a quarter of the work.
+        # commute, so the first three pools come first: this leaves ReLU a quarter of the work. (conv4_3's features are
+        # needed after ReLU, and pool5 does not shrink the map.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
@@ -109,7 +110,7 @@ class VGGBase(nn.Module):
 
     def load_pretrained_layers(self):
         """
-        Load torchvision's VGG-16 weights, trained on ImageNet, by name and shape.
+        Load torchvision's VGG-16 weights, trained on ImageNet.
 
         :raises files.UserError: the weights can't be downloaded
         """
@@ -135,8 +136,8 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
 
     :param weight: (n_outputs, channels * size * size)
     :param bias: (n_outputs)
-    :param channels: channels of the map
-    :param size: width and height of the map
+    :param channels: channels of the layer's input before it was flattened
+    :param size: width and height of that input
     :param m: keep every m-th of the filters, channels, rows and columns, a tuple of four; None keeps all
     :return: the convolution's weight (n_filters, n_channels, n_rows, n_columns) and bias (n_filters)
     """
@@ -161,7 +162,7 @@ class AuxiliaryConvolutions(nn.Module):
         self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3)  # without padding: 3 -> 1
 
-        xavier_initialization(self)
+        xavier_initialization(self)  # as in the paper
 
     def forward(self, conv7_feats):
         """
@@ -187,7 +188,7 @@ def xavier_initialization(module):
     """
     Set the weights of a module's convolutions to Xavier's uniform initialization, and the biases to 0, in place.
 
-    :param module: nn.Module
+    :param module: any module
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -260,7 +261,8 @@ class SSD300(nn.Module):
         if thin != 1:
             thin_out(self, thin)
 
-        # Convolutions are faster when the channels of a pixel are adjacent in memory. The shapes stay the same.
+        # channels_last (NHWC): on most hardware, convolutions are faster when the channels of a pixel are adjacent in
+        # memory. The shapes stay the same.
         for part in (self.base, self.aux_convs, self.pred_convs):
             part.to(memory_format=torch.channels_last)
 
@@ -308,11 +310,11 @@ class SSD300(nn.Module):
         for locs, scores in zip(predicted_locs.float(), predicted_scores.float()):
             boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, self.priors_cxcy))  # (8732, 4)
             scores = scores.softmax(dim=1)[:, 1:]  # (8732, n_classes - 1), without the background
-            scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0).nan_to_num(0)  # drop infinite and NaN
+            scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0).nan_to_num(0)  # exp can overflow
 
-            # Of each class the 400 highest scores, as in the paper's authors' code: beyond these, boxes are duplicates.
+            # Only the 400 highest scores of each class, as in the authors' code: this limits the time of suppression.
             scores, priors = scores.topk(min(400, len(scores)), dim=0)  # (400, n_classes - 1), (400, n_classes - 1)
-            ranks, classes = torch.where(scores > min_score)  # (n), (n)
+            ranks, classes = torch.where(scores > min_score)  # of each candidate: row and column, (n), (n)
             boxes = boxes[priors[ranks, classes]]  # (n, 4)
             scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
             kept = non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
@@ -332,8 +334,8 @@ possible_thin = 1, 2, 4, 8, 16, 32, 64  # the thinnest network keeps one of the 
 
 def thin_out(model, thin):
     """
-    Keep every thin-th channel of every layer, except for the image's colors and the predictions. With thin = 4 the
-    network needs about a fifteenth of the operations. See "A thin network".
+    Keep every thin-th channel of every layer, except for the image's colors and the predictions: a width multiplier of
+    1 / thin. With thin = 4 the network needs a fourteenth of the operations. See "A thin network".
 
     :param model: SSD300, whose layers are changed in place
     :param thin: one of `possible_thin`
@@ -396,8 +398,8 @@ class MultiBoxLoss(nn.Module):
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        # Both losses are divided by the number of positives in the batch; with several processes, by the mean of their
-        # numbers. Without any object, the sums below are 0, and so is the loss.
+        # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
+        # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.
         divisor = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
@@ -426,7 +428,8 @@ class MultiBoxLoss(nn.Module):
         priors_xy = cxcy_to_xy(self.priors_cxcy)  # (8732, 4)
         n_objects = [len(of_image) for of_image in boxes]
 
-        # To treat all images at once, pad their objects with zeros to the largest number, at least 1.
+        # To treat all images at once, pad their objects with zeros to the largest number. An extra image with one
+        # object, cut off again, makes this number at least 1, because there is no maximum of nothing.
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]  # (N, n_objects, 4)
         labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1]  # (N, n_objects)
         boxes, labels = (padded.to(priors_xy.device, non_blocking=True) for padded in (boxes, labels))
@@ -454,7 +457,7 @@ class MultiBoxLoss(nn.Module):
 def own_priors(overlap):
     """
     Give each object a prior of its own. Where two objects overlap the same prior most, the one with the larger overlap
-    keeps it, and the other takes its next best. Of equal overlaps the first in order wins.
+    keeps it, and the other takes its next best. Of equal overlaps, the first object and the first prior in order win.
 
     The result is that of a loop that takes the pair of an object and a prior with the largest overlap, removes both,
     and goes on with the rest (`match` in README.md). To be faster, all objects of all images choose at once, in rounds,
@@ -465,7 +468,7 @@ def own_priors(overlap):
     """
     overlap = overlap.clone()
     n_objects = overlap.size(1)
-    earlier = torch.ones(n_objects, n_objects, device=overlap.device).tril(-1) > 0  # (n_objects, n_objects)
+    earlier = torch.ones(n_objects, n_objects, dtype=torch.bool, device=overlap.device).tril(-1)  # other before mine
     while True:
         # Each object chooses the prior that it overlaps most; `max` takes the first of equals.
         largest, prior_of_object = overlap.max(dim=2)  # (N, n_objects), (N, n_objects)
@@ -473,9 +476,9 @@ def own_priors(overlap):
         # equally and is earlier in order ...
         same_prior = prior_of_object.unsqueeze(2) == prior_of_object.unsqueeze(1)  # (N, n_objects, n_objects)
         mine, others = largest.unsqueeze(2), largest.unsqueeze(1)  # (N, n_objects, 1), (N, 1, n_objects)
-        wins = (others > mine) | (others == mine) & earlier  # (N, n_objects, n_objects)
-        loses = (same_prior & wins).any(dim=2) & (largest >= 0)  # (N, n_objects)
+        beaten = (others > mine) | (others == mine) & earlier  # (N, n_objects, n_objects)
+        loses = (same_prior & beaten).any(dim=2) & (largest >= 0)  # (N, n_objects); padding, -1, does not compete
         if not loses.any():
             return prior_of_object
-        # ... and chooses another one in the next round.
+        # ... and chooses another one in the next round, since this overlap becomes -1.
         overlap.scatter_(2, prior_of_object.unsqueeze(2), largest.masked_fill(loses, -1).unsqueeze(2))

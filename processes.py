@@ -49,12 +49,12 @@ def leave_processes():
 
 
 def n_processes():
-    """:return: the number of processes that work together"""
+    """:return: the number of processes that work together (world size)"""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_number():
-    """:return: the number of this process, from 0; process 0 writes the checkpoints and the log"""
+    """:return: the number of this process, from 0 (rank); process 0 writes the checkpoints and the log"""
     return dist.get_rank() if n_processes() > 1 else 0
 
 

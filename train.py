@@ -42,21 +42,21 @@ checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
 pretrained = 'imagenet'  # start from 'imagenet' (VGG-16), from 'coco' (a whole detector), or None (random weights)
 thin = 1  # keep every thin-th channel in a new training: 1 for the paper's network, 4 for one that a laptop can train
 
-# Learning: the paper's recipe, 120,000 iterations of 32 images of VOC 07+12, in epochs and with a smaller batch
+# Learning: as many images of VOC 07+12 as in the paper's 120,000 iterations of 32, but in smaller batches
 batch_size = 8  # images in a batch, of each process if there are several
 epochs = 232  # passes over the training images
 optimizer_kind = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for few images or random weights
-lr = 1e-3  # highest learning rate; with 'sgd', that of biases is twice this
+lr = 1e-3  # peak learning rate; with 'sgd', that of biases is twice this
 warm_up = 500  # with 'sgd', steps in which the learning rate rises from near 0 to lr; 0 for none
 decay_lr_at = (154, 193)  # with 'sgd', epochs at which the learning rate is multiplied ...
 decay_lr_to = 0.1  # ... by this factor; with 'adamw', it follows `one_cycle`
-momentum = 0.9  # with 'sgd', the share of the last step in the next one
-weight_decay = 5e-4  # how strongly weights are pulled toward 0
+momentum = 0.9  # with 'sgd'
+weight_decay = 5e-4  # L2 penalty with 'sgd', decoupled with 'adamw'
 grad_clip = None  # largest norm of the gradient; set it, say to 10, if the loss explodes
 bfloat16 = False  # compute in 16 bits: faster on recent GPUs; its effect on the mAP has not been measured
 seed = 0  # the same seed gives the same weights on the same processor; on a GPU, nearly the same
 print_freq = 200  # batches between two lines of the log
-evaluate_every = 0  # epochs between two evaluations; 0 for none, since VOC's test set must not choose the epoch
+evaluate_every = 0  # epochs between two evaluations; 0 for none, so that no checkpoint is selected on the test set
 
 log_columns = 'epoch', 'batch', 'loss', 'loc_loss', 'conf_loss', 'lr', 'images_per_s', 'data_s', 'left_s', 'mAP'
 log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc_loss:.4f}, conf {conf_loss:.4f})  '
@@ -68,9 +68,9 @@ def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     :param model: SSD300
     :param kind: 'sgd' for stochastic gradient descent, as in the paper; or 'adamw', which needs far fewer steps from
         random weights
-    :param lr: highest learning rate; with 'sgd', that of biases is twice this, as in the paper's code
-    :param weight_decay: how strongly weights are pulled toward 0
-    :param momentum: for 'sgd', the share of the last step in the next one
+    :param lr: peak learning rate; with 'sgd', that of biases is twice this, as in the paper's code
+    :param weight_decay: L2 penalty for 'sgd', decoupled for 'adamw'
+    :param momentum: for 'sgd'; 'adamw' has its own betas
     :return: the optimizer
     """
     if kind == 'adamw':
@@ -112,14 +112,14 @@ def follow_schedule(optimizer, factor, n_done=0):
     Before each step, set the learning rates to a factor times what they are now. The factor depends on nothing but the
     number of the step, so training goes on after an interruption as if there had been none.
 
-    :param optimizer: its learning rates are the highest ones
+    :param optimizer: its learning rates are the peak ones
     :param factor: a function from the number of a step, from 0, to the factor
     :param n_done: number of steps that were taken before
     """
-    highest, steps = [group['lr'] for group in optimizer.param_groups], count(n_done)
+    peaks, steps = [group['lr'] for group in optimizer.param_groups], count(n_done)
 
     def set_learning_rates(*_):
-        for group, lr in zip(optimizer.param_groups, highest):
+        for group, lr in zip(optimizer.param_groups, peaks):
             group['lr'] = lr
         adjust_learning_rate(optimizer, factor(next(steps)))
 
@@ -127,7 +127,7 @@ def follow_schedule(optimizer, factor, n_done=0):
 
 
 def best_of(checkpoint_path):
-    """:return: the path of the checkpoint with the highest mAP, beside the path of the last one"""
+    """:return: the path of the best checkpoint: `checkpoint_path` with "_best" before its extension"""
     return '{}_best{}'.format(*os.path.splitext(checkpoint_path))
 
 
@@ -260,8 +260,7 @@ def update(optimizer, loss, grad_clip=None):
     loss.backward()
     norm = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
     # Each process has its own loss, and if one is not finite, neither is the mean. The gradient is the same in all.
-    finite = mean_over_processes(loss.detach()).isfinite() & norm.isfinite()
-    finite = finite.item()  # this waits for the GPU
+    finite = (mean_over_processes(loss.detach()).isfinite() & norm.isfinite()).item()  # waits for the GPU
     if finite:
         optimizer.step()
     return finite
@@ -295,7 +294,7 @@ def write_log(log_path, **row):
         with open(log_path, 'a', newline='') as file:
             csv.writer(file, lineterminator='\n').writerow([row.get(column, '') for column in log_columns])
     except OSError as error:  # not worth ending a training of days
-        print(f'This line is not in {log_path}: {error}', file=sys.stderr)
+        print(f'A line could not be written to the log {log_path}: {error}', file=sys.stderr)
 
 
 def make_model(label_map, checkpoint, pretrained, thin):
@@ -305,7 +304,7 @@ def make_model(label_map, checkpoint, pretrained, thin):
     :param pretrained: without a checkpoint, the weights to start from: 'imagenet', 'coco', or None for random ones
     :param thin: without a checkpoint, keep every thin-th channel
     :return: SSD300 to start from, on the CPU
-    :raises UserError: there is no such start or thin network, or the checkpoint is for other classes
+    :raises UserError: `pretrained` or `thin` has another value, or the checkpoint is for other classes
     """
     if pretrained not in ('imagenet', 'coco', None):
         raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', or None")
@@ -320,7 +319,7 @@ def make_model(label_map, checkpoint, pretrained, thin):
     if pretrained == 'coco':
         model, new_labels = start_from_coco(label_map, thin)
         if process_number() == 0:
-            print(f'Starting from weights trained on COCO, which lack {new_labels or "none of the labels"}.')
+            print(f'Starting from weights trained on COCO; the class scores of {new_labels or "no class"} are random.')
         return model
     return SSD300(len(label_map), pretrained == 'imagenet', thin)
 
@@ -330,8 +329,8 @@ def standardize(model, images):
     """
     Prepare random weights for training. Layer after layer, random weights make the features of different images more
     alike, until hardly any difference is left. So scale and shift each layer but the predictions such that over some
-    images each channel has mean 0 and standard deviation 1 (Salimans and Kingma, "Weight normalization", 2016). Let the
-    first predictions be near 0, because it would take many steps to unlearn random ones.
+    images each channel has mean 0 and standard deviation 1 before its ReLU (data-dependent initialization: Salimans and
+    Kingma, "Weight normalization", 2016). And scale the layers of the predictions by 0.1, so that these start near 0.
 
     :param model: SSD300 with random weights, which are changed in place
     :param images: some images, a tensor (N, 3, 300, 300)
@@ -392,11 +391,11 @@ def main():
 
     model = make_model(train_set.label_map, checkpoint, pretrained, thin).to(device)
     if checkpoint is None and pretrained is None:
-        standardize(model, torch.stack([train_set[i, i][0] for i in range(min(16, len(train_set)))]).to(device))
+        standardize(model, torch.stack([train_set[(i, i)][0] for i in range(min(16, len(train_set)))]).to(device))
     optimizer = make_optimizer(model, optimizer_kind, lr, weight_decay, momentum)
-    start_epoch, first_seed = 0, seed
+    start_epoch, seed_of_run = 0, seed
     if resumes:
-        start_epoch, first_seed = saved['epoch'] + 1, saved['seed']
+        start_epoch, seed_of_run = saved['epoch'] + 1, saved['seed']  # images go on in the order of the first run
         restore(optimizer, saved)
         if start_epoch >= epochs:
             raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
@@ -404,8 +403,8 @@ def main():
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
     try:
-        fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, first_seed, workers, warm_up,
-            decay_lr_at, decay_lr_to, rise_and_fall=optimizer_kind == 'adamw', test_set=test_set,
+        fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, seed_of_run, workers,
+            warm_up, decay_lr_at, decay_lr_to, rise_and_fall=optimizer_kind == 'adamw', test_set=test_set,
             evaluate_every=evaluate_every, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
     except KeyboardInterrupt:
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint

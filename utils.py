@@ -42,7 +42,7 @@ def make_label_map(labels):
 def make_color_map(label_map):
     """
     :param label_map: dict of label -> index
-    :return: dict of label -> color '#rrggbb'; hues a golden ratio apart, so that neighbors in the list differ
+    :return: dict of label -> color '#rrggbb'; hues in steps of 0.618, so that neighbors differ
     """
     colors = {label: hsv_to_rgb(index * 0.618 % 1, 1, 1) for label, index in label_map.items()}
     colors['background'] = (1, 1, 1)
@@ -171,7 +171,7 @@ def decimate(tensor, m):
     """
     Keep every m-th value along each dimension.
 
-    :param tensor: a tensor
+    :param tensor: of any shape
     :param m: a step for each dimension; None keeps the dimension whole
     :return: the smaller tensor
     """
@@ -211,7 +211,7 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     :param det_scores: (n) each
     :param true_boxes: ground truth, (n_objects, 4) each
     :param true_labels: (n_objects) each
-    :param true_difficulties: (n_objects) each, 1 if the object need not be found
+    :param true_difficulties: (n_objects) each, 1 if the object is marked as difficult
     :param label_map: dict of label -> index
     :return: dict of label -> average precision, and their mean. A class without objects has no average precision
         and is in neither; without any objects the mean is NaN.

@@ -426,7 +426,7 @@ def test_own_images_from_a_folder_to_a_detector(tmp_path, monkeypatch, run_forke
         if 'create_data_lists.py' in command:
             assert re.search(r'images +5 +1\n', printed)
         if 'train.py' in command:
-            assert "lack ['circle', 'square', 'triangle']" in printed
+            assert "['circle', 'square', 'triangle'] are random" in printed
         if 'eval.py' in command:
             assert re.search(r'^mAP +\d+ +\d', printed, re.M)
     assert len(os.listdir(tmp_path / 'detections')) == 6
