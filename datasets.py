@@ -69,7 +69,7 @@ def standard_split(split):
     :return: 'TRAIN' or 'TEST'
     :raises UserError: it is another word, which would otherwise mean training without augmentation
     """
-    if split.upper() not in ('TRAIN', 'TEST'):
+    if str(split).upper() not in ('TRAIN', 'TEST'):
         raise UserError(f"the split {split!r} is unknown: take 'TRAIN' or 'TEST'")
     return split.upper()
 

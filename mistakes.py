@@ -27,7 +27,7 @@ def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_diffi
     - background: overlaps no object by more than 0.1;
     - both: overlaps an object of another class by more than 0.1: class and box are wrong.
 
-    Where two apply, it is the first in this order, as in TIDE's code.
+    Where two apply, it is the first in this order, as in TIDE's code; but detections are matched as VOC does.
 
     :param det_boxes: detections, boundary coordinates, (n, 4)
     :param det_labels: (n)
@@ -40,10 +40,9 @@ def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_diffi
     true_positive, ignored, target = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                                                       true_difficulties)
     overlap = find_jaccard_overlap(det_boxes, true_boxes)  # (n, n_objects)
+    same_class = det_labels.unsqueeze(1) == true_labels  # (n, n_objects)
     verdicts = []
-    for i, label in enumerate(det_labels):
-        of_class = overlap[i].where(true_labels == label, 0)  # (n_objects)
-        of_others = overlap[i].where(true_labels != label, 0)  # (n_objects)
+    for i, (of_class, of_others) in enumerate(zip(overlap.where(same_class, 0), overlap.where(~same_class, 0))):
         if target[i] >= 0:
             kind = 'ignored' if ignored[i] else 'true positive' if true_positive[i] else 'duplicate'
             verdicts.append((kind, target[i].item()))

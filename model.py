@@ -274,8 +274,8 @@ class SSD300(nn.Module):
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """
-        As in nn.Module. A state_dict without priors, such as the earlier implementation's, leaves the priors as they
-        are.
+        As in nn.Module. Priors in the state_dict replace those of `feature_maps`; without, as in the earlier
+        implementation's, the network keeps its own.
         """
         return super().load_state_dict({'priors_cxcy': self.priors_cxcy, **state_dict}, *args, **kwargs)
 
@@ -287,7 +287,7 @@ class SSD300(nn.Module):
         conv4_3_feats, conv7_feats = self.base(image)  # (N, 512, 38, 38), (N, 1024, 19, 19)
         aux_feats = self.aux_convs(conv7_feats)  # (N, 512, 10, 10), (N, 256, 5, 5), (N, 256, 3, 3), (N, 256, 1, 1)
 
-        # Divide by the L2 norm over the channels, at each pixel (`normalize` replaces a norm of 0 by a tiny number).
+        # Divide by the L2 norm over the channels, at each tile (`normalize` replaces a norm of 0 by a tiny number).
         conv4_3_feats = F.normalize(conv4_3_feats, dim=1) * self.rescale_factors  # (N, 512, 38, 38)
 
         return self.pred_convs(conv4_3_feats, conv7_feats, *aux_feats)  # (N, 8732, 4), (N, 8732, n_classes)
@@ -312,7 +312,8 @@ class SSD300(nn.Module):
             scores = scores.softmax(dim=1)[:, 1:]  # (8732, n_classes - 1), without the background
             scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0).nan_to_num(0)  # exp can overflow
 
-            # Only the 400 highest scores of each class, as in the authors' code: this limits the time of suppression.
+            # Only the 400 highest scores of each class, as in the authors' code: this limits the time of suppression,
+            # but in crowds of hundreds of objects it also drops some of them.
             scores, priors = scores.topk(min(400, len(scores)), dim=0)  # (400, n_classes - 1), (400, n_classes - 1)
             ranks, classes = torch.where(scores > min_score)  # of each candidate: row and column, (n), (n)
             boxes = boxes[priors[ranks, classes]]  # (n, 4)
@@ -433,8 +434,8 @@ class MultiBoxLoss(nn.Module):
         boxes = pad_sequence([*boxes, boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]  # (N, n_objects, 4)
         labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1]  # (N, n_objects)
         boxes, labels = (padded.to(priors_xy.device, non_blocking=True) for padded in (boxes, labels))
-        # Four images at a time, because the corners of all the intersections take several times the memory of the
-        # overlaps, which is much if an image has hundreds of objects
+        # Four images at a time: the corners of the intersections take several times the memory of the overlaps, which
+        # is a lot when an image has hundreds of objects.
         overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(4)])  # (N, n_objects, 8732)
         overlap.masked_fill_((labels == 0).unsqueeze(2), -1)  # -1 for padding
 
@@ -456,8 +457,8 @@ class MultiBoxLoss(nn.Module):
 
 def own_priors(overlap):
     """
-    Give each object a prior of its own. Where two objects overlap the same prior most, the one with the larger overlap
-    keeps it, and the other takes its next best. Of equal overlaps, the first object and the first prior in order win.
+    Give each object a prior of its own (bipartite matching). Where two objects overlap the same prior most, the one with the larger overlap
+    keeps it, and the other takes its next best. Of exactly equal overlaps, the first object and the first prior in order win.
 
     The result is that of a loop that takes the pair of an object and a prior with the largest overlap, removes both,
     and goes on with the rest (`match` in README.md). To be faster, all objects of all images choose at once, in rounds,

@@ -174,23 +174,28 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
         factor = partial(warm_up_and_decay, steps_per_epoch=n_batches, warm_up=warm_up, decay_lr_at=decay_lr_at,
                          decay_lr_to=decay_lr_to)
     follow_schedule(optimizer, factor, n_done=start_epoch * n_batches)
+
+    def save(path, **more):
+        """Save a checkpoint. If another program has the file open, or the disk is full, the next may succeed."""
+        try:
+            save_checkpoint(path, epoch, model, optimizer, train_set.label_map, seed, **more)
+        except UserError as error:
+            if epoch + 1 == epochs:
+                raise
+            print(f'Epoch {epoch} is not saved: {error}', file=sys.stderr, flush=True)
+
     for epoch in range(start_epoch, epochs):
         sampler.set_epoch(epoch)
         train(train_loader, network, criterion, optimizer, epoch, epochs=epochs, log_path=log_path, **options)
         if first:
-            try:
-                save_checkpoint(checkpoint_path, epoch, model, optimizer, train_set.label_map, seed)
-            except UserError as error:  # another program has the file open, or the disk is full: the next may succeed
-                if epoch + 1 == epochs:
-                    raise
-                print(f'Epoch {epoch} is not saved: {error}', file=sys.stderr, flush=True)
+            save(checkpoint_path)
         if evaluate_every > 0 and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs):
             _, mean_average_precision = evaluate(test_loader, model)
             if first:
                 write_log(log_path, epoch=epoch, batch=n_batches, mAP=mean_average_precision)
                 if mean_average_precision > best:
                     best = mean_average_precision
-                    save_checkpoint(best_path, epoch, model, optimizer, train_set.label_map, seed, mAP=best)
+                    save(best_path, mAP=best)
                 print(f'epoch {epoch}  mAP {mean_average_precision:.4f}  best {best:.4f}', flush=True)
 
 
@@ -227,8 +232,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         loss = conf_loss + criterion.alpha * loc_loss
         if not update(optimizer, loss, grad_clip):
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
-                            f'{loss.item()}). The weights were not changed, and the last checkpoint is intact: go on '
-                            'from it with a lower lr, with grad_clip = 10, or with a longer warm_up')
+                            f'{loss.item()}). The weights were not changed, and the last checkpoint, if there is one, '
+                            'is intact: go on from it with a lower lr, with grad_clip = 10, or with a longer warm_up')
 
         losses.append(torch.stack([loc_loss, conf_loss]).detach())  # stays on the GPU until a line is printed
         n_images += len(images) * n_processes()

@@ -191,7 +191,7 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score
     """
-    # batched_nms keeps classes apart by shifting the boxes of each by (largest coordinate + 1). A box left of 0 could
+    # With few boxes, batched_nms keeps classes apart by shifting the boxes of each by (largest coordinate + 1). A box left of 0 could
     # then overlap boxes of another class; and beside an enormous box, or in float32, rounding would erase small ones.
     # So the boxes are shifted and clamped to a range that is wide, but not too wide for float64.
     boxes_xy = boxes_xy.double().clamp(-1e5, 1e5) + 1e5
@@ -202,7 +202,8 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
 
 def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map=label_map):
     """
-    Average precision of each class, and their mean, as Pascal VOC 2007 defines them. See "Evaluation".
+    Average precision of each class, and their mean, as Pascal VOC 2007 defines them; but the width of a box is
+    x_max - x_min, without the last pixel that VOC's own code includes. See "Evaluation".
 
     The arguments are lists with a tensor for each image. Boxes are in boundary coordinates, fractional or in pixels.
 
