@@ -457,8 +457,9 @@ class MultiBoxLoss(nn.Module):
 
 def own_priors(overlap):
     """
-    Give each object a prior of its own (bipartite matching). Where two objects overlap the same prior most, the one with the larger overlap
-    keeps it, and the other takes its next best. Of exactly equal overlaps, the first object and the first prior in order win.
+    Give each object a prior of its own (bipartite matching). Where two objects overlap the same prior most, the one
+    with the larger overlap keeps it, and the other takes its next best. Of exactly equal overlaps, the first object and
+    the first prior in order win.
 
     The result is that of a loop that takes the pair of an object and a prior with the largest overlap, removes both,
     and goes on with the rest (`match` in README.md). To be faster, all objects of all images choose at once, in rounds,

@@ -15,7 +15,7 @@ from utils import create_prior_boxes, feature_maps, make_label_map, mean, std
 coco_weights = SSD300_VGG16_Weights.COCO_V1
 coco_categories = coco_weights.meta['categories']  # 91 names: the background, COCO's 80 classes, and some 'N/A'
 coco_names = {'aeroplane': 'airplane', 'motorbike': 'motorcycle', 'diningtable': 'dining table',
-              'pottedplant': 'potted plant', 'sofa': 'couch', 'tvmonitor': 'tv'}  # VOC's names -> COCO's, where different
+              'pottedplant': 'potted plant', 'sofa': 'couch', 'tvmonitor': 'tv'}  # from VOC's names
 
 # Our layers by the names of torchvision's
 base_layers = {'features.0': 'conv1_1', 'features.2': 'conv1_2',

@@ -191,9 +191,9 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score
     """
-    # With few boxes, batched_nms keeps classes apart by shifting the boxes of each by (largest coordinate + 1). A box left of 0 could
-    # then overlap boxes of another class; and beside an enormous box, or in float32, rounding would erase small ones.
-    # So the boxes are shifted and clamped to a range that is wide, but not too wide for float64.
+    # With few boxes, batched_nms keeps classes apart by shifting the boxes of each by (largest coordinate + 1). A box
+    # left of 0 could then overlap boxes of another class; and beside an enormous box, or in float32, rounding would
+    # erase small ones. So the boxes are shifted and clamped to a range that is wide, but not too wide for float64.
     boxes_xy = boxes_xy.double().clamp(-1e5, 1e5) + 1e5
     return batched_nms(boxes_xy, scores.double(), labels, max_overlap)
 

@@ -55,11 +55,11 @@ def test_the_sheet_shows_each_image_and_what_was_found(tmp_path):
     label_map, (width, height) = make_label_map(['a', 'b']), overfit.tile
     images = [Image.new('RGB', (200, 100), 'gray'), Image.new('RGB', (1000, 500), 'navy')]
     none = torch.tensor([[0., 0, 1, 1]]), torch.tensor([0]), torch.tensor([0.])
-    some = torch.tensor([[0.1, 0.222, 0.5, 1.2]]), torch.tensor([2]), torch.tensor([0.625])
+    some = torch.tensor([[0.1, 0.222, 0.5, 1.2]]), torch.tensor([1]), torch.tensor([0.625])
     columns = [('first', *zip(none, some)), ('second', *zip(some, none))]
     overfit.save_sheet(str(tmp_path / 's.png'), images, columns, label_map)
-    drawn = draw_objects(images[0], [('b', 0.625, [20, 22, 100, 100])], label_map)
-    large = draw_objects(images[1], [('b', 0.625, [100, 111, 500, 500])], label_map)
+    drawn = draw_objects(images[0], [('a', 0.625, [20, 22, 100, 100])], label_map)
+    large = draw_objects(images[1], [('a', 0.625, [100, 111, 500, 500])], label_map)
     large.thumbnail((width - 10, height - 10))
     small = images[1].copy()
     small.thumbnail((width - 10, height - 10))
