@@ -77,11 +77,17 @@ def test_the_sheet_shows_each_image_and_what_was_found(tmp_path):
             assert 5 <= left <= 9 and 8 <= top <= 16 and 24 <= bottom <= 38 and right > 40
 
 
-def test_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch):
+def test_what_it_trains_and_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(overfit, 'save_sheet', lambda path, images, columns, label_map: shown.append(
         (images, columns, label_map)) or Image.new('RGB', (1, 1)).save(path))
+    plain, optimizers = overfit.make_optimizer, []
+    monkeypatch.setattr(overfit, 'make_optimizer', lambda *args, **options: optimizers.append(
+        plain(*args, **options)) or optimizers[-1])
     train_set, (_, n_found), _ = learn(voc_folder, tmp_path, 2, 1)
+    [group] = optimizers[0].param_groups
+    assert isinstance(optimizers[0], torch.optim.AdamW)
+    assert group['weight_decay'] == 0 and group['initial_lr'] == 3e-3  # nothing holds it back from overfitting
     [(images, [(heading, boxes, labels, scores), (last, *_)], label_map)] = shown
     assert label_map == train_set.label_map
     assert [image.tobytes() for image in images] == [open_image(path).tobytes() for path in train_set.images[:2]]
