@@ -15,7 +15,7 @@ from PIL import ImageColor, ImageDraw, ImageFont
 
 from checkpoints import load_detector
 from datasets import transform
-from files import UserError, is_image, open_image, run, to_rgb
+from files import UserError, list_images, open_image, run, to_rgb
 from utils import make_color_map
 
 img_path = 'photo.jpg'  # image or folder, if none is given on the command line
@@ -106,19 +106,6 @@ def kept_detector(checkpoint):
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), label_map
 
 
-def list_images(paths):
-    """:return: the files of `paths`, and in place of each folder the images in it; UserError if it has none"""
-    files = []
-    for path in paths:
-        inside = [path]
-        if os.path.isdir(path):
-            inside = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_image(name)]
-        if not inside:
-            raise UserError(f'{path} has no images in it: give an image, or a folder with images')
-        files += inside
-    return files
-
-
 def output_paths(paths):
     """
     :param paths: images
@@ -143,7 +130,7 @@ def main():
     for path, output_path in zip(paths, output_paths(paths)):
         try:
             image = open_image(path)
-        except UserError as error:
+        except (UserError, OSError) as error:
             if len(paths) == 1:
                 raise
             print(f'Error: {error}', file=sys.stderr)

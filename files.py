@@ -127,6 +127,23 @@ def is_image(name):
     return image_format in Image.OPEN and image_format not in ('EPS', 'MPEG')
 
 
+def list_images(paths):
+    """
+    :param paths: image files and folders
+    :return: the files, and in place of each folder the images in it, by name
+    :raises UserError: a folder has no images
+    """
+    files = []
+    for path in paths:
+        inside = [path]
+        if os.path.isdir(path):
+            inside = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_image(name)]
+        if not inside:
+            raise UserError(f'{path} has no images in it: give an image, or a folder with images')
+        files += inside
+    return files
+
+
 @contextmanager
 def opened_image(path):
     """

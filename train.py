@@ -95,7 +95,7 @@ def warm_up_and_decay(step, steps_per_epoch, warm_up, decay_lr_at, decay_lr_to):
     """
     :param step: number of a step, from 0
     :param steps_per_epoch: steps of an epoch
-    :param warm_up: steps in which the factor rises to 1: the first gradients are large, and could wreck the weights
+    :param warm_up: steps in which the factor rises to 1, because at the full rate the first steps can wreck the weights
     :param decay_lr_at: epochs at which it is multiplied by `decay_lr_to`
     :param decay_lr_to: a number from 0 to 1
     :return: the factor of the learning rate

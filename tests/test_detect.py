@@ -14,7 +14,7 @@ import train
 from checkpoints import save_checkpoint
 from demo import shapes
 from eval import evaluate
-from files import UserError
+from files import UserError, list_images
 from model import SSD300
 from utils import make_color_map, make_label_map
 
@@ -156,7 +156,7 @@ def test_copies_where_a_and_A_are_one(tmp_path, monkeypatch):
 def test_folders_and_files_in_their_order(tmp_path):
     for name in 'c.png', 'a.jpg', 'b.txt', 'B.TIF':
         (tmp_path / name).write_text('')
-    assert detect.list_images(['z.png', str(tmp_path), 'x']) == [
+    assert list_images(['z.png', str(tmp_path), 'x']) == [
         'z.png', *(str(tmp_path / name) for name in ('B.TIF', 'a.jpg', 'c.png')), 'x']
 
 
