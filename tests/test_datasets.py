@@ -49,7 +49,7 @@ def test_images_whose_objects_are_all_difficult_or_that_have_none(voc_folder, tm
 
 @pytest.mark.parametrize('split', ['train', 'Train', 'test'])
 def test_a_split_in_any_case(voc_folder, split):
-    """On Windows and macOS, the lists of "train" are found as well: training without augmentation would go unnoticed."""
+    """On Windows and macOS, the lists of "train" are found: nobody would notice a training without augmentation."""
     given, expected = PascalVOCDataset(voc_folder, split), PascalVOCDataset(voc_folder, split.upper())
     assert given.split == split.upper() and len(given) == len(expected)
     for item in ((0, 5), (1, 6)):

@@ -188,8 +188,8 @@ def test_main_hands_its_parameters_on(voc_folder, tmp_path, monkeypatch, keep_di
         assert test_set is None
     given |= given.pop('options')
     expected = {name: settings[name] for name in ('checkpoint_path', 'epochs', 'batch_size', 'workers', 'decay_lr_at',
-                                                  'decay_lr_to', 'seed', 'grad_clip', 'bfloat16', 'print_freq', 'warm_up',
-                                                  'evaluate_every')}
+                                                  'decay_lr_to', 'seed', 'grad_clip', 'bfloat16', 'print_freq',
+                                                  'warm_up', 'evaluate_every')}
     assert given == expected | {'start_epoch': 0, 'rise_and_fall': False}
     torch.manual_seed(9)
     assert torch.equal(model.base.conv3_2.weight, SSD300(len(label_map), thin=thin).base.conv3_2.weight)
@@ -469,7 +469,7 @@ def test_a_training_that_is_finished_says_so(folder, tmp_path, monkeypatch):
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     """As on Windows, where a spreadsheet program has it open."""
     train.write_log(str(tmp_path), **dict.fromkeys(train.log_columns, 1))
-    assert capsys.readouterr().err.startswith(f'This line is not in {tmp_path}: ')
+    assert capsys.readouterr().err.startswith(f'A line could not be written to the log {tmp_path}: ')
 
 
 def test_training_goes_on_with_other_images(folder, tmp_path, monkeypatch, capsys):
@@ -640,6 +640,23 @@ def test_an_epochs_checkpoint_that_cannot_be_written_does_not_end_training(folde
     assert err.count('\n') == 1 and 'epoch 2  batch 10/10' in out and not (tmp_path / 'c.pth.tmp').exists()
 
 
+def test_a_best_checkpoint_that_cannot_be_written_does_not_end_training(folder, tmp_path, monkeypatch, capsys):
+    """Of three better and better epochs, the second can't be saved as the best."""
+    copy_lists(folder, tmp_path)
+    measured, plain_replace = [], os.replace
+
+    def replace(source, path):
+        if path == 'c_best.pth' and len(measured) == 2:
+            raise PermissionError('another program has it open')
+        plain_replace(source, path)
+    monkeypatch.setattr(os, 'replace', replace)
+    monkeypatch.setattr('files.time.sleep', lambda _: None)
+    monkeypatch.setattr(train, 'evaluate', lambda *_: (measured.append(0), len(measured) / 10))
+    train_here(monkeypatch, tmp_path, epochs=3, evaluate_every=1)
+    assert load_checkpoint('c_best.pth')['mAP'] == 0.3 and load_checkpoint('c_best.pth')['epoch'] == 2
+    assert capsys.readouterr().err.startswith('Epoch 1 is not saved: c_best.pth could not be written and is unchanged')
+
+
 def test_a_broken_image_is_named_even_by_a_worker(voc_folder, tmp_path):
     shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / 'broken.jpg').write_text('no image')
@@ -721,8 +738,8 @@ def test_adamw_learns_with_the_parameters_at_the_top(voc_folder, tmp_path, monke
     """Going on after an interruption ends in the same weights; the loss has fallen."""
     def run(path, epochs, checkpoint=None):
         settings = {'data_folder': voc_folder, 'checkpoint_path': str(tmp_path / path), 'pretrained': None, 'thin': 16,
-                    'optimizer_kind': 'adamw', 'epochs': epochs, 'batch_size': 2, 'workers': 0, 'checkpoint': checkpoint,
-                    'lr': 1e-3, 'print_freq': 1, 'grad_clip': 10}
+                    'optimizer_kind': 'adamw', 'epochs': epochs, 'batch_size': 2, 'workers': 0,
+                    'checkpoint': checkpoint, 'lr': 1e-3, 'print_freq': 1, 'grad_clip': 10}
         for name, value in settings.items():
             monkeypatch.setattr(train, name, value)
         train.main()
