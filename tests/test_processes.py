@@ -160,6 +160,21 @@ def test_processes_wait_for_a_long_download(monkeypatch):
     assert options[0]['timeout'].total_seconds() >= 528e6 / 100e3  # at 100 kB/s
 
 
+@pytest.mark.parametrize('gpu, nccl, backend, device_id', [
+    (True, True, 'nccl', torch.device('cuda', 1)), (True, False, 'gloo', None), (False, True, 'gloo', None)])
+def test_nccl_is_told_its_gpu(monkeypatch, gpu, nccl, backend, device_id):
+    """Without `device_id`, it guesses the GPU, and warns."""
+    calls = []
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    for name, value in {'is_available': gpu, 'device_count': 2, 'set_device': None}.items():
+        monkeypatch.setattr(processes.torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(processes.dist, 'is_nccl_available', lambda: nccl)
+    monkeypatch.setattr(processes.dist, 'init_process_group', lambda name, **given: calls.append((name, given)))
+    assert processes.join_processes() == torch.device('cuda:1' if gpu else 'cpu')
+    [(name, options)] = calls
+    assert name == backend and options['device_id'] == device_id
+
+
 def test_processes_exchange_only_gradients(folder, tmp_path, monkeypatch):
     """No priors at each step, and no copies of the gradients."""
     networks, plain = [], processes.DistributedDataParallel
