@@ -158,7 +158,7 @@ def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
 def start(train_set, thin, device, lr):
     """:return: SSD300 with random weights, and its optimizer, as train.py makes them for 'adamw'; lr is the highest"""
     model = SSD300(n_classes=len(train_set.label_map), thin=thin).to(device)
-    standardize(model, torch.stack([train_set[i, i][0] for i in range(16)]).to(device))
+    standardize(model, torch.stack([train_set[i, i][0] for i in range(min(16, len(train_set)))]).to(device))
     return model, make_optimizer(model, 'adamw', lr, weight_decay)
 
 

@@ -176,13 +176,15 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     follow_schedule(optimizer, factor, n_done=start_epoch * n_batches)
 
     def save(path, **more):
-        """Save a checkpoint. If another program has the file open, or the disk is full, the next may succeed."""
+        """Whether a checkpoint was saved. If another program has the file open, the next epoch may succeed."""
         try:
             save_checkpoint(path, epoch, model, optimizer, train_set.label_map, seed, **more)
         except UserError as error:
             if epoch + 1 == epochs:
                 raise
             print(f'Epoch {epoch} is not saved: {error}', file=sys.stderr, flush=True)
+            return False
+        return True
 
     for epoch in range(start_epoch, epochs):
         sampler.set_epoch(epoch)
@@ -193,9 +195,8 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
             _, mean_average_precision = evaluate(test_loader, model)
             if first:
                 write_log(log_path, epoch=epoch, batch=n_batches, mAP=mean_average_precision)
-                if mean_average_precision > best:
+                if mean_average_precision > best and save(best_path, mAP=mean_average_precision):
                     best = mean_average_precision
-                    save(best_path, mAP=best)
                 print(f'epoch {epoch}  mAP {mean_average_precision:.4f}  best {best:.4f}', flush=True)
 
 
