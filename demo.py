@@ -31,13 +31,14 @@ sides = (28, 200)  # of the smallest and the largest shapes, in pixels
 n_train = 300  # images to train on
 n_test = 80  # other images, to measure on
 thin = 4  # every thin-th channel is kept: a network that two CPU cores train in minutes, see README.md
-epochs = 5  # times to go through the training images
+epochs = 5  # passes over the training images
 batch_size = 2  # images in a batch: with few images, many small steps teach more than few large ones
-lr = 1e-3  # the highest learning rate of AdamW, which needs far fewer steps here than train.py's gradient descent
+lr = 1e-3  # peak learning rate of AdamW, which needs far fewer steps here than 'sgd'
 
 
 def random_color(rng, hue=(0, 360), saturation=(0, 50), lightness=(5, 40)):
     """
+    :param rng: a random.Random
     :param hue: lower and upper bound, in degrees
     :param saturation: lower and upper bound, from 0 to 100
     :param lightness: lower and upper bound, from 0 to 100
@@ -48,8 +49,9 @@ def random_color(rng, hue=(0, 360), saturation=(0, 50), lightness=(5, 40)):
 
 def draw_background(size, rng):
     """
-    :param size: width and height
-    :return: a PIL image: dark patches, grain, and many strokes that are no objects
+    :param size: width and height in pixels
+    :param rng: a random.Random
+    :return: a PIL image: dark patches, grain, and many strokes, which are not objects
     """
     patches = Image.new('RGB', (rng.randint(2, 6), rng.randint(2, 6)))
     patches.putdata([random_color(rng) for _ in range(patches.width * patches.height)])
@@ -64,10 +66,11 @@ def draw_background(size, rng):
 
 def draw_shape(image, shape, box, difficult, rng):
     """
-    :param image: a PIL image in RGB, which is drawn on
+    :param image: a PIL image in RGB, which is changed in place
     :param shape: one of `shapes`
     :param box: boundary coordinates in pixels, the last pixels included
-    :param difficult: draw it as if through fog
+    :param difficult: draw it faintly
+    :param rng: a random.Random, for the color
     """
     x_min, y_min, x_max, y_max = box
     mask = Image.new('L', image.size)
@@ -83,6 +86,7 @@ def draw_shape(image, shape, box, difficult, rng):
 
 def draw_image(rng):
     """
+    :param rng: a random.Random
     :return: a PIL image with up to eight shapes, and a list of (shape, box, difficult) for each; boxes are boundary
         coordinates in pixels from 0, the last pixels included
     """
@@ -139,11 +143,13 @@ def draw_dataset(folder, n_train, n_test, seed=0):
 
 def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
     """
-    Save one image with the detections in many.
+    Save a sheet with the detections in many images.
 
     :param path: where to save it
-    :param image_paths: the images to detect in
+    :param image_paths: paths of the images to detect in
     :param detector: see `detect.detect`
+    :param columns: images in a row of the sheet
+    :param tile: width and height of an image in the sheet, in pixels
     """
     rows = -(-len(image_paths) // columns)
     sheet = Image.new('RGB', (columns * tile[0], rows * tile[1]), 'white')
@@ -156,7 +162,13 @@ def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
 
 
 def start(train_set, thin, device, lr):
-    """:return: SSD300 with random weights, and its optimizer, as train.py makes them for 'adamw'; lr is the highest"""
+    """
+    :param train_set: PascalVOCDataset
+    :param thin: keep every thin-th channel, see `model.SSD300`
+    :param device: the torch.device to train on
+    :param lr: peak learning rate
+    :return: SSD300 with random weights, and its optimizer, as train.py makes them for 'adamw'
+    """
     model = SSD300(n_classes=len(train_set.label_map), thin=thin).to(device)
     standardize(model, torch.stack([train_set[i, i][0] for i in range(min(16, len(train_set)))]).to(device))
     return model, make_optimizer(model, 'adamw', lr, weight_decay)
