@@ -129,3 +129,18 @@ def test_the_sheet_shows_the_highest_scores(tmp_path, capsys):
     assert (255, 165, 0) in {color for _, color in dog.getcolors(9999)}
     assert (0, 255, 0) not in {color for _, color in dog.getcolors(9999)}
     assert sheet.crop((0, 0, 5 * (tile + 10), step)).getcolors(2) == [(5 * (tile + 10) * step, (255, 255, 255))]
+
+
+def test_a_tile_shows_both_boxes_whole_and_in_place():
+    """A detection at the top left, its object at the bottom right; the part shown is 1.6 times what both cover."""
+    image = Image.new('RGB', (400, 200), 'white')
+    tile = mistakes.draw_mistake(image, torch.tensor([.2, .2, .3, .4]), torch.tensor([.25, .3, .45, .8]), 'a\nb')
+    assert tile.size == (mistakes.tile, mistakes.tile + mistakes.caption_height)
+    # Both cover x from 80 to 180 and y from 40 to 160 pixels: 120 at most, so 192 are shown around (130, 100).
+    scale = mistakes.tile / 192
+    for color, corners in (((255, 165, 0), (80, 40, 120, 80)), ((0, 255, 0), (100, 60, 180, 160))):
+        places = [(x, y) for x in range(mistakes.tile) for y in range(mistakes.tile) if tile.getpixel((x, y)) == color]
+        found = [min(x for x, _ in places), min(y for _, y in places), max(x for x, _ in places),
+                 max(y for _, y in places)]
+        expected = [(corner - start) * scale for corner, start in zip(corners, (34, 4, 34, 4))]
+        assert found == pytest.approx(expected, abs=2)
