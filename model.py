@@ -313,7 +313,7 @@ class SSD300(nn.Module):
             scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0).nan_to_num(0)  # exp can overflow
 
             # Only the 400 highest scores of each class, as in the authors' code: this limits the time of suppression,
-            # but in crowds of hundreds of objects it also drops some of them.
+            # but in crowds of dozens of objects of a class it also drops some of them.
             scores, priors = scores.topk(min(400, len(scores)), dim=0)  # (400, n_classes - 1), (400, n_classes - 1)
             ranks, classes = torch.where(scores > min_score)  # of each candidate: row and column, (n), (n)
             boxes = boxes[priors[ranks, classes]]  # (n, 4)
@@ -469,8 +469,8 @@ def own_priors(overlap):
     :return: the index of each object's prior, all different within an image, (N, n_objects); 0 for padding
     """
     overlap = overlap.clone()
-    n_objects = overlap.size(1)
-    earlier = torch.ones(n_objects, n_objects, dtype=torch.bool, device=overlap.device).tril(-1)  # other before mine
+    n = overlap.size(1)
+    earlier = torch.ones(n, n, dtype=torch.bool, device=overlap.device).tril(-1)  # (n_objects, n_objects)
     while True:
         # Each object chooses the prior that it overlaps most; `max` takes the first of equals.
         largest, prior_of_object = overlap.max(dim=2)  # (N, n_objects), (N, n_objects)

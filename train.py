@@ -119,6 +119,7 @@ def follow_schedule(optimizer, factor, n_done=0):
     peaks, steps = [group['lr'] for group in optimizer.param_groups], count(n_done)
 
     def set_learning_rates(*_):
+        """Called by the optimizer at the beginning of each step."""
         for group, lr in zip(optimizer.param_groups, peaks):
             group['lr'] = lr
         adjust_learning_rate(optimizer, factor(next(steps)))

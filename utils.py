@@ -253,7 +253,8 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
         object, of equal overlaps the first, -1 for none, (n); all on the CPU
     """
     n = len(det_boxes)
-    true_positive, ignored, target = torch.zeros(n) > 0, torch.zeros(n) > 0, torch.full((n,), -1)
+    true_positive, ignored = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)  # (n), (n)
+    target = torch.full((n,), -1)  # (n)
     if n == 0 or len(true_boxes) == 0:
         return true_positive, ignored, target
     overlap = find_jaccard_overlap(det_boxes.cpu(), true_boxes.cpu())  # (n, n_objects)

@@ -2,11 +2,11 @@
 import io
 import os
 import pickle
-from typing import Tuple
 
 import pytest
 import torch
 from conftest import kept_checkpoint, root
+from harmful import Malicious, Program
 
 import detect
 import eval as eval_script
@@ -50,16 +50,6 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['c.pth']
 
 
-class Malicious:
-    """Would create a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize('zipped', [True, False])
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, zipped):
     content = {'epoch': 0, 'label_map': {}, 'model': Malicious(str(tmp_path / 'harm'))}
@@ -67,19 +57,6 @@ def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, zipped):
     with pytest.raises(UserError, match='mkdir, which could be harmful') as error:
         load_checkpoint(str(tmp_path / 'c.pth'))
     assert not (tmp_path / 'harm').exists() and '\n' not in str(error.value)
-
-
-class Program(torch.nn.Module):
-    """A TorchScript module: torch.load runs what it does when it is loaded."""
-
-    @torch.jit.export
-    def __getstate__(self):
-        return 0, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: Tuple[int, bool]):
-        print('harm')
-        self.training = state[1]
 
 
 @pytest.mark.filterwarnings('ignore')

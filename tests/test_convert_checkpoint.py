@@ -4,11 +4,11 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from typing import Tuple
 
 import pytest
 import torch
 from conftest import root
+from harmful import Malicious, Program
 
 import convert_checkpoint
 from checkpoints import load_checkpoint, load_detector
@@ -87,35 +87,12 @@ def test_an_earlier_checkpoint_that_cannot_be_used_is_named(tmp_path, old, new, 
     assert line in refused(tmp_path / 'c.pth.tar')
 
 
-class Malicious:
-    """Would create a folder when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize('zipped', [True, False])
 def test_code_in_a_file_is_not_run(tmp_path, zipped):
     content = {'epoch': 0, 'model': Malicious(str(tmp_path / 'harm'))}
     torch.save(content, tmp_path / 'c.pth.tar', _use_new_zipfile_serialization=zipped)
     assert 'mkdir, which could be harmful' in refused(tmp_path / 'c.pth.tar')
     assert not (tmp_path / 'harm').exists()
-
-
-class Program(torch.nn.Module):
-    """A TorchScript module: torch.load runs __setstate__."""
-
-    @torch.jit.export
-    def __getstate__(self):
-        return 0, self.training
-
-    @torch.jit.export
-    def __setstate__(self, state: Tuple[int, bool]):
-        print('harm')
-        self.training = state[1]
 
 
 @pytest.mark.filterwarnings('ignore')
