@@ -7,7 +7,8 @@ It must be for VOC's 20 classes, because it does not say which classes it is for
 the priors: eval.py and detect.py use it as it is, and train.py starts at epoch 0 from its weights.
 
 The old file holds a whole model and its optimizer, pickled. A pickle can call any function, so only a few harmless ones
-are allowed here, and all classes are replaced by one that only holds values. No code in the file is run.
+are allowed here, and the classes of models and optimizers are replaced by one that only holds values. No code in the
+file is run. PyTorch's own `weights_only=True` does not read such files in the format before PyTorch 1.6.
 """
 import io
 import os
@@ -24,9 +25,6 @@ from utils import label_map
 
 allowed = {'builtins.dict', 'builtins.set', 'collections.OrderedDict', 'collections.defaultdict',
            'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor_v2'}
-replaced = {'model.SSD300', 'model.VGGBase', 'model.AuxiliaryConvolutions', 'model.PredictionConvolutions',
-            'torch.nn.modules.conv.Conv2d', 'torch.nn.modules.pooling.MaxPool2d', 'torch.optim.sgd.SGD',
-            'torch.optim.adam.Adam', 'torch.nn.backends.thnn._get_thnn_function_backend'}
 
 
 class StandIn:
@@ -34,21 +32,20 @@ class StandIn:
 
     dump_patches = False  # `torch.load` reads this attribute of a module's class
 
-    def __setstate__(self, state):
+    def __setstate__(self, state):  # without it, a pickle could change the class
         self.__dict__.update(state)
 
 
 class SafeUnpickler(pickle._Unpickler):  # in Python: with a damaged index, the one in C takes gigabytes
-    """Unpickles tensors and plain values, replaces some classes with `StandIn`, and refuses everything else."""
+    """Unpickles tensors and plain values, replaces modules and optimizers with `StandIn`, and refuses all else."""
 
     def find_class(self, module, name):
-        """:return: what a name in the file stands for"""
         path = f'{module}.{name}'.replace('__builtin__', 'builtins')  # Python 2's name
-        if path in replaced:
+        if path in allowed:
+            return super().find_class(module, name).__call__  # a pickle can change a function's attributes, not these
+        if module.startswith(('model', 'torch.nn.', 'torch.optim.')):
             return StandIn
-        if path not in allowed:
-            raise pickle.UnpicklingError(f'it calls {path}, which could be harmful')
-        return super().find_class(module, name)
+        raise pickle.UnpicklingError(f'it calls {path}, which could be harmful')
 
 
 class SafePickle:
@@ -58,7 +55,6 @@ class SafePickle:
 
     @staticmethod
     def load(file, **options):
-        """:return: the next object in an open file"""
         return SafeUnpickler(file, **options).load()
 
 
@@ -76,7 +72,7 @@ def convert(old_path, new_path):
     with open(old_path, 'rb') as file:
         content = file.read()
     try:
-        # `torch.load` would run a TorchScript program, which is a zip archive with a file of this name.
+        # `torch.load` would run a TorchScript program: a zip archive with a file of this name
         if b'constants.pkl' in content:
             raise pickle.UnpicklingError('it is a TorchScript program')
         with warnings.catch_warnings():
@@ -98,11 +94,7 @@ def convert(old_path, new_path):
 
 
 def named_tensors(module, prefix=''):
-    """
-    :param module: a `StandIn` for a module
-    :param prefix: the module's name and a dot, or nothing
-    :return: pairs of name and tensor, as in a state_dict
-    """
+    """Yield the names and tensors of a module's `StandIn`, as in a state_dict."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield prefix + name, parameter.detach()

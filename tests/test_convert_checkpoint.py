@@ -95,6 +95,16 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
     assert not (tmp_path / 'harm').exists()
 
 
+@pytest.mark.parametrize('name', [b'torch._utils\n_rebuild_tensor_v2', b'collections\nOrderedDict', b'model\nVGGBase'])
+def test_a_file_cannot_change_what_it_names(tmp_path, monkeypatch, name):
+    """PyTorch writes a file for a class with this attribute whose source has changed."""
+    monkeypatch.chdir(tmp_path)
+    change_attribute = b'N}X\14\0\0\0dump_patches\x88s\x86b'  # BUILD with (None, {'dump_patches': True})
+    change_earlier(tmp_path / 'c.pth.tar', b'cmodel\nVGGBase\n', b'c' + name + b'\n' + change_attribute)
+    refused(tmp_path / 'c.pth.tar')
+    assert os.listdir(tmp_path) == ['c.pth.tar']
+
+
 @pytest.mark.filterwarnings('ignore')
 def test_a_program_is_not_run(tmp_path, capfd):
     torch.jit.script(Program()).save(str(tmp_path / 'c.pth.tar'))
