@@ -71,11 +71,7 @@ def load_checkpoint(path):
 
 
 def read_saved(path):
-    """
-    :param path: a file that torch.save wrote
-    :return: its content, on the CPU
-    :raises UserError: it holds more than plain values and tensors, or is damaged
-    """
+    """Read plain values and tensors that torch.save wrote, to the CPU. Anything else raises UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of files that are then refused
@@ -85,20 +81,14 @@ def read_saved(path):
             if b'cmodel\nSSD300\n' in file.read(2 ** 20):  # as pickle names the class SSD300 of model.py
                 raise UserError(f'{path} is a checkpoint of the earlier implementation: convert it with '
                                 f'"python convert_checkpoint.py {path} NEW"') from None
-        raise UserError(f'{path} is damaged or no checkpoint: {reason(error)}; take one that train.py wrote') from None
-
-
-def reason(error):
-    """
-    :param error: what `torch.load` raised
-    :return: the reason in one line, without PyTorch's advice to run the code in the file
-    """
-    message = str(error).rpartition('WeightsUnpickler error:')[2].strip()
-    called = re.search(r'GLOBAL (\S+)', message)
-    if called:
-        return f'it calls {called[1]}, which could be harmful'
-    first_sentence = re.split(r'\.\s|\n', message)[0].replace('Cannot use ``weights_only=True`` with', 'it is one of')
-    return one_line(f'{first_sentence} ({type(error).__name__})')
+        # PyTorch's message goes on with advice to run the code in the file.
+        message = str(error).rpartition('WeightsUnpickler error:')[2].strip()
+        reason = re.split(r'\.\s|\n', message)[0].replace('Cannot use ``weights_only=True`` with', 'it is one of')
+        called = re.search(r'GLOBAL (\S+)', str(error))
+        if called:
+            reason = f'it calls {called[1]}, which could be harmful'
+        raise UserError(f'{path} is damaged or no checkpoint: {one_line(reason)} ({type(error).__name__}); '
+                        'take one that train.py wrote') from None
 
 
 def load_detector(checkpoint, labels=None):

@@ -42,7 +42,7 @@ class SafeUnpickler(pickle._Unpickler):  # in Python: with a damaged index, the 
     def find_class(self, module, name):
         path = f'{module}.{name}'.replace('__builtin__', 'builtins')  # Python 2's name
         if path in allowed:
-            return super().find_class(module, name).__call__  # a pickle can change a function's attributes, not these
+            return super().find_class(module, name).__call__  # unlike a function's, its attributes can't be set
         if module.startswith(('model', 'torch.nn.', 'torch.optim.')):
             return StandIn
         raise pickle.UnpicklingError(f'it calls {path}, which could be harmful')

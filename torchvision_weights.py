@@ -18,14 +18,16 @@ coco_names = {'aeroplane': 'airplane', 'motorbike': 'motorcycle', 'diningtable':
               'pottedplant': 'potted plant', 'sofa': 'couch', 'tvmonitor': 'tv'}  # from VOC's names
 
 # Our layers by the names of torchvision's
-base_layers = {'features.0': 'conv1_1', 'features.2': 'conv1_2',
-               'features.5': 'conv2_1', 'features.7': 'conv2_2',
-               'features.10': 'conv3_1', 'features.12': 'conv3_2', 'features.14': 'conv3_3',
-               'features.17': 'conv4_1', 'features.19': 'conv4_2', 'features.21': 'conv4_3',
-               'extra.0.1': 'conv5_1', 'extra.0.3': 'conv5_2', 'extra.0.5': 'conv5_3',
-               'extra.0.7.1': 'conv6', 'extra.0.7.3': 'conv7'}
-aux_layers = {'extra.1.0': 'conv8_1', 'extra.1.2': 'conv8_2', 'extra.2.0': 'conv9_1', 'extra.2.2': 'conv9_2',
-              'extra.3.0': 'conv10_1', 'extra.3.2': 'conv10_2', 'extra.4.0': 'conv11_1', 'extra.4.2': 'conv11_2'}
+layers = {'features.0': 'base.conv1_1', 'features.2': 'base.conv1_2',
+          'features.5': 'base.conv2_1', 'features.7': 'base.conv2_2',
+          'features.10': 'base.conv3_1', 'features.12': 'base.conv3_2', 'features.14': 'base.conv3_3',
+          'features.17': 'base.conv4_1', 'features.19': 'base.conv4_2', 'features.21': 'base.conv4_3',
+          'extra.0.1': 'base.conv5_1', 'extra.0.3': 'base.conv5_2', 'extra.0.5': 'base.conv5_3',
+          'extra.0.7.1': 'base.conv6', 'extra.0.7.3': 'base.conv7',
+          'extra.1.0': 'aux_convs.conv8_1', 'extra.1.2': 'aux_convs.conv8_2',
+          'extra.2.0': 'aux_convs.conv9_1', 'extra.2.2': 'aux_convs.conv9_2',
+          'extra.3.0': 'aux_convs.conv10_1', 'extra.3.2': 'aux_convs.conv10_2',
+          'extra.4.0': 'aux_convs.conv11_1', 'extra.4.2': 'aux_convs.conv11_2'}
 
 
 def coco_detector(labels=None):
@@ -67,19 +69,13 @@ def start_from_coco(label_map, thin=1):
 
 
 def coco_index(label):
-    """
-    :param label: name of a class, VOC's or COCO's
-    :return: its index in torchvision's model, or None
-    """
+    """:return: the index in torchvision's model of a class, by VOC's or COCO's name; None if COCO lacks it"""
     name = coco_names.get(label, label)
     return coco_categories.index(name) if name in coco_categories[1:] else None
 
 
 def download_coco():
-    """
-    :return: the state_dict of torchvision's SSD300 trained on COCO (box mAP 25.1 there, published by torchvision)
-    :raises UserError: it is not on this machine and can't be downloaded
-    """
+    """:return: the state_dict of torchvision's SSD300 trained on COCO (box mAP 25.1 there, as torchvision says)"""
     return download_weights(coco_weights, 'set checkpoint or pretrained to other weights')
 
 
@@ -108,16 +104,9 @@ def from_torchvision(state_dict, classes=None, thin=1):
 
 
 def rename_torchvision(state_dict, n_all, classes):
-    """
-    :param state_dict: of torchvision's ssd300_vgg16, on the CPU
-    :param n_all: number of its classes
-    :param classes: list of the indices of those to keep
-    :return: the state_dict of our SSD300
-    """
-    names = {theirs: f'base.{ours}' for theirs, ours in base_layers.items()}
-    names |= {theirs: f'aux_convs.{ours}' for theirs, ours in aux_layers.items()}
+    """Turn a state_dict of torchvision with `n_all` classes into one of our SSD300, with a list of these classes."""
     renamed = {f'{ours}.{kind}': state_dict[f'backbone.{theirs}.{kind}']
-               for theirs, ours in names.items() for kind in ('weight', 'bias')}
+               for theirs, ours in layers.items() for kind in ('weight', 'bias')}
     renamed['rescale_factors'] = state_dict['backbone.scale_weight'].view(1, 512, 1, 1)
     renamed['priors_cxcy'] = coco_default_boxes()
 
@@ -144,9 +133,7 @@ def rename_torchvision(state_dict, n_all, classes):
 
 
 def coco_default_boxes():
-    """
-    :return: the priors of torchvision's SSD300, in center-size coordinates and in the order of ours, (8732, 4)
-    """
+    """:return: the priors of torchvision's SSD300, in center-size coordinates and in the order of ours, (8732, 4)"""
     scales = 0.07, 0.15, 0.33, 0.51, 0.69, 0.87
     maps = {name: feature_map._replace(scale=scale)
             for (name, feature_map), scale in zip(feature_maps.items(), scales, strict=True)}
