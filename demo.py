@@ -10,7 +10,6 @@ import math
 import os
 import random
 import time
-import xml.etree.ElementTree as ET
 
 import torch
 from PIL import Image, ImageColor, ImageDraw
@@ -22,6 +21,7 @@ from datasets import PascalVOCDataset, collate_fn
 from detect import detect
 from eval import evaluate
 from files import open_image, run
+from mistakes import save_tiles
 from model import SSD300
 from train import fit, make_optimizer, standardize, weight_decay
 
@@ -35,24 +35,18 @@ epochs = 5  # passes over the training images
 batch_size = 2  # images in a batch: with few images, many small steps teach more than few large ones
 lr = 1e-3  # peak learning rate of AdamW, which needs far fewer steps here than 'sgd'
 
+size_xml = '<filename>{}.jpg</filename><size><width>{}</width><height>{}</height></size>'
+object_xml = ('<object><name>{}</name><difficult>{:d}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>'
+              '<xmax>{}</xmax><ymax>{}</ymax></bndbox></object>')
 
-def random_color(rng, hue=(0, 360), saturation=(0, 50), lightness=(5, 40)):
-    """
-    :param rng: a random.Random
-    :param hue: lower and upper bound, in degrees
-    :param saturation: lower and upper bound, from 0 to 100
-    :param lightness: lower and upper bound, from 0 to 100
-    :return: an RGB color; dark, unless asked otherwise
-    """
-    return ImageColor.getrgb(f'hsl({rng.randint(*hue) % 360}, {rng.randint(*saturation)}%, {rng.randint(*lightness)}%)')
+
+def random_color(rng, saturation=(0, 50), lightness=(5, 40)):
+    """An RGB color of any hue; dark, unless asked otherwise. Bounds are from 0 to 100."""
+    return ImageColor.getrgb(f'hsl({rng.randint(0, 360)}, {rng.randint(*saturation)}%, {rng.randint(*lightness)}%)')
 
 
 def draw_background(size, rng):
-    """
-    :param size: width and height in pixels
-    :param rng: a random.Random
-    :return: a PIL image: dark patches, grain, and many strokes, which are not objects
-    """
+    """A PIL image of this width and height: dark patches, grain, and many strokes, which are not objects."""
     patches = Image.new('RGB', (rng.randint(2, 6), rng.randint(2, 6)))
     patches.putdata([random_color(rng) for _ in range(patches.width * patches.height)])
     image = patches.resize(size, Image.Resampling.BICUBIC)
@@ -65,13 +59,7 @@ def draw_background(size, rng):
 
 
 def draw_shape(image, shape, box, difficult, rng):
-    """
-    :param image: a PIL image in RGB, which is changed in place
-    :param shape: one of `shapes`
-    :param box: boundary coordinates in pixels, the last pixels included
-    :param difficult: draw it faintly
-    :param rng: a random.Random, for the color
-    """
+    """Draw one of `shapes` into the PIL image. The box includes its last pixels; difficult shapes are faint."""
     x_min, y_min, x_max, y_max = box
     mask = Image.new('L', image.size)
     fill = 50 if difficult else 255
@@ -85,11 +73,7 @@ def draw_shape(image, shape, box, difficult, rng):
 
 
 def draw_image(rng):
-    """
-    :param rng: a random.Random
-    :return: a PIL image with up to eight shapes, and a list of (shape, box, difficult) for each; boxes are boundary
-        coordinates in pixels from 0, the last pixels included
-    """
+    """A PIL image, and a list of (shape, box, difficult). Boxes are in pixels from 0, the last ones included."""
     image = draw_background((rng.randint(280, 360), rng.randint(260, 340)), rng)
     objects = []
     n_objects = rng.randint(3, 8)
@@ -109,14 +93,7 @@ def draw_image(rng):
 
 
 def draw_dataset(folder, n_train, n_test, seed=0):
-    """
-    Draw images, with annotations and splits in Pascal VOC's layout.
-
-    :param folder: where JPEGImages, Annotations and ImageSets/Main go
-    :param n_train: number of images in the split trainval
-    :param n_test: number of images in the split test
-    :param seed: the same seed draws the same images
-    """
+    """Draw images, with annotations and the splits trainval and test in Pascal VOC's layout. A seed gives one set."""
     for subfolder in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
         os.makedirs(os.path.join(folder, subfolder), exist_ok=True)
     rng = random.Random(seed)
@@ -127,48 +104,15 @@ def draw_dataset(folder, n_train, n_test, seed=0):
         for name in names:
             image, objects = draw_image(rng)
             image.save(os.path.join(folder, 'JPEGImages', name + '.jpg'), quality=90)
-            root = ET.Element('annotation')
-            ET.SubElement(root, 'filename').text = name + '.jpg'
-            size = ET.SubElement(root, 'size')
-            ET.SubElement(size, 'width').text, ET.SubElement(size, 'height').text = map(str, image.size)
+            xml = size_xml.format(name, *image.size)
             for shape, box, difficult in objects:
-                node = ET.SubElement(root, 'object')
-                ET.SubElement(node, 'name').text = shape
-                ET.SubElement(node, 'difficult').text = str(int(difficult))
-                bndbox = ET.SubElement(node, 'bndbox')
-                for edge, value in zip(('xmin', 'ymin', 'xmax', 'ymax'), box):
-                    ET.SubElement(bndbox, edge).text = str(value + 1)  # VOC counts pixels from 1
-            ET.ElementTree(root).write(os.path.join(folder, 'Annotations', name + '.xml'))
-
-
-def save_sheet(path, image_paths, detector, columns=4, tile=(360, 300)):
-    """
-    Save a sheet with the detections in many images.
-
-    :param path: where to save it
-    :param image_paths: paths of the images to detect in
-    :param detector: see `detect.detect`
-    :param columns: images in a row of the sheet
-    :param tile: width and height of an image in the sheet, in pixels
-    """
-    rows = -(-len(image_paths) // columns)
-    sheet = Image.new('RGB', (columns * tile[0], rows * tile[1]), 'white')
-    for i, image_path in enumerate(image_paths):
-        annotated = detect(open_image(image_path), min_score=0.5, max_overlap=0.45, top_k=200, detector=detector)
-        annotated.thumbnail((tile[0] - 10, tile[1] - 10))
-        sheet.paste(annotated, (i % columns * tile[0] + (tile[0] - annotated.width) // 2,
-                                i // columns * tile[1] + (tile[1] - annotated.height) // 2))
-    sheet.save(path)
+                xml += object_xml.format(shape, difficult, *(value + 1 for value in box))  # VOC counts pixels from 1
+            with open(os.path.join(folder, 'Annotations', name + '.xml'), 'w') as file:
+                file.write(f'<annotation>{xml}</annotation>')
 
 
 def start(train_set, thin, device, lr):
-    """
-    :param train_set: PascalVOCDataset
-    :param thin: keep every thin-th channel, see `model.SSD300`
-    :param device: the torch.device to train on
-    :param lr: peak learning rate
-    :return: SSD300 with random weights, and its optimizer, as train.py makes them for 'adamw'
-    """
+    """SSD300 with random weights for this PascalVOCDataset, and its optimizer, as train.py makes them for 'adamw'."""
     model = SSD300(n_classes=len(train_set.label_map), thin=thin).to(device)
     standardize(model, torch.stack([train_set[i, i][0] for i in range(min(16, len(train_set)))]).to(device))
     return model, make_optimizer(model, 'adamw', lr, weight_decay)
@@ -199,15 +143,15 @@ def main():
 
     print('\n5. Detecting, as detect.py does')
     sheet_path = os.path.join(folder, 'detections.png')
-    save_sheet(sheet_path, test_set.images[:12], (model, label_map))
+    tiles = [(detect(open_image(path), 0.5, 0.45, 200, detector=(model, label_map)), os.path.basename(path))
+             for path in test_set.images[:12]]
+    save_tiles(sheet_path, [tiles[:4], tiles[4:8], tiles[8:]], 350, 290)
     print(f'''
 mAP {mean_average_precision:.3f} after {(time.time() - began) / 60:.1f} minutes. Look at {sheet_path}.
-
-Next: read README.md beside the code, then
-  - detect in other images, in the folder of the checkpoint:
-        cd {folder} && python {os.path.join('..', 'detect.py')} JPEGImages
-  - set download = True in create_data_lists.py, and train on real images:
-        python create_data_lists.py && python train.py && python eval.py''')
+Next: read README.md beside the code; detect in other images, in the folder of the checkpoint:
+    cd {folder} && python {os.path.join('..', 'detect.py')} JPEGImages
+or set download = True in create_data_lists.py, and train on real images:
+    python create_data_lists.py && python train.py && python eval.py''')
 
 
 if __name__ == '__main__':

@@ -13,8 +13,7 @@ from utils import find_jaccard_overlap, match_detections
 # What a detection can be. All but 'true positive' and 'ignored' are mistakes.
 kinds = 'true positive', 'classification', 'localization', 'both', 'duplicate', 'background', 'ignored'
 n_shown = 5  # false positives, and missed objects, of a class in the sheet
-tile = 150  # width and height of a tile of the sheet, in pixels
-caption_height = 34  # pixels below a tile
+tile = 150  # width and height of an image in the sheet, in pixels
 
 
 def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
@@ -97,12 +96,7 @@ def find_mistakes(lists, label_map, min_score):
 
 
 def print_counts(counts, min_score):
-    """
-    Print a table of the kinds of each class.
-
-    :param counts: see `find_mistakes`
-    :param min_score: see `find_mistakes`
-    """
+    """Print a table of the counts of `find_mistakes`."""
     columns = [*kinds, 'missed']
     print(f'\nAt scores above {min_score:g}:\n' + ' ' * 20 + ''.join(f'{column:>15}' for column in columns))
     for label, of_label in [*counts.items(), ('all', sum(counts.values(), Counter()))]:
@@ -110,42 +104,40 @@ def print_counts(counts, min_score):
 
 
 def save_sheet(path, false_positives, missed, image_paths):
-    """
-    Draw a row for each class: its false positives with the highest scores, then its largest missed objects.
-
-    :param path: where to save the sheet
-    :param false_positives: see `find_mistakes`
-    :param missed: see `find_mistakes`
-    :param image_paths: the paths of the images
-    """
-    sheet = Image.new('RGB', (2 * n_shown * (tile + 10), len(missed) * (tile + caption_height)), 'white')
-    for row, label in enumerate(missed):
-        for first_column, of_label in ((0, false_positives[label]), (n_shown, missed[label])):
-            for column, (_, image, *mistake) in enumerate(of_label[:n_shown], first_column):
-                drawn = draw_mistake(open_image(image_paths[image]), *mistake)
-                sheet.paste(drawn, (column * (tile + 10), row * (tile + caption_height)))
-    sheet.save(path)
+    """Save a row for each class of `find_mistakes`: the false positives with the highest scores, the largest missed."""
+    rows = [[(draw_mistake(open_image(image_paths[image]), box, true_box), caption)
+             for _, image, box, true_box, caption in false_positives[label][:n_shown] + missed[label][:n_shown]]
+            for label in missed]
+    save_tiles(path, rows, tile, tile, font_size=10)
 
 
-def draw_mistake(image, box, true_box, caption):
-    """
-    :param image: a PIL image in RGB
-    :param box: of the detection, fractional boundary coordinates (4), drawn in orange; or None
-    :param true_box: of the object, the same, drawn in green; or None
-    :param caption: two lines
-    :return: a tile of the sheet, a PIL image: the boxes and what is around them, with the caption below
-    """
+def draw_mistake(image, box, true_box):
+    """The box of a detection in orange, that of an object in green, and what is around; one of them may be None."""
     size = torch.tensor([image.width, image.height] * 2)  # (4)
     boxes = [(b.cpu().clamp(0, 1) * size, color) for b, color in ((true_box, 'lime'), (box, 'orange')) if b is not None]
     corners = torch.stack([b for b, _ in boxes])  # (1 or 2, 4)
     low, high = corners[:, :2].amin(dim=0), corners[:, 2:].amax(dim=0)  # (2), (2)
     side = max(1.6 * (high - low).max().item(), 24)  # of the part of the image that is shown, in pixels
     left, top = ((low + high) / 2 - side / 2).tolist()
-    cut = image.crop((round(left), round(top), round(left + side), round(top + side))).resize((tile, tile))
-    drawn = Image.new('RGB', (tile, tile + caption_height), 'white')
-    drawn.paste(cut)
-    draw = ImageDraw.Draw(drawn)
+    drawn = image.crop((round(left), round(top), round(left + side), round(top + side))).resize((tile, tile))
     for b, color in boxes:
-        draw.rectangle(((b - torch.tensor([left, top] * 2)) * tile / side).tolist(), outline=color, width=2)
-    draw.multiline_text((2, tile + 2), caption, fill='black', spacing=2)
+        corners = (b - torch.tensor([left, top] * 2)) * tile / side  # (4)
+        ImageDraw.Draw(drawn).rectangle(corners.tolist(), outline=color, width=2)
     return drawn
+
+
+def save_tiles(path, rows, width, height, font_size=24):
+    """
+    Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to this width and height. Below
+    each are 34 pixels, for one line in font size 24 or two in 10.
+    """
+    columns = max(1, *map(len, rows))
+    sheet = Image.new('RGB', (columns * (width + 10), len(rows) * (height + 34)), 'white')
+    for y, row in enumerate(rows):
+        for x, (image, caption) in enumerate(row):
+            drawn = Image.new('RGB', (width, height + 34), 'white')  # a tile, which cuts off long captions
+            image.thumbnail((width, height))
+            drawn.paste(image)
+            ImageDraw.Draw(drawn).text((2, height + 2), caption, fill='black', font_size=font_size, spacing=2)
+            sheet.paste(drawn, (x * (width + 10), y * (height + 34)))
+    sheet.save(path)

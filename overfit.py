@@ -9,14 +9,14 @@ is a mistake in the boxes, in the labels, or in a change to the code. Edit the p
 from functools import partial
 
 import torch
-from PIL import Image, ImageDraw
+from torch.optim.lr_scheduler import LambdaLR
 
 from datasets import PascalVOCDataset, collate_fn
-from detect import draw_objects, load_font
+from detect import draw_objects
 from files import UserError, open_image, run
-from mistakes import find_mistakes
+from mistakes import find_mistakes, save_tiles
 from model import SSD300, MultiBoxLoss, possible_thin
-from train import follow_schedule, make_optimizer, one_cycle, standardize, update
+from train import make_optimizer, one_cycle, standardize, update
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 n_images = 4  # how many of the first training images to learn
@@ -25,8 +25,6 @@ thin = 4  # every thin-th channel is kept; 1 for the paper's network, which take
 lr = 1e-3  # the highest learning rate of AdamW, from random weights
 min_score, max_overlap, top_k = 0.4, 0.45, 200  # which detections are counted and drawn, see detect.py
 sheet_path = 'overfit.png'  # where a sheet goes: the ground truth, and the detections at four steps
-
-tile = 360, 280  # width and height of an image in the sheet
 
 
 def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
@@ -43,9 +41,8 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
     :return: the last loss, and how many of the objects were found after the last step
     :raises UserError: the loss or the gradient was not finite
     """
-    n_images = min(n_images, len(train_set))
     train_set.split = 'TEST'
-    images, boxes, labels, difficulties = collate_fn([train_set[i] for i in range(n_images)])
+    images, boxes, labels, difficulties = collate_fn([train_set[i] for i in range(min(n_images, len(train_set)))])
     images = images.to(device)  # (N, 3, 300, 300)
     difficulties = [torch.zeros_like(of_image) for of_image in difficulties]  # all objects are learned, so all count
     originals = [open_image(path) for path in train_set.images[:n_images]]
@@ -55,15 +52,16 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
     standardize(model, images)
     criterion = MultiBoxLoss(model.priors_cxcy)
     optimizer = make_optimizer(model, 'adamw', lr, weight_decay=0)
-    follow_schedule(optimizer, partial(one_cycle, n_steps=steps))
+    schedule = LambdaLR(optimizer, partial(one_cycle, n_steps=steps))
 
-    columns = [(f'{n_objects} objects', boxes, labels, [torch.ones(len(of_image)) for of_image in labels])]
+    columns = [('ground truth', boxes, labels, [torch.ones(len(of_image)) for of_image in labels])]
     for step in range(1, steps + 1):
         predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
         loss = criterion(predicted_locs, predicted_scores, boxes, labels)
         if not update(optimizer, loss, grad_clip=10):
             raise UserError(f'the loss or the gradient became infinite or NaN in step {step}: check the boxes of these '
                             'images, or lower lr in overfit.py')
+        schedule.step()
         if step in (steps // 4, steps // 2, 3 * steps // 4, steps):
             with torch.no_grad():
                 found = model.detect_objects(*model(images), min_score, max_overlap, top_k)  # boxes, labels, scores
@@ -72,32 +70,21 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
             n_found = sum(of_class['true positive'] for of_class in counts.values())
             print(f'step {step}  loss {loss.item():.4f}  found {n_found} of {n_objects}  '
                   f'false positives {sum(map(len, false_positives.values()))}', flush=True)
-            columns.append((f'step {step}: {n_found} found', *found))
+            columns.append((f'step {step}', *found))
     save_sheet(sheet_path, originals, columns, train_set.label_map)
     return loss.item(), n_found
 
 
 def save_sheet(path, images, columns, label_map):
-    """
-    Save a sheet with a row for each image and a column for each list of boxes.
-
-    :param path: where to save it
-    :param images: list of PIL images in RGB
-    :param columns: tuples of a heading, and boxes, labels and scores as `SSD300.detect_objects` returns them
-    :param label_map: dict of label -> index
-    """
-    header, names = 40, list(label_map)
-    sheet = Image.new('RGB', (len(columns) * tile[0], header + len(images) * tile[1]), 'white')
-    for column, (heading, *lists) in enumerate(columns):
-        ImageDraw.Draw(sheet).text((column * tile[0] + 5, 8), heading, fill='black', font=load_font(24))
-        for row, (image, boxes, labels, scores) in enumerate(zip(images, *lists)):
+    """Save a row for each PIL image, a column for each heading with what `SSD300.detect_objects` returns."""
+    rows, names = [[] for _ in images], list(label_map)
+    for heading, *lists in columns:
+        for row, image, boxes, labels, scores in zip(rows, images, *lists):
             boxes = boxes.cpu().clamp(0, 1) * torch.tensor([image.width, image.height] * 2)  # (n, 4)
             found = zip(labels.tolist(), scores.tolist(), boxes.round().int().tolist())
             detections = [(names[label], score, box) for label, score, box in found if label > 0]  # no placeholder
-            drawn = draw_objects(image, detections, label_map)
-            drawn.thumbnail((tile[0] - 10, tile[1] - 10))
-            sheet.paste(drawn, (column * tile[0] + 5, header + row * tile[1]))
-    sheet.save(path)
+            row.append((draw_objects(image, detections, label_map), f'{heading}: {len(detections)} boxes'))
+    save_tiles(path, rows, 350, 270)
 
 
 def main():

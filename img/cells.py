@@ -69,18 +69,14 @@ def draw_cells():
 
 @figure('mistakes.png')
 def draw_mistakes():
-    """Of each half of the sheet that eval.py draws, the first three columns."""
+    """As the sheet that eval.py draws, with three of each in a row."""
     test_set, lists = evaluated()
     _, false_positives, missed = find_mistakes(lists, test_set.label_map, mistakes_min_score)
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, 'mistakes.png')
-        save_sheet(path, false_positives, missed, test_set.images)
-        sheet = Image.open(path)
-        half, kept = sheet.width // 2, sheet.width // 10 * 3
-        drawn = Image.new('RGB', (2 * kept, sheet.height), 'white')
-        for side in 0, 1:
-            drawn.paste(sheet.crop((side * half, 0, side * half + kept, sheet.height)), (side * kept, 0))
-        return drawn
+        worst = [{label: of_label[:3] for label, of_label in of_all.items()} for of_all in (false_positives, missed)]
+        save_sheet(path, *worst, test_set.images)
+        return Image.open(path).convert('RGB')
 
 
 @figure('overfit.png')
@@ -94,7 +90,7 @@ def draw_overfit():
         overfit.overfit(train_set, overfit.n_images, overfit.steps, overfit.thin, overfit.lr, path,
                         torch.device('cpu'))
         sheet = Image.open(path)
-        width, height = overfit.tile[0], sheet.height - (overfit.n_images - 1) * overfit.tile[1]
+        width, height = sheet.width // 5, sheet.height // overfit.n_images
         drawn = Image.new('RGB', (2 * width, 2 * height), 'white')
         for i, column in enumerate((0, 1, 2, 4)):
             drawn.paste(sheet.crop((column * width, 0, (column + 1) * width, height)),

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import random_boxes
-from PIL import Image
+from PIL import Image, ImageChops
 
 import mistakes
 from utils import make_label_map, match_detections
@@ -119,23 +119,23 @@ def test_the_sheet_shows_the_highest_scores(tmp_path, capsys):
     assert printed[1] == 'At scores above 0.4:' and printed[-1].split() == ['all', *'00000201']
     mistakes.save_sheet(tmp_path / 'm.png', false_positives, missed, [tmp_path / 'a.png'])
     sheet = Image.open(tmp_path / 'm.png')
-    tile, step = mistakes.tile, mistakes.tile + mistakes.caption_height
-    assert sheet.size == (10 * (tile + 10), 2 * step)
-    cat = sheet.crop((5 * (tile + 10), 0, 5 * (tile + 10) + tile, tile))  # it has no false positives
+    tile, step = mistakes.tile, mistakes.tile + 34
+    assert sheet.size == (2 * (tile + 10), 2 * step)
+    cat = sheet.crop((0, 0, tile, tile))  # it has no false positives
     colors = {color: n for n, color in cat.getcolors(9999)}
     square = (tile / 1.6) ** 2
     assert colors[(0, 255, 0)] > tile and square * 0.9 < colors[(0, 0, 0)] + colors[(0, 255, 0)] < square * 1.1
     dog = sheet.crop((0, step, tile, step + tile))
     assert (255, 165, 0) in {color for _, color in dog.getcolors(9999)}
     assert (0, 255, 0) not in {color for _, color in dog.getcolors(9999)}
-    assert sheet.crop((0, 0, 5 * (tile + 10), step)).getcolors(2) == [(5 * (tile + 10) * step, (255, 255, 255))]
+    assert sheet.crop((tile, 0, 2 * (tile + 10), step)).getcolors(2) == [((tile + 20) * step, (255, 255, 255))]
 
 
 def test_a_tile_shows_both_boxes_whole_and_in_place():
     """A detection at the top left, its object at the bottom right; the part shown is 1.6 times what both cover."""
     image = Image.new('RGB', (400, 200), 'white')
-    tile = mistakes.draw_mistake(image, torch.tensor([.2, .2, .3, .4]), torch.tensor([.25, .3, .45, .8]), 'a\nb')
-    assert tile.size == (mistakes.tile, mistakes.tile + mistakes.caption_height)
+    tile = mistakes.draw_mistake(image, torch.tensor([.2, .2, .3, .4]), torch.tensor([.25, .3, .45, .8]))
+    assert tile.size == (mistakes.tile, mistakes.tile)
     # Both cover x from 80 to 180 and y from 40 to 160 pixels: 120 at most, so 192 are shown around (130, 100).
     scale = mistakes.tile / 192
     for color, corners in (((255, 165, 0), (80, 40, 120, 80)), ((0, 255, 0), (100, 60, 180, 160))):
@@ -144,3 +144,25 @@ def test_a_tile_shows_both_boxes_whole_and_in_place():
                  max(y for _, y in places)]
         expected = [(corner - start) * scale for corner, start in zip(corners, (34, 4, 34, 4))]
         assert found == pytest.approx(expected, abs=2)
+
+
+def test_tiles_shrink_images_and_cut_off_captions(tmp_path):
+    """A row of two and a row of one, in tiles of 40 x 20 pixels with margins; and two empty rows."""
+    images = [Image.new('RGB', size, color) for size, color in (((80, 20), 'red'), ((20, 40), 'blue'), ((9, 8), 'lime'))]
+    long, empty, short = zip(images, ('W' * 99, '', 'a\nb'))
+    mistakes.save_tiles(tmp_path / 's.png', [[long, empty], [short]], 40, 20, font_size=10)
+    with Image.open(tmp_path / 's.png') as sheet:
+        assert sheet.size == (100, 108)
+        colors = {(255, 0, 0): (0, 0, 40, 10), (0, 0, 255): (50, 0, 60, 20), (0, 255, 0): (0, 54, 9, 62)}
+        for color, box in colors.items():
+            area = (box[2] - box[0]) * (box[3] - box[1])
+            assert sheet.crop(box).getcolors() == [(area, color)] and (area, color) in sheet.getcolors(9999)
+        top = ImageChops.invert(sheet.crop((0, 20, 50, 54))).getbbox()
+        assert top[0] <= 4 and top[2] == 40 and 2 <= top[1] < top[3] < 20  # one line, cut off
+        left, top, right, bottom = ImageChops.invert(sheet.crop((0, 74, 50, 108))).getbbox()
+        assert 2 <= left <= 4 and right < 12 and 2 <= top and 20 < bottom <= 34  # two lines
+        for box in (50, 20, 100, 54), (50, 54, 100, 108):
+            assert sheet.crop(box).getextrema() == ((255, 255),) * 3
+    mistakes.save_tiles(tmp_path / 's.png', [[], []], 40, 20)
+    with Image.open(tmp_path / 's.png') as sheet:
+        assert sheet.size == (50, 108) and sheet.getextrema() == ((255, 255),) * 3

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import copy_lists
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageDraw
 
 import overfit
 from datasets import PascalVOCDataset
@@ -13,6 +13,8 @@ from detect import draw_objects
 from files import UserError, open_image
 from model import SSD300
 from utils import make_label_map
+
+tile = 360, 304  # width and height in the sheet, with the caption
 
 
 def learn(folder, tmp_path, n_images, steps, lr=3e-3):
@@ -52,7 +54,7 @@ def test_what_is_found_is_counted(voc_folder, tmp_path, monkeypatch, capsys, dif
 
 def test_the_sheet_shows_each_image_and_what_was_found(tmp_path):
     """A row for each image, a column for each list; no placeholder."""
-    label_map, (width, height) = make_label_map(['a', 'b']), overfit.tile
+    label_map = make_label_map(['a', 'b'])
     images = [Image.new('RGB', (200, 100), 'gray'), Image.new('RGB', (1000, 500), 'navy')]
     none = torch.tensor([[0., 0, 1, 1]]), torch.tensor([0]), torch.tensor([0.])
     some = torch.tensor([[0.1, 0.222, 0.5, 1.2]]), torch.tensor([1]), torch.tensor([0.625])
@@ -60,21 +62,22 @@ def test_the_sheet_shows_each_image_and_what_was_found(tmp_path):
     overfit.save_sheet(str(tmp_path / 's.png'), images, columns, label_map)
     drawn = draw_objects(images[0], [('a', 0.625, [20, 22, 100, 100])], label_map)
     large = draw_objects(images[1], [('a', 0.625, [100, 111, 500, 500])], label_map)
-    large.thumbnail((width - 10, height - 10))
+    large.thumbnail((350, 270))
     small = images[1].copy()
-    small.thumbnail((width - 10, height - 10))
+    small.thumbnail((350, 270))
     with Image.open(tmp_path / 's.png') as sheet:
-        assert sheet.size == (2 * width, 40 + 2 * height)
-        for column, of_column in enumerate([[images[0], large], [drawn, small]]):
+        assert sheet.size == (2 * tile[0], 2 * tile[1])
+        for column, (heading, *of_column) in enumerate([('first', images[0], large), ('second', drawn, small)]):
             for row, expected in enumerate(of_column):
-                x, y = column * width + 5, 40 + row * height
+                x, y = column * tile[0], row * tile[1]
                 assert sheet.crop((x, y, x + expected.width, y + expected.height)).tobytes() == expected.tobytes()
-                around = sheet.crop((column * width, y, (column + 1) * width, y + height))
-                around.paste('white', (5, 0, 5 + expected.width, expected.height))
-                assert around.getcolors() == [(width * height, (255, 255, 255))]
-            heading = sheet.crop((column * width, 0, (column + 1) * width, 40))
-            left, top, right, bottom = ImageChops.invert(heading).getbbox()
-            assert 5 <= left <= 9 and 8 <= top <= 16 and 24 <= bottom <= 38 and right > 40
+                around = sheet.crop((x, y, x + tile[0], y + tile[1]))
+                around.paste('white', (0, 0, expected.width, expected.height))
+                caption = Image.new('RGB', tile, 'white')
+                ImageDraw.Draw(caption).text((2, 272), f'{heading}: {int(row != column)} boxes', 'black', font_size=24)
+                assert around.tobytes() == caption.tobytes()
+                left, top, right, bottom = ImageChops.invert(caption).getbbox()
+                assert left <= 9 and 270 < top and bottom < 304 and 100 < right < 350  # nothing is cut off
 
 
 def test_what_it_trains_and_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch):
@@ -84,7 +87,7 @@ def test_what_it_trains_and_the_first_column_is_the_ground_truth(voc_folder, tmp
     plain, told = overfit.make_optimizer, []
     monkeypatch.setattr(overfit, 'make_optimizer', lambda model, *args, **options: told.append(
         (args, options)) or plain(model, *args, **options))
-    train_set, (_, n_found), _ = learn(voc_folder, tmp_path, 2, 1)
+    train_set, *_ = learn(voc_folder, tmp_path, 2, 1)
     assert told == [(('adamw', 3e-3), {'weight_decay': 0})]  # nothing holds it back from overfitting
     [(images, [(heading, boxes, labels, scores), (last, *_)], label_map)] = shown
     assert label_map == train_set.label_map
@@ -92,12 +95,12 @@ def test_what_it_trains_and_the_first_column_is_the_ground_truth(voc_folder, tmp
     for i in range(2):
         assert torch.equal(boxes[i], train_set[i][1]) and torch.equal(labels[i], train_set[i][2])
         assert scores[i].tolist() == [1] * len(labels[i])
-    assert heading == f'{len(labels[0]) + len(labels[1])} objects' and last == f'step 1: {n_found} found'
+    assert heading == 'ground truth' and last == 'step 1'
 
 
 def test_fewer_images_than_asked_for(voc_folder, tmp_path):
     train_set, _, sheet = learn(voc_folder, tmp_path, 9, 1)
-    assert sheet.size == (2 * overfit.tile[0], 40 + len(train_set) * overfit.tile[1])
+    assert sheet.size == (2 * tile[0], len(train_set) * tile[1])
 
 
 def test_a_loss_that_is_not_finite(voc_folder, tmp_path):
@@ -117,7 +120,7 @@ def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, caps
     images = PascalVOCDataset(voc_folder, 'TRAIN').images
     assert told == [(images, True, 0, (1, 1, 16, 1e-3, str(tmp_path / 'sheet.png'), torch.device('cpu')))]
     assert f'Look at {tmp_path / "sheet.png"}' in capsys.readouterr().out
-    assert Image.open(tmp_path / 'sheet.png').height == 40 + overfit.tile[1]
+    assert Image.open(tmp_path / 'sheet.png').height == tile[1]
     for name in 'n_images', 'steps', 'thin':
         with monkeypatch.context() as wrong:
             wrong.setattr(overfit, name, 0)
@@ -135,5 +138,5 @@ def test_it_learns_images(voc_folder, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split('  ')[0] for line in lines] == ['step 10', 'step 20', 'step 30', 'step 40']
     assert lines[-1].endswith(f'found {n_objects} of {n_objects}  false positives 0')
-    assert sheet.size == (5 * overfit.tile[0], 40 + 2 * overfit.tile[1])  # objects, and four looks
+    assert sheet.size == (5 * tile[0], 2 * tile[1])  # objects, and four looks
     assert len(sheet.getcolors(10 ** 6)) > 1000
