@@ -104,7 +104,7 @@ def from_torchvision(state_dict, classes=None, thin=1):
 
 
 def rename_torchvision(state_dict, n_all, classes):
-    """Turn a state_dict of torchvision with `n_all` classes into one of our SSD300, with a list of these classes."""
+    """Turn a state_dict of torchvision with `n_all` classes, on the CPU, into ours with only the listed `classes`."""
     renamed = {f'{ours}.{kind}': state_dict[f'backbone.{theirs}.{kind}']
                for theirs, ours in layers.items() for kind in ('weight', 'bias')}
     renamed['rescale_factors'] = state_dict['backbone.scale_weight'].view(1, 512, 1, 1)

@@ -177,3 +177,4 @@ def test_the_script_converts(tmp_path):
                             cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout.startswith('new.pth has the weights of epoch 7.') and result.stdout.count('\n') == 1
     assert result.stderr == '' and load_checkpoint(tmp_path / 'new.pth')['epoch'] == 7
+    assert os.listdir(tmp_path) == ['new.pth']  # and no patch of PyTorch, for classes that have changed
