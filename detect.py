@@ -72,7 +72,7 @@ def draw_objects(image, detections, label_map):
     """
     :param image: a PIL image in RGB, which stays as it is
     :param detections: list of (label, score, box) by decreasing score, see `find_objects`
-    :param label_map: dict of label -> index
+    :param label_map: dict of label -> index, which chooses the colors
     :return: a copy of the image with boxes, labels and scores
     """
     image = image.copy()
@@ -94,10 +94,7 @@ def draw_objects(image, detections, label_map):
 
 @cache
 def kept_detector(checkpoint):
-    """
-    :param checkpoint: see `checkpoints.load_detector`; if there is no such file, torchvision's weights are taken
-    :return: SSD300 on the GPU, if there is one, and its dict of label -> index; loaded once, and kept
-    """
+    """:return: SSD300 on the GPU, if there is one, and its dict of label -> index; loaded once for each checkpoint"""
     if checkpoint is not None and not os.path.exists(checkpoint):
         print(f"There is no {checkpoint}: torchvision's weights, trained on COCO, are taken instead. For weights of "
               'your own, set checkpoint in detect.py, or train some with "python train.py".', file=sys.stderr)
@@ -108,9 +105,8 @@ def kept_detector(checkpoint):
 
 def output_paths(paths):
     """
-    :param paths: images
-    :return: for each image, the path of its annotated copy: JPEG and PNG files keep their format, others become PNG. No
-        copy overwrites another or one of the images, even on case-insensitive file systems.
+    The path of each image's annotated copy: JPEG and PNG files keep their format, others become PNG. No copy overwrites
+    another or one of the images, even on case-insensitive file systems.
     """
     taken = {os.path.realpath(path).casefold() for path in paths}
     for path in paths:

@@ -37,11 +37,10 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     """
     Detect objects in all test images, compare them with the ground truth, and print a table.
 
-    :param test_loader: DataLoader of PascalVOCDataset's split TEST, with difficult objects kept: detections of them are
-        ignored, so they must be known
+    :param test_loader: DataLoader of PascalVOCDataset's split TEST, with the difficult objects: detections of them are
+        ignored
     :param model: SSD300
-    :param min_score: keep only detections with a score above this; low, because average precision needs detections at
-        all levels of confidence
+    :param min_score: keep detections with a score above this; low, because AP needs all levels of confidence
     :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
     :param top_k: keep at most this many detections of an image
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does
@@ -84,15 +83,10 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
 
 
 def make_test_loader(test_set, batch_size, workers, device):
-    """
-    :param test_set: PascalVOCDataset of split TEST
-    :param batch_size: images in a batch
-    :param workers: processes that load images
-    :param device: the torch.device that evaluates
-    :return: DataLoader for `evaluate`; with several processes, each has a part of the images
-    """
-    return DataLoader(test_set, batch_size, sampler=range(process_number(), len(test_set), n_processes()),
-                      collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda')
+    """:return: DataLoader for `evaluate` on `device`; process i of n has the i-th of n parts of the images"""
+    first, end = (len(test_set) * i // n_processes() for i in (process_number(), process_number() + 1))
+    return DataLoader(test_set, batch_size, sampler=range(first, end), collate_fn=collate_fn, num_workers=workers,
+                      pin_memory=device.type == 'cuda')
 
 
 def main():

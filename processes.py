@@ -9,7 +9,6 @@ the device, `download_weights` only downloads, and the rest does nothing.
 """
 import os
 from datetime import timedelta
-from itertools import zip_longest
 from pickle import UnpicklingError
 
 import torch
@@ -21,7 +20,7 @@ from files import UserError
 
 def join_processes():
     """
-    Join the other processes that torchrun started, if it started this one.
+    Join the other processes, if torchrun started this one.
 
     :return: the device of this process: a GPU of its own, or the CPU
     :raises UserError: there are more processes than GPUs
@@ -59,10 +58,7 @@ def process_number():
 
 
 def mean_over_processes(tensor):
-    """
-    :param tensor: a tensor of the same shape in each process
-    :return: the mean of these tensors
-    """
+    """:return: the mean of the tensors, of one shape, that the processes call this with"""
     if n_processes() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -71,10 +67,7 @@ def mean_over_processes(tensor):
 
 
 def share_gradients(model):
-    """
-    :param model: SSD300, of which each process has a copy
-    :return: the network to train: with several processes, its gradients are the mean over all processes
-    """
+    """:return: the network to train: with several processes, its gradients are the mean over all of them"""
     if n_processes() == 1:
         return model
     network = DistributedDataParallel(model, gradient_as_bucket_view=True)  # averages in place, without copies
@@ -84,7 +77,7 @@ def share_gradients(model):
 
 def gather_images(tensors):
     """
-    Exchange what each process found in its images: of n processes, process i had the images i, i + n, i + 2n, ...
+    Exchange what each process found in its part of the images, see `eval.make_test_loader`.
 
     :param tensors: list with a tensor (n, ...) for each image of this process
     :return: list with a tensor for each image of all processes, in order, the same in each process
@@ -95,35 +88,27 @@ def gather_images(tensors):
     mine = torch.cat(tensors) if tensors else torch.empty(0), [len(tensor) for tensor in tensors]
     of_processes = [None] * n_processes()
     dist.all_gather_object(of_processes, mine)
-    of_processes = [values.split(counts) for values, counts in of_processes]
-    # The first image of each process, then the second of each; the last time, some have none left.
-    return [image for images in zip_longest(*of_processes) for image in images if image is not None]
+    return [tensor for values, counts in of_processes for tensor in values.split(counts)]
 
 
 def download_weights(weights, remedy):
     """
     Download weights once for each machine: its first process downloads, while the others wait for the file.
 
-    :param weights: torchvision's published weights, which are downloaded if they are not on this machine
+    :param weights: torchvision's published weights
     :param remedy: text for the error: what else to do than to put the file in its place
     :return: their state_dict
     :raises UserError: they can't be downloaded or read
     """
-    first = os.environ.get('LOCAL_RANK', '0') == '0'
+    first, several = os.environ.get('LOCAL_RANK', '0') == '0', n_processes() > 1
     try:
-        if not first:
-            wait_for_all()
+        if several and not first:
+            dist.barrier()
         return weights.get_state_dict(progress=first, check_hash=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
         raise UserError(f'the download or reading of {weights.url} failed ({error}): put that file into {folder}, or '
                         f'{remedy}') from None
     finally:
-        if first:
-            wait_for_all()
-
-
-def wait_for_all():
-    """Wait until all processes have reached this point."""
-    if n_processes() > 1:
-        dist.barrier()
+        if several and first:
+            dist.barrier()

@@ -14,11 +14,10 @@ import os
 import sys
 import time
 from datetime import timedelta
-from functools import partial
-from itertools import count
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from checkpoints import load_checkpoint, load_detector, save_checkpoint
@@ -29,7 +28,7 @@ from model import SSD300, MultiBoxLoss, possible_thin
 from processes import (join_processes, leave_processes, mean_over_processes, n_processes, process_number,
                        share_gradients)
 from torchvision_weights import start_from_coco
-from utils import adjust_learning_rate, clip_gradient
+from utils import clip_gradient
 
 # Data
 data_folder = './'  # where create_data_lists.py wrote the lists
@@ -66,11 +65,10 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """
     :param model: SSD300
-    :param kind: 'sgd' for stochastic gradient descent, as in the paper; or 'adamw', which needs far fewer steps from
-        random weights
+    :param kind: 'sgd' as in the paper, or 'adamw', which needs far fewer steps from random weights
     :param lr: peak learning rate; with 'sgd', that of biases is twice this, as in the paper's code
-    :param weight_decay: L2 penalty for 'sgd', decoupled for 'adamw'
-    :param momentum: for 'sgd'; 'adamw' has its own betas
+    :param weight_decay: L2 penalty with 'sgd', decoupled with 'adamw'
+    :param momentum: for 'sgd'
     :return: the optimizer
     """
     if kind == 'adamw':
@@ -83,11 +81,7 @@ def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
 
 
 def one_cycle(step, n_steps):
-    """
-    :param step: number of a step, from 0
-    :param n_steps: steps of the whole training
-    :return: the factor of the learning rate: it rises to 1 in the first 7% of the steps, then falls to 0
-    """
+    """:return: the factor of the learning rate: it rises to 1 in the first 7% of the steps, then falls to 0"""
     return min((step + 1) / (0.07 * n_steps), (n_steps - step) / (0.93 * n_steps), 1)
 
 
@@ -105,26 +99,6 @@ def warm_up_and_decay(step, steps_per_epoch, warm_up, decay_lr_at, decay_lr_to):
         if step >= epoch * steps_per_epoch:
             factor *= decay_lr_to
     return factor
-
-
-def follow_schedule(optimizer, factor, n_done=0):
-    """
-    Before each step, set the learning rates to a factor times what they are now. The factor depends on nothing but the
-    number of the step, so training goes on after an interruption as if there had been none.
-
-    :param optimizer: its learning rates are the peak ones
-    :param factor: a function from the number of a step, from 0, to the factor
-    :param n_done: number of steps that were taken before
-    """
-    peaks, steps = [group['lr'] for group in optimizer.param_groups], count(n_done)
-
-    def set_learning_rates(*_):
-        """Called by the optimizer at the beginning of each step."""
-        for group, lr in zip(optimizer.param_groups, peaks):
-            group['lr'] = lr
-        adjust_learning_rate(optimizer, factor(next(steps)))
-
-    optimizer.register_step_pre_hook(set_learning_rates)
 
 
 def best_of(checkpoint_path):
@@ -169,12 +143,15 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
             best = load_checkpoint(best_path).get('mAP', best)
 
     n_batches = len(train_loader)
-    if rise_and_fall:
-        factor = partial(one_cycle, n_steps=epochs * n_batches)
-    else:
-        factor = partial(warm_up_and_decay, steps_per_epoch=n_batches, warm_up=warm_up, decay_lr_at=decay_lr_at,
-                         decay_lr_to=decay_lr_to)
-    follow_schedule(optimizer, factor, n_done=start_epoch * n_batches)
+
+    def factor(step):
+        """Of the learning rate; steps are counted from `start_epoch`, so training goes on as if never interrupted."""
+        step += start_epoch * n_batches
+        if rise_and_fall:
+            return one_cycle(step, epochs * n_batches)
+        return warm_up_and_decay(step, n_batches, warm_up, decay_lr_at, decay_lr_to)
+
+    schedule = LambdaLR(optimizer, factor)
 
     def save(path, **more):
         """Whether a checkpoint was saved. If another program has the file open, the next epoch may succeed."""
@@ -189,7 +166,8 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
 
     for epoch in range(start_epoch, epochs):
         sampler.set_epoch(epoch)
-        train(train_loader, network, criterion, optimizer, epoch, epochs=epochs, log_path=log_path, **options)
+        train(train_loader, network, criterion, optimizer, epoch, epochs, log_path=log_path, schedule=schedule,
+              **options)
         if first:
             save(checkpoint_path)
         if evaluate_every > 0 and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs):
@@ -202,7 +180,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
 
 
 def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_freq=200, grad_clip=None, bfloat16=False,
-          log_path=None):
+          log_path=None, schedule=None):
     """
     Train for one epoch.
 
@@ -214,8 +192,9 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     :param epochs: number of epochs of the whole training, for the time left
     :param print_freq: batches between two lines of the log
     :param grad_clip: largest norm of the gradient; None for no limit
-    :param bfloat16: compute in 16 bits; the loss is computed in 32
-    :param log_path: CSV file to which lines of the log are added; None for none
+    :param bfloat16: compute in 16 bits, and only the loss in 32
+    :param log_path: CSV file of the log; None for none
+    :param schedule: PyTorch's LRScheduler, which sets the learning rate of the next step; None to keep it
     :raises UserError: the loss or the gradient was not finite; the weights are as they were before that batch
     """
     model.train()
@@ -250,13 +229,14 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
                 print(log_line.format(n_batches=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
             write_log(log_path, **row)
             losses, n_images, loading, last_line = [], 0, 0., time.time()
+        if schedule is not None:
+            schedule.step()
         end = time.time()
 
 
 def update(optimizer, loss, grad_clip=None):
     """
-    Take a step down the gradient, unless the loss or the gradient is not finite, in this process or another. Then the
-    weights and the state of the optimizer stay as they are.
+    Take a step down the gradient, unless the loss or the gradient is not finite, in this process or another.
 
     :param optimizer: optimizer of the weights, which change
     :param loss: a scalar
@@ -274,12 +254,7 @@ def update(optimizer, loss, grad_clip=None):
 
 
 def start_log(log_path, start_epoch):
-    """
-    Begin the log, or remove what follows the last checkpoint, because these epochs will be trained again.
-
-    :param log_path: CSV file, which may exist
-    :param start_epoch: the first epoch to train
-    """
+    """Begin the log, or remove what follows the last checkpoint, because these epochs will be trained again."""
     rows = []
     if start_epoch > 0 and os.path.exists(log_path):
         with open(log_path, newline='') as file:
@@ -289,12 +264,7 @@ def start_log(log_path, start_epoch):
 
 
 def write_log(log_path, **row):
-    """
-    Add a row to the log.
-
-    :param log_path: CSV file, or None, as in all processes but the first
-    :param row: values for some of `log_columns`; the others stay empty
-    """
+    """Add a row with some of `log_columns`, unless `log_path` is None, as in all processes but the first."""
     if log_path is None:
         return
     try:
@@ -305,18 +275,7 @@ def write_log(log_path, **row):
 
 
 def make_model(label_map, checkpoint, pretrained, thin):
-    """
-    :param label_map: dict of label -> index, of the classes to learn
-    :param checkpoint: path of a checkpoint to go on from, or None
-    :param pretrained: without a checkpoint, the weights to start from: 'imagenet', 'coco', or None for random ones
-    :param thin: without a checkpoint, keep every thin-th channel
-    :return: SSD300 to start from, on the CPU
-    :raises UserError: `pretrained` or `thin` has another value, or the checkpoint is for other classes
-    """
-    if pretrained not in ('imagenet', 'coco', None):
-        raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', or None")
-    if thin not in possible_thin:
-        raise UserError(f'thin = {thin!r} in train.py: set it to one of {possible_thin}')
+    """:return: SSD300 to start from, on the CPU, for the parameters at the top of this file"""
     if checkpoint is not None:
         model, saved_label_map = load_detector(checkpoint)
         if saved_label_map != label_map:
@@ -335,9 +294,9 @@ def make_model(label_map, checkpoint, pretrained, thin):
 def standardize(model, images):
     """
     Prepare random weights for training. Layer after layer, random weights make the features of different images more
-    alike, until hardly any difference is left. So scale and shift each layer but the predictions such that over some
-    images each channel has mean 0 and standard deviation 1 before its ReLU (data-dependent initialization: Salimans and
-    Kingma, "Weight normalization", 2016). And scale the layers of the predictions by 0.1, so that these start near 0.
+    alike. So scale and shift each layer but the predictions such that over some images each channel has mean 0 and
+    standard deviation 1 before its ReLU (data-dependent initialization: Salimans and Kingma, "Weight normalization",
+    2016). And scale the layers of the predictions by 0.1, so that these start near 0.
 
     :param model: SSD300 with random weights, which are changed in place
     :param images: some images, a tensor (N, 3, 300, 300)
@@ -362,12 +321,8 @@ def standardize(model, images):
 
 def restore(optimizer, saved):
     """
-    Restore the state of an optimizer, such as the momentum, from a checkpoint. The learning rates stay as they are,
-    because they follow from the parameters at the top of this file, which may have changed.
-
-    :param optimizer: a new optimizer, see `make_optimizer`
-    :param saved: see `checkpoints.load_checkpoint`
-    :raises UserError: the checkpoint is of another kind of optimizer
+    Restore the optimizer's state, such as the momentum, from what `load_checkpoint` returns. The learning rates stay as
+    they are, because they follow from the parameters at the top of this file, which may have changed.
     """
     kind, saved_kind = type(optimizer).__name__, saved.get('optimizer_kind', 'SGD')
     if kind != saved_kind:
@@ -379,8 +334,10 @@ def restore(optimizer, saved):
 
 def main():
     """Train with the parameters at the top of this file."""
-    if optimizer_kind not in ('sgd', 'adamw'):
-        raise UserError(f"optimizer_kind = {optimizer_kind!r} in train.py: set it to 'sgd' or 'adamw'")
+    for name, value, possible in (('optimizer_kind', optimizer_kind, ('sgd', 'adamw')), ('thin', thin, possible_thin),
+                                  ('pretrained', pretrained, ('imagenet', 'coco', None))):
+        if value not in possible:
+            raise UserError(f'{name} = {value!r} in train.py: set it to one of {possible}')
     for name, value in (('evaluate_every', evaluate_every), ('warm_up', warm_up)):
         if not isinstance(value, int) or value < 0:
             raise UserError(f'{name} = {value!r} in train.py: set it to a whole number, at least 0')

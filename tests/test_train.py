@@ -209,9 +209,10 @@ def test_the_recipe_is_the_papers(voc_folder, tmp_path, monkeypatch):
     """A tenth of the learning rate after 80,000 of 120,000 iterations of 32 images, and again after 100,000."""
     rates = []
 
-    def take_a_step(_, __, ___, optimizer, ____, **options):
+    def take_a_step(_, __, ___, optimizer, *____, schedule, **_____):
         optimizer.step()
         rates.append(optimizer.param_groups[-1]['lr'])
+        schedule.step()
     monkeypatch.setattr(train, 'train', take_a_step)
     monkeypatch.setattr(train, 'save_checkpoint', lambda *_: None)
     model = TinyDetector(len(label_map))
@@ -709,23 +710,32 @@ def test_one_image_is_enough_to_standardize():
     assert model.aux_convs.conv11_2.weight.abs().max() < 10
 
 
-def test_the_learning_rate_rises_and_falls_to_nothing():
-    """At once, and with an interruption after 100 steps."""
-    def rates(n_done, n_steps):
-        optimizer = train.make_optimizer(torch.nn.Linear(1, 1), 'adamw', 0.01, 5e-4)
-        train.follow_schedule(optimizer, partial(train.one_cycle, n_steps=450), n_done)
+def test_the_learning_rate_rises_and_falls_to_nothing(folder, tmp_path, monkeypatch):
+    """At once, and with an interruption after two of ten epochs of 40 steps."""
+    def rates(start_epoch, stop_after):
         found = []
-        for _ in range(n_steps):
-            optimizer.step()
-            found.append(optimizer.param_groups[0]['lr'])
+
+        def train_epoch(loader, model, criterion, optimizer, epoch, *_, schedule, **__):
+            for _ in loader.sampler:
+                optimizer.step()
+                found.append(optimizer.param_groups[0]['lr'])
+                schedule.step()
+            if epoch == stop_after:
+                raise KeyboardInterrupt
+        monkeypatch.setattr(train, 'train', train_epoch)
+        model = TinyDetector(4)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(model, train.make_optimizer(model, 'adamw', 0.01, 5e-4), PascalVOCDataset(folder, 'TRAIN', True),
+                      str(tmp_path / 'c.pth'), 10, 1, start_epoch, rise_and_fall=True)
         return found
 
-    whole = rates(0, 450)
+    monkeypatch.setattr(train, 'save_checkpoint', lambda *_: None)
+    whole = rates(0, 9)
     highest = whole.index(max(whole))
-    assert max(whole) == pytest.approx(0.01, rel=0.01) and 0.06 * 450 < highest < 0.08 * 450
+    assert len(whole) == 400 and max(whole) == pytest.approx(0.01, rel=0.01) and 0.06 * 400 < highest < 0.08 * 400
     assert whole[:highest] == sorted(whole[:highest]) and whole[highest:] == sorted(whole[highest:], reverse=True)
     assert whole[0] < 0.001 and 0 < whole[-1] < 1e-4
-    assert whole == rates(0, 100) + rates(100, 350)
+    assert whole == rates(0, 1) + rates(2, 9)
 
 
 def test_adamw_does_not_depend_on_momentum():

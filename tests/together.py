@@ -14,13 +14,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import train  # noqa: E402
-from datasets import EpochSampler, PascalVOCDataset, collate_fn  # noqa: E402
-from eval import evaluate  # noqa: E402
+from datasets import EpochSampler, PascalVOCDataset  # noqa: E402
+from eval import evaluate, make_test_loader  # noqa: E402
 from files import run  # noqa: E402
 from model import SSD300, MultiBoxLoss  # noqa: E402
 from processes import download_weights, join_processes, leave_processes, n_processes, process_number  # noqa: E402
@@ -111,8 +110,7 @@ def evaluate_first(folder, n_images):
     test_set.split = 'TEST'
     del test_set.images[n_images:], test_set.objects[n_images:]
     test_set.objects[1:2] = [{'boxes': [], 'labels': [], 'difficulties': []}]
-    return evaluate(DataLoader(test_set, 4, sampler=range(process_number(), len(test_set), n_processes()),
-                               collate_fn=collate_fn), RandomDetector())
+    return evaluate(make_test_loader(test_set, 4, 0, torch.device('cpu')), RandomDetector())
 
 
 def main():
