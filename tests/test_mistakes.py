@@ -166,3 +166,10 @@ def test_tiles_shrink_images_and_cut_off_captions(tmp_path):
     mistakes.save_tiles(tmp_path / 's.png', [[], []], 40, 20)
     with Image.open(tmp_path / 's.png') as sheet:
         assert sheet.size == (50, 108) and sheet.getextrema() == ((255, 255),) * 3
+
+
+def test_around_a_small_box_24_pixels_are_shown():
+    """The box ends at the image's edge: from 0 to 10 pixels, so -7 to 17 are shown."""
+    tile = mistakes.draw_mistake(Image.new('RGB', (100, 100)), torch.tensor([-.5, -.5, .1, .1]), None)
+    assert tile.getbbox() == pytest.approx((7 * mistakes.tile / 24, 7 * mistakes.tile / 24,
+                                            17 * mistakes.tile / 24 + 1, 17 * mistakes.tile / 24 + 1), abs=0.8)
