@@ -148,7 +148,7 @@ def test_a_tile_shows_both_boxes_whole_and_in_place():
 
 def test_tiles_shrink_images_and_cut_off_captions(tmp_path):
     """A row of two and a row of one, in tiles of 40 x 20 pixels with margins; and two empty rows."""
-    images = [Image.new('RGB', size, color) for size, color in (((80, 20), 'red'), ((20, 40), 'blue'), ((9, 8), 'lime'))]
+    images = [Image.new('RGB', (80, 20), 'red'), Image.new('RGB', (20, 40), 'blue'), Image.new('RGB', (9, 8), 'lime')]
     long, empty, short = zip(images, ('W' * 99, '', 'a\nb'))
     mistakes.save_tiles(tmp_path / 's.png', [[long, empty], [short]], 40, 20, font_size=10)
     with Image.open(tmp_path / 's.png') as sheet:
