@@ -58,7 +58,7 @@ def process_number():
 
 
 def mean_over_processes(tensor):
-    """:return: the mean of the tensors, of one shape, that the processes call this with"""
+    """:return: the mean of a tensor over all processes; each has one of the same shape"""
     if n_processes() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)

@@ -73,9 +73,8 @@ def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
-    named = list(model.named_parameters())
-    biases = [parameter for name, parameter in named if name.endswith('.bias')]
-    others = [parameter for name, parameter in named if not name.endswith('.bias')]
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
+    others = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
     return torch.optim.SGD([{'params': biases, 'lr': 2 * lr}, {'params': others}],
                            lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -145,8 +144,8 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     n_batches = len(train_loader)
 
     def factor(step):
-        """Of the learning rate; steps are counted from `start_epoch`, so training goes on as if never interrupted."""
-        step += start_epoch * n_batches
+        """Of the learning rate. It depends on nothing but the step, so training goes on as if never interrupted."""
+        step += start_epoch * n_batches  # LambdaLR counts from 0 in every run
         if rise_and_fall:
             return one_cycle(step, epochs * n_batches)
         return warm_up_and_decay(step, n_batches, warm_up, decay_lr_at, decay_lr_to)
@@ -236,11 +235,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
 def update(optimizer, loss, grad_clip=None):
     """
-    Take a step down the gradient, unless the loss or the gradient is not finite, in this process or another.
+    Take a step down the gradient, unless it or the loss is not finite, in this process or another. See `train`.
 
-    :param optimizer: optimizer of the weights, which change
-    :param loss: a scalar
-    :param grad_clip: largest norm of the gradient; None for no limit
     :return: whether the step was taken
     """
     optimizer.zero_grad()
