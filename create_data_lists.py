@@ -1,5 +1,5 @@
 """
-List the images and objects of Pascal VOC 2007 and 2012, or of your own folder in the same layout:
+List the images and objects of Pascal VOC 2007 and 2012, or of any folder with images and annotations in VOC's format:
 
     python create_data_lists.py
 
@@ -9,20 +9,26 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
+from multiprocessing.pool import ThreadPool
 
+import torch
 from torchvision.datasets import VOCDetection
+from tqdm import tqdm
 
-from files import UserError, image_header, is_image, one_line, run, write_whole
-from utils import make_label_map, voc_labels
+from files import (UserError, decode_once, folders_of, is_image, list_files, name_of, one_line, run, turn_box,
+                   write_whole)
+from utils import create_prior_boxes, cxcy_to_xy, find_jaccard_overlap, make_label_map, voc_labels
 
-voc07_path = 'VOCdevkit/VOC2007'  # folder with JPEGImages, Annotations and ImageSets; its splits trainval and test
-voc12_path = 'VOCdevkit/VOC2012'  # a second such folder, whose trainval is added for training; or None
+voc07_path = 'VOCdevkit/VOC2007'  # folder with images and annotations, for training and for the test
+voc12_path = 'VOCdevkit/VOC2012'  # a second such folder, only for training; or None
 output_folder = './'  # where the lists are written
 labels = voc_labels  # the classes to detect, without the background; or None for all that occur
-test_fraction = 0.2  # share of the images used for the test, if the first folder has no ImageSets
+test_fraction = 0.2  # share of the images used for the test, if the first folder does not say which these are
+keep_empty = False  # also train on images without objects: set min_negatives in train.py, too
 download = False  # download Pascal VOC first: 2.9 GB, into VOCdevkit in the current folder
 
 
@@ -44,129 +50,44 @@ def download_voc(root):
 
 # ---------------------------------------------------------------------------------------------------------------- Lists
 
-def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, test_fraction=0.2):
+def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, test_fraction=0.2, keep_empty=False):
     """
-    List the images and objects of Pascal VOC, or of any folder in its layout, for training and evaluation:
+    List the images and objects of Pascal VOC, or of any folder in its format, for training and evaluation:
     TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json, label_map.json.
 
-    Training uses the trainval splits, without the images that have no objects. The test uses the first folder's test
-    split, with those images: a detection in an image without objects is a false positive and must count.
+    The test includes images without objects: a detection in one is a false positive and must count.
 
-    :param voc07_path: path of a folder with the splits trainval and test
-    :param voc12_path: path of a second folder, whose split trainval is added for training; or None
-    :param output_folder: path of the folder where the lists are written, see `write_lists`
+    :param voc07_path: path of a folder for training and test, see `find_images` and `choose_split`
+    :param voc12_path: path of a second folder, only for training; or None
+    :param output_folder: path of the folder where the lists are written
     :param labels: names of the classes to detect, others are dropped; or None for all that occur, in alphabetical order
-    :param test_fraction: share of the first folder's images used for the test if it has no ImageSets, from 0 to 1
-    :raises UserError: no object of these classes for training, or no test image; or see `image_names` and `read_split`
+    :param test_fraction: share of the first folder's images used for the test if it does not say which, from 0 to 1
+    :param keep_empty: keep training images without objects
+    :raises UserError: there is no object of these classes for training, or no test image, or see `read_split`
     """
     label_map = None if labels is None else make_label_map(labels)
-    parts = [('TEST', voc07_path, 'test', image_names(voc07_path, 'test', test_fraction))]
-    for folder in filter(None, (voc07_path, voc12_path)):
-        names = image_names(folder, 'trainval', test_fraction if folder == voc07_path else 0)
-        parts.append(('TRAIN', folder, 'trainval', names))
     splits, left_out = {'TRAIN': [], 'TEST': []}, []
-    for name, *part in parts:
-        images, reasons = read_split(*part, label_map)
-        splits[name] += images
-        left_out += reasons
+    for folder in filter(None, (voc07_path, voc12_path)):
+        found = find_images(folder)
+        train, test = choose_split(folder, found, test_fraction if folder == voc07_path else None)
+        for split, annotation_paths in (('TEST', test), ('TRAIN', train)):
+            images, reasons = read_split(folder, split, annotation_paths, found, label_map)
+            splits[split] += images
+            left_out += reasons
     if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
         which = 'no object' if labels is None else f'no object with one of the labels {list(labels)}'
         raise UserError(f'{which} in the training images of {voc07_path}: set labels to those of its annotations')
     if not splits['TEST']:
-        raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or, without ImageSets, '
-                        'raise test_fraction')
+        raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or raise test_fraction')
     if labels is None:
         found = {label for images in splits.values() for _, annotation in images for label in annotation['labels']}
         label_map = make_label_map(sorted(found))
 
-    dropped = [f'{image_path}: {reason}' for images in splits.values()
-               for image_path, annotation in images for reason in annotation['dropped']]
-    n_empty = sum(not annotation['boxes'] for _, annotation in splits['TRAIN'])
-    splits['TRAIN'] = [image for image in splits['TRAIN'] if image[1]['boxes']]
+    n_train = len(splits['TRAIN'])
+    splits['TRAIN'] = [image for image in splits['TRAIN'] if keep_empty or image[1]['boxes']]
     write_lists(splits, label_map, output_folder)
-    print_summary(splits, label_map, left_out, n_empty, dropped)
+    print_summary(splits, label_map, left_out, n_empty=n_train - len(splits['TRAIN']))
     print(f'The lists are in {os.path.abspath(output_folder)}.')
-
-
-def image_names(folder, split, test_fraction):
-    """
-    Get the names of a split's images from ImageSets/Main/trainval.txt or test.txt. If the folder has no ImageSets, all
-    annotated images are split at random, in the same way each time.
-
-    :param folder: path of a folder in Pascal VOC's layout
-    :param split: 'trainval' or 'test'
-    :param test_fraction: share of the images in the test split if the folder has no ImageSets, from 0 to 1
-    :return: list of names, without extensions
-    :raises UserError: the list of the split is missing, or is not a text file
-    """
-    annotation_folder = os.path.join(folder, 'Annotations')
-    if os.path.isdir(annotation_folder) and not os.path.isdir(os.path.join(folder, 'ImageSets')):
-        names = sorted(os.path.splitext(name)[0] for name in os.listdir(annotation_folder)
-                       if name.lower().endswith('.xml'))
-        random.Random(0).shuffle(names)
-        n_test = round(test_fraction * len(names))
-        return sorted(names[:n_test] if split == 'test' else names[n_test:])
-    list_path = os.path.join(folder, 'ImageSets', 'Main', split + '.txt')
-    if not os.path.isfile(list_path):
-        raise UserError(f'{list_path} is missing: set the paths in create_data_lists.py to folders in VOC layout, '
-                        'or download = True to download Pascal VOC')
-    try:
-        with open(list_path, encoding='utf-8-sig') as file:  # some editors put a byte order mark at the beginning
-            return [line.strip() for line in file if line.strip()]
-    except ValueError as error:
-        raise UserError(f'{list_path} is not a list of names in UTF-8 ({error}): save it as plain text') from None
-
-
-def read_split(folder, split, names, labels=None):
-    """
-    Read the annotations of a split. An image is left out if it or its annotation is missing or can't be read. More than
-    a tenth of them mean a wrong or incomplete folder: the first ten reasons are printed, and an error is raised.
-
-    :param folder: path of a folder in Pascal VOC's layout, with JPEGImages and Annotations
-    :param split: name of the split, for the message
-    :param names: names of the split's images, without extensions
-    :param labels: the labels of objects to keep; or None to keep all
-    :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out
-    :raises UserError: more than a tenth of the images can't be read; or a name has several images, see `find_images`
-    """
-    image_paths = find_images(folder, names)
-    images, left_out = [], []
-    for name in names:
-        try:
-            if name not in image_paths:
-                raise UserError(f'{os.path.join(folder, "JPEGImages", name)}.* is missing: the splits or annotations '
-                                f'of {folder} name this image')
-            annotation_path = os.path.join(folder, 'Annotations', name + '.xml')
-            annotation = parse_annotation(annotation_path, labels, *image_header(image_paths[name]))
-            images.append((image_paths[name], annotation))
-        except (UserError, OSError) as error:
-            left_out.append(str(error))
-    if 10 * len(left_out) > len(names):
-        print('\n'.join(left_out[:10]), file=sys.stderr)
-        raise UserError(f"{len(left_out)} of the {len(names)} images in {folder}'s split {split} can't be read (the "
-                        'first are named above), so no lists were written: check that the folder is the right one and '
-                        'complete, or repair these images')
-    return images, left_out
-
-
-def find_images(folder, names):
-    """
-    :param folder: path of a folder in Pascal VOC's layout, with the images in JPEGImages
-    :param names: names of images, without extensions
-    :return: dict of name -> path of the image, without the names that have no image
-    :raises UserError: a name has several images, for example cat.jpg and cat.png
-    """
-    image_folder = os.path.join(os.path.abspath(folder), 'JPEGImages')
-    paths = {name: [] for name in names}
-    for file_name in sorted(os.listdir(image_folder)) if os.path.isdir(image_folder) else []:
-        name = os.path.splitext(file_name)[0]
-        if name in paths and is_image(file_name):
-            paths[name].append(os.path.join(image_folder, file_name))
-    ambiguous = [found for found in paths.values() if len(found) > 1]
-    if ambiguous:
-        raise UserError(f'{" and ".join(ambiguous[0])} differ only in the extension: keep one, and move or rename the '
-                        f'others; there are {len(ambiguous)} such names in {folder}')
-    return {name: found[0] for name, found in paths.items() if found}
 
 
 def write_lists(splits, label_map, output_folder):
@@ -174,8 +95,6 @@ def write_lists(splits, label_map, output_folder):
     Write the five files that `create_data_lists` names. They replace older ones only when all are complete.
 
     :param splits: dict of 'TRAIN' and 'TEST' -> list of (path of an image, its annotation, see `parse_annotation`)
-    :param label_map: dict of label -> index
-    :param output_folder: path of the folder where they are written
     """
     contents = {'label_map.json': label_map}
     for split, images in splits.items():
@@ -189,16 +108,8 @@ def write_lists(splits, label_map, output_folder):
             json.dump(content, file)
 
 
-def print_summary(splits, label_map, left_out, n_empty, dropped):
-    """
-    Print how many images and objects are in the lists, and what was left out.
-
-    :param splits: dict of 'TRAIN' and 'TEST' -> list of (path of an image, its annotation, see `parse_annotation`)
-    :param label_map: dict of label -> index
-    :param left_out: list of reasons, one for each image that can't be read
-    :param n_empty: number of training images without objects, which were left out
-    :param dropped: list of reasons, one for each dropped box
-    """
+def print_summary(splits, label_map, left_out, n_empty):
+    """Print how many images and objects are in the lists, what was left out, and how well the priors suit them."""
     counts = {split: Counter(label for _, annotation in images for label in annotation['labels'])
               for split, images in splits.items()}
     print(f'{"":20}{"train":>10}{"test":>10}')
@@ -208,13 +119,165 @@ def print_summary(splits, label_map, left_out, n_empty, dropped):
         print(f'{row:20}{count("TRAIN"):10}{count("TEST"):10}')
     for label in list(label_map)[1:]:
         print(f'  {label:18}{counts["TRAIN"][label]:10}{counts["TEST"][label]:10}')
-    print(f'Left out {n_empty} training images without objects, and dropped {len(dropped)} boxes:')
+    images = [*splits['TRAIN'], *splits['TEST']]
+    dropped = [f'{path}: {reason}' for path, annotation in images for reason in annotation['dropped']]
+    print(f'Left out {n_empty} training images without objects, swapped the edges of '
+          f'{sum(annotation["n_swapped"] for _, annotation in images)} boxes, and dropped {len(dropped)} boxes:')
     print('\n'.join('  ' + line for line in dropped) or '  none')
     print(f"Left out {len(left_out)} images that can't be read, or whose annotation can't:")
     print('\n'.join('  ' + line for line in left_out) or '  none')
 
+    boxes = torch.cat([torch.tensor(annotation['boxes']).view(-1, 4) / torch.tensor(annotation['size'] * 2)
+                       for _, annotation in splits['TRAIN']])  # (n_objects, 4), fractional boundary coordinates
+    priors_xy = cxcy_to_xy(create_prior_boxes())  # (8732, 4)
+    overlap = torch.cat([find_jaccard_overlap(few, priors_xy).amax(dim=1) for few in boxes.split(100)])  # (n_objects)
+    share = (overlap >= 0.5).float().mean().item()
+    print(f'Training objects that overlap some prior by at least 0.5: {share:.0%} (of Pascal VOC 2008, 84%)')
+    if share < 0.7:
+        side = 300 * (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt().median().item()
+        print(f'The others are mostly small: at 300x300 pixels, half of all objects are below {side:.0f}x{side:.0f}; see '
+              '"My objects are small" in README.md.')
 
-# ---------------------------------------------------------------------------------------------------------- Annotations
+
+# -------------------------------------------------------------------------------------------------------------- Folders
+
+split_folders = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val',
+                 'test': 'test', 'testing': 'test'}
+
+
+def find_images(folder):
+    """
+    Find all annotations under a folder, and their images. The image has the annotation's name, and lies beside it, or
+    in the folder that corresponds (see `files.folders_of`), or anywhere, if just one has that name.
+
+    :return: dict of an annotation's path -> list of its image's path, or several; all relative to the folder
+    :raises UserError: the folder is missing, or has no annotated images
+    """
+    images, others, found = {}, {}, {}
+    paths = list_files(folder)
+    for path in paths:
+        if is_image(path):
+            images.setdefault(name_of(path), []).append(path)
+        elif not path.lower().endswith(('.xml', '.txt', '.json')):  # it may be an image that must be converted first
+            others.setdefault(name_of(os.path.splitext(path)[0]), []).append(path)
+    for path in paths:
+        if path.lower().endswith('.xml'):
+            same_name = images.get(name_of(path), [])
+            beside = [image for image in same_name if os.path.dirname(image) == os.path.dirname(path)]
+            corresponding = [image for image in same_name if folders_of(image) == folders_of(path)]
+            image_paths = beside or corresponding or same_name or others.get(name_of(path), [])
+            if image_paths:
+                found[path] = image_paths
+    if not found:
+        what = 'has no image with an .xml file of the same name' if os.path.isdir(folder) else 'is missing'
+        raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and '
+                        'annotations in VOC format, or download = True to download Pascal VOC')
+    annotated = set(map(name_of, found))
+    n_images = sum(len(same_name) for name, same_name in images.items() if name not in annotated)
+    n_xml = sum(path.lower().endswith('.xml') for path in paths) - len(found)
+    print(f'{folder}: {len(found)} annotated images. Not listed: {n_images} images without annotation, {n_xml} .xml '
+          'files without image.')
+    return found
+
+
+def read_image_sets(folder, found):
+    """
+    Read the lists in ImageSets/Main. A line is the name of an image, perhaps with folder and extension. A flag may
+    follow, as in VOC's lists of one class; here it does not matter.
+
+    :return: dict of a list's name -> paths of annotations; a name without annotation or image stays as it is
+    """
+    by_name, image_sets = {}, {}
+    for path in found:
+        by_name.setdefault(name_of(path), []).append(path)
+    for path in list_files(folder):
+        list_name, extension = os.path.splitext(os.path.basename(path).lower())
+        if folders_of(path)[-2:] != ['imagesets', 'main'] or extension != '.txt':
+            continue
+        try:
+            with open(os.path.join(folder, path), encoding='utf-8-sig') as file:  # some editors begin with a mark
+                lines = [line.strip().replace('\\', '/') for line in file if line.strip()]
+        except ValueError as error:
+            raise UserError(f'{os.path.join(folder, path)} is not a list of names in UTF-8 ({error}): save it as plain '
+                            'text') from None
+        for line in lines:
+            if name_of(line) not in by_name:
+                line = re.sub(r'\s+-?\d+$', '', line)
+            same_name = by_name.get(name_of(line), [name_of(line)])
+            in_folder = [path for path in same_name if folders_of(path) == folders_of(line)]
+            image_sets.setdefault(list_name, []).extend(in_folder or same_name)
+    return image_sets
+
+
+def choose_split(folder, found, test_fraction):
+    """
+    Choose the images for training and for the test: by the lists in ImageSets/Main called trainval, train, val or test;
+    without lists, by folders called so; else at random, in the same way each time. Without a test, val is the test.
+
+    :param found: see `find_images`
+    :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None if all are for training
+    :return: paths of annotations for training, and for the test
+    """
+    sets, where = read_image_sets(folder, found), 'the lists in ImageSets/Main'
+    if not sets:
+        where = 'its folders'
+        for path, image_paths in found.items():
+            folders = [name for name in folders_of(path) + folders_of(image_paths[0]) if name in split_folders]
+            sets.setdefault(split_folders[folders[0]] if folders else 'train', []).append(path)
+    train, val, test = (sets.get(name, []) for name in ('train', 'val', 'test'))
+    trainval = sets.get('trainval') or train + val or sorted(set(found).difference(test))
+    if test_fraction is None:
+        train, test, rule = trainval, [], f'all images of {where} are for training'
+    elif test:
+        train, rule = trainval, f'training and test are those of {where}'
+    elif train and val:
+        test, rule = val, f'training is train, and the test is val of {where}'
+    else:
+        paths = sorted({path for of_set in sets.values() for path in of_set}, key=os.path.splitext)
+        random.Random(0).shuffle(paths)
+        n_test = round(test_fraction * len(paths))
+        train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
+        rule = f'{n_test} of the {len(paths)} images of {where} are for the test, at random'
+    print(f'{folder}: {rule}.')
+    return train, test
+
+
+# ---------------------------------------------------------------------------------------------- Images and annotations
+
+def read_split(folder, split, annotation_paths, found, labels=None):
+    """
+    Read the images and annotations of a split. More than a tenth that can't be read mean a wrong or incomplete folder:
+    the first ten reasons are printed, and an error is raised.
+
+    :param annotation_paths: paths relative to the folder, see `find_images` for `found`
+    :param labels: the labels of objects to keep; or None to keep all
+    :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out
+    """
+    def read(annotation_path):
+        """:return: an image's path and annotation; or the reason why they can't be read, a string"""
+        image_paths = [os.path.join(os.path.abspath(folder), path) for path in found.get(annotation_path, [])]
+        annotation_path = os.path.join(folder, annotation_path)
+        try:
+            if not image_paths:
+                raise UserError(f'{annotation_path} or its image is missing, but a list in ImageSets/Main names it')
+            if len(image_paths) > 1:
+                raise UserError(f'{" and ".join(image_paths)} have the name of {annotation_path}: keep one')
+            size, orientation = decode_once(image_paths[0])  # a broken image must be found now, not in training
+            return image_paths[0], parse_annotation(annotation_path, labels, size, orientation)
+        except (UserError, OSError) as error:
+            return str(error)
+
+    annotation_paths = dict.fromkeys(annotation_paths)  # each only once
+    with ThreadPool() as pool:  # Pillow decodes in parallel
+        results = list(tqdm(pool.imap(read, annotation_paths), f'Reading {split}', len(annotation_paths), disable=None))
+    left_out = [result for result in results if isinstance(result, str)]
+    if 10 * len(left_out) > len(results):
+        print('\n'.join(left_out[:10]), file=sys.stderr)
+        raise UserError(f"{len(left_out)} of the {len(results)} images in {folder}'s split {split} can't be read (the "
+                        'first are named above), so no lists were written: check that the folder is the right one and '
+                        'complete, or repair these images')
+    return [result for result in results if not isinstance(result, str)], left_out
+
 
 def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     """
@@ -222,98 +285,103 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may extend one pixel beyond the image, because some tools
     count from 0 or round up: it is clipped. A box that extends further, or is narrower or lower than a tenth of a
-    pixel, is dropped: in the network's coordinates it would have no area. Rotated images: see `turn_box`.
+    pixel, is dropped: in the network's coordinates it would have no area. Rotated images: see `files.turn_box`.
 
     :param annotation_path: path of the XML file
     :param labels: the labels of objects to keep; or None to keep all, except background
     :param size: (width, height) of the upright image in pixels; or None if unknown
-    :param orientation: the image's EXIF orientation, 1 to 8, see `image_header`
+    :param orientation: the image's EXIF orientation, 1 to 8, see `files.decode_once`
     :return: dict of boxes (boundary coordinates in pixels, from 0), labels (strings) and difficulties (0 or 1), a list
-        each, with one element for each object; and dropped, a list of reasons, one for each dropped object
-    :raises UserError: the annotation can't be read, see `read_objects`; or it states another size than the image's
+        each, with one element for each object; dropped, a list of reasons, one for each dropped object; n_swapped, the
+        number of boxes with swapped edges, which were put in order; and size
+    :raises UserError: the annotation can't be read, is for an image of another size, or has boxes in fractions
     """
     stated_size, objects = read_objects(annotation_path)
     known = min(stated_size) > 0  # some tools write 0 for a size they don't know
     as_stored = orientation >= 5 and size == stated_size[::-1] != stated_size
     if known and size not in (None, stated_size) and not as_stored:
         raise UserError(f'{annotation_path} is for an image of {stated_size[0]:g}x{stated_size[1]:g} pixels, '
-                        f'but the image has {size[0]}x{size[1]}: annotate it again, or remove it from the split')
+                        f'but the image has {size[0]}x{size[1]}: annotate it again, or remove it')
     width, height = size or (stated_size if known else (math.inf, math.inf))
-    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': []}
+    boxes = [box for _, _, box in objects if box is not None]
+    if boxes and max(map(max, boxes)) <= 1 and min(width, height) > 10:
+        raise UserError(f'{annotation_path} has boxes in fractions of the image, such as {boxes[0]}: export them in '
+                        'pixels')
+    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': [], 'n_swapped': 0, 'size': size}
     for label, difficult, box in objects:
-        x_min, y_min, x_max, y_max = (edge - 1 for edge in (turn_box(box, size, orientation) if as_stored else box))
-        clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
         if label == 'background' or (labels is not None and label not in labels):
             annotation['dropped'].append(f"label '{label}' is not one of the labels")
+        elif box is None:
+            annotation['dropped'].append(f'{label} has no bndbox')
         elif not all(map(math.isfinite, box)):
             annotation['dropped'].append(f'{label} {box} is not finite')
-        elif min(x_min, y_min) < -1 or x_max > width or y_max > height:
-            annotation['dropped'].append(f'{label} {box} is outside the image of {width:.0f}x{height:.0f}')
-        elif min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < 0.1:
-            annotation['dropped'].append(f'{label} {box} has no area')
         else:
-            annotation['boxes'].append(clipped)
-            annotation['labels'].append(label)
-            annotation['difficulties'].append(difficult)
+            ordered = [*map(min, box[:2], box[2:]), *map(max, box[:2], box[2:])]
+            upright = turn_box(ordered, size, orientation) if as_stored else ordered
+            x_min, y_min, x_max, y_max = (edge - 1 for edge in upright)
+            clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
+            if min(x_min, y_min) < -1.1 or x_max > width or y_max > height:  # a tenth for rounding
+                annotation['dropped'].append(f'{label} {box} is outside the image of {width:.0f}x{height:.0f}')
+            elif min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < 0.1:
+                annotation['dropped'].append(f'{label} {box} has no area')
+            else:
+                annotation['boxes'].append(clipped)
+                annotation['labels'].append(label)
+                annotation['difficulties'].append(difficult)
+                annotation['n_swapped'] += ordered != box
     return annotation
+
+
+difficult_words = {'': 0, 'unspecified': 0, 'false': 0, 'no': 0, 'true': 1, 'yes': 1}  # elsewhere a number
 
 
 def read_objects(annotation_path):
     """
     Read an XML file in Pascal VOC's format.
 
-    :param annotation_path: path of the file
     :return: the (width, height) that it states, 0 if missing; and a list of (label, difficult, box), one for each
-        object, with boundary coordinates in pixels from 1
-    :raises UserError: the file is missing or is not an annotation in which each object has a name and a box of numbers
+        object, with boundary coordinates in pixels from 1, or None if it has no bndbox but, say, a polygon
+    :raises UserError: the file is not XML, or an object lacks a name or an edge
     """
+    with open(annotation_path, 'rb') as file:
+        content = file.read()
     try:
-        root = ET.parse(annotation_path).getroot()
+        root = ET.fromstring(content)
         if root.tag != 'annotation':
             raise ValueError(f'its root is {root.tag}')
         size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
         objects = []
         for node in root.findall('object'):  # not VOC 2012's nested 'part' boxes
-            label = ' '.join(node.find('name').text.split())
-            difficult = float(node.findtext('difficult', '').strip() or 0)
-            if label == '' or difficult not in (0, 1):
-                raise ValueError(f"an object has the name '{label}' and difficult {difficult:g}")
-            box = [float(node.find(f'bndbox/{edge}').text) for edge in ('xmin', 'ymin', 'xmax', 'ymax')]
-            objects.append((label, int(difficult), box))
+            label, difficult = text_of(node, 'name'), node.findtext('difficult', '').strip().lower()
+            difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
+            edges = 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax'
+            box = None if node.find('bndbox') is None else [float(text_of(node, edge)) for edge in edges]
+            objects.append((label, difficult, box))
         if len(objects) > 8732:
             raise ValueError(f'it has {len(objects)} objects, more than there are priors')
-    except FileNotFoundError:
-        raise UserError(f'{annotation_path} is missing: each image of a split needs an annotation') from None
-    except (ET.ParseError, LookupError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): '
-                        'an object needs a name, a bndbox of xmin, ymin, xmax, ymax, and difficult 0 or 1') from None
+    except (ET.ParseError, LookupError, ValueError) as error:
+        reason = one_line(error)
+        if 'invalid token' in reason:
+            line, column = error.position
+            reason = f'text at line {line}, column {column} has < or &, or another encoding than the file declares'
+        raise UserError(f'{annotation_path} is not an annotation in VOC format ({reason}): an object needs a name, a '
+                        'bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None
     return size, objects
 
 
-def turn_box(box, size, orientation):
-    """
-    Turn a box upright. Cameras store some images rotated, with an EXIF orientation by which viewers (and `open_image`)
-    turn them upright. An annotation made without it states the size of the stored image, and its boxes must be turned.
-    If both sizes are the same (square images, orientations 2 to 4) or none is stated, boxes are taken to be upright.
-
-    :param box: boundary coordinates in the stored image, in pixels from 1
-    :param size: (width, height) of the upright image in pixels
-    :param orientation: EXIF orientation from 5 to 8: rows of the stored image are columns of the upright one
-    :return: boundary coordinates in the upright image, in pixels from 1
-    """
-    y_min, x_min, y_max, x_max = box  # rows become columns
-    if orientation in (6, 7):  # mirrored left to right
-        x_min, x_max = size[0] + 1 - x_max, size[0] + 1 - x_min
-    if orientation in (7, 8):  # mirrored top to bottom
-        y_min, y_max = size[1] + 1 - y_max, size[1] + 1 - y_min
-    return [x_min, y_min, x_max, y_max]
+def text_of(node, path):
+    """:return: the text of an element inside a node; raises ValueError if there is none"""
+    text = ' '.join(node.findtext(path, '').split())
+    if text == '':
+        raise ValueError(f'an object has no {path}')
+    return text
 
 
 def main():
     """Download Pascal VOC if `download` is set, then write the lists."""
     if download:
         download_voc('.')
-    create_data_lists(voc07_path, voc12_path, output_folder, labels, test_fraction)
+    create_data_lists(voc07_path, voc12_path, output_folder, labels, test_fraction, keep_empty)
 
 
 if __name__ == '__main__':

@@ -6,10 +6,11 @@ import errno
 import os
 import sys
 import time
+import unicodedata
 from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 # --------------------------------------------------------------------------------------------------------------- Errors
@@ -137,11 +138,43 @@ def list_images(paths):
     for path in paths:
         inside = [path]
         if os.path.isdir(path):
-            inside = [os.path.join(path, name) for name in sorted(os.listdir(path)) if is_image(name)]
+            inside = [os.path.join(path, name) for name in sorted(os.listdir(path))
+                      if is_image(name) and not name.startswith('.')]  # hidden files of a Mac are no images
         if not inside:
             raise UserError(f'{path} has no images in it: give an image, or a folder with images')
         files += inside
     return files
+
+
+def list_files(folder):
+    """:return: all files under a folder, relative to it and sorted; links are followed, hidden files left out"""
+    paths, visited = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in visited:  # a link to a folder above would never end
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        paths += [os.path.relpath(os.path.join(parent, name), folder) for name in names if not name.startswith('.')]
+    return sorted(paths, key=os.path.splitext)
+
+
+# Folders whose names only say what is in them: Annotations/day1/a.xml belongs to JPEGImages/day1/a.jpg
+content_folders = 'jpegimages', 'images', 'image', 'imgs', 'img', 'annotations', 'annotation', 'labels', 'xmls', 'xml'
+
+
+def folders_of(path):
+    """:return: list of the folders on a path, in lower case, without `content_folders`"""
+    folders = os.path.dirname(path).replace(os.sep, '/').lower().split('/')
+    return [name for name in folders if name not in ('', '.', *content_folders)]
+
+
+def name_of(path):
+    """:return: the name without folders and without the extension of an image or annotation: a for x/a.jpg and a.xml"""
+    name = os.path.basename(path)
+    while is_image(name) or name.lower().endswith('.xml'):
+        name = os.path.splitext(name)[0]
+    return unicodedata.normalize('NFC', name)  # macOS writes an accent as a character of its own
 
 
 @contextmanager
@@ -166,26 +199,43 @@ def opened_image(path):
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             error.filename = error.filename or path
             raise
-        raise UserError(f'{path} is not an image that can be read: {one_line(error)}') from None
+        convert = '; convert it to JPEG or PNG' if isinstance(error, UnidentifiedImageError) else ''
+        raise UserError(f'{path} is not an image that can be read: {one_line(error)}{convert}') from None
 
 
-def image_header(path):
+def decode_once(path):
     """
-    :param path: an image file, of which little more than the header is read; errors as in `opened_image`
+    Decode an image, to find out whether it is whole.
+
+    :param path: an image file; errors as in `opened_image`
     :return: (width, height) in pixels, as `open_image` will have them; and EXIF's orientation: 1 if the image is
         stored upright, 2 to 4 if it is upside down or mirrored, 5 to 8 if its rows are the upright image's columns
     """
     with opened_image(path) as image:
         orientation = image.getexif().get(0x0112)
         orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
-        if image.format in ('JPEG', 'MPO'):
-            image.fp.seek(-2, os.SEEK_END)
-            if image.fp.read() != b'\xff\xd9':  # it seems to be cut off: find out now, not in training
-                image.load()
-        if orientation >= 5 and image.format == 'TIFF':
-            image.load()  # Pillow turns these upright by itself, old versions only now
-            return image.size, orientation
-        return image.size[::-1] if orientation >= 5 else image.size, orientation
+        turned = orientation >= 5 and image.format != 'TIFF'  # Pillow turns a TIFF upright by itself
+        image.load()
+        return image.size[::-1] if turned else image.size, orientation
+
+
+def turn_box(box, size, orientation):
+    """
+    Turn a box upright. Cameras store some images rotated, with an EXIF orientation by which viewers (and `open_image`)
+    turn them upright. An annotation made without it states the size of the stored image, and its boxes must be turned.
+    If both sizes are the same (square images, orientations 2 to 4) or none is stated, boxes are taken to be upright.
+
+    :param box: boundary coordinates in the stored image, in pixels from 1
+    :param size: (width, height) of the upright image in pixels
+    :param orientation: EXIF orientation from 5 to 8: rows of the stored image are columns of the upright one
+    :return: boundary coordinates in the upright image, in pixels from 1
+    """
+    y_min, x_min, y_max, x_max = box  # rows become columns
+    if orientation in (6, 7):  # mirrored left to right
+        x_min, x_max = size[0] + 1 - x_max, size[0] + 1 - x_min
+    if orientation in (7, 8):  # mirrored top to bottom
+        y_min, y_max = size[1] + 1 - y_max, size[1] + 1 - y_min
+    return [x_min, y_min, x_max, y_max]
 
 
 def open_image(path):

@@ -17,7 +17,7 @@ from PIL import Image
 
 import create_data_lists as script
 import files
-from create_data_lists import create_data_lists, parse_annotation, image_names, read_split
+from create_data_lists import choose_split, create_data_lists, find_images, parse_annotation, read_split
 from demo import draw_dataset
 from files import UserError, open_image, run
 from utils import voc_labels
@@ -49,7 +49,7 @@ def test_annotation(tmp_path):
 
 
 @pytest.mark.parametrize('name, box, reason', [
-    ('dog', (5, 5, 5, 9), 'no area'), ('dog', (9, 5, 5, 9), 'no area'), ('dog', ('nan', 5, 5, 9), 'not finite'),
+    ('dog', (5, 5, 5, 9), 'no area'), ('dog', ('nan', 5, 5, 9), 'not finite'),
     ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'),
     ('dog', (5, 5, 'inf', 9), 'not finite'), ('dog', (0, 5, .5, 9), 'no area'), ('dog', (5, 5, 5.05, 9), 'no area'),
     ('dog', (5, 5, 9, '5.00000001'), 'no area'),
@@ -76,10 +76,7 @@ laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' fo
     annotation(('dog', (1, 2), '')), annotation(('', (1, 2, 3, 4), '')), annotation((' ', (1, 2, 3, 4), '')),
     '<html><body>Page not found</body></html>', '<?xml version="1.0" encoding="klingon"?>' + annotation(),
     '<?xml version="1.0" encoding="utf-7"?>' + annotation(), '\x00' * 100,
-    annotation(*[('dog', (1, 2, 3, 4), '')] * 8733), annotation(('dog', (1, 2, 3, 4), '<difficult>2</difficult>')),
-    annotation(('dog', (1, 2, 3, 4), '<difficult>-1</difficult>')),
-    annotation(('dog', (1, 2, 3, 4), '<difficult>nan</difficult>')),
-    annotation(('dog', (1, 2, 3, 4), '<difficult>no</difficult>')),
+    annotation(*[('dog', (1, 2, 3, 4), '')] * 8733), annotation(('dog', (1, 2, 3, 4), '<difficult>maybe</difficult>')),
     f'<!DOCTYPE annotation [{laughs}]>' + annotation(('&e11;', (1, 2, 3, 4), '')),
     '<!DOCTYPE annotation [<!ENTITY e SYSTEM "file:///etc/passwd">]>' + annotation(('&e;', (1, 2, 3, 4), '')),
     '<!DOCTYPE annotation SYSTEM "e.dtd">' + annotation(('d&e;og', (1, 2, 3, 4), ''))])
@@ -99,8 +96,10 @@ def test_entities_are_read_but_not_fetched(tmp_path):
 
 
 @pytest.mark.parametrize('difficult, expected', [('<difficult>1.0</difficult>', 1), ('<difficult>\n1 </difficult>', 1),
-                                                 ('<difficult> </difficult>', 0), ('<difficult/>', 0), ('', 0)])
-def test_difficult_may_be_missing(tmp_path, difficult, expected):
+                                                 ('<difficult> </difficult>', 0), ('<difficult/>', 0), ('', 0)] + [
+    (f'<difficult>{word}</difficult>', expected) for word, expected in (
+        ('Unspecified', 0), ('False', 0), ('no', 0), ('true', 1), ('YES', 1), ('2', 1), ('-1', 1), ('0.0', 0))])
+def test_difficult_may_be_missing_or_a_word(tmp_path, difficult, expected):
     assert parse(tmp_path, annotation(('dog', (1, 2, 3, 4), difficult)))['difficulties'] == [expected]
 
 
@@ -117,7 +116,7 @@ def boxes_of(folder, size, box):
     """The boxes of a data set's only image, when its annotation states this size, or None, and this box."""
     size = '' if size is None else '<size><width>{}</width><height>{}</height></size>'.format(*size)
     (folder / 'Annotations/a.xml').write_text(annotation(('dog', box, ''), size=size))
-    [(_, parsed)], _ = read_split(str(folder), 'test', ['a'], ['dog'])
+    [(_, parsed)], _ = read_split(str(folder), 'test', ['Annotations/a.xml'], find_images(str(folder)), ['dog'])
     return parsed['boxes']
 
 
@@ -155,15 +154,17 @@ def test_boxes_for_the_stored_image_are_turned_upright(tmp_path, orientation, he
 
 # ---------------------------------------------------------------------------------------------------------------- Lists
 
-def test_a_list_of_names_from_windows(tmp_path):
+def test_a_list_of_names_from_windows(tmp_path, capsys):
     draw_dataset(str(tmp_path), 2, 2)
     path = tmp_path / 'ImageSets/Main/test.txt'
     names = path.read_text().split()
     path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*names, '', 'IMG (1) ']).encode())
-    assert image_names(str(tmp_path), 'test', 0) == [*names, 'IMG (1)']
+    found = find_images(str(tmp_path))
+    _, test = choose_split(str(tmp_path), found, 0)
+    assert test == [f'Annotations/{name}.xml' for name in names] + ['IMG (1)']
     path.write_bytes(b'\xff\xfe\x00\xd8')
     with pytest.raises(UserError, match='test.txt is not a list of names'):
-        image_names(str(tmp_path), 'test', 0)
+        choose_split(str(tmp_path), found, 0)
 
 
 def test_the_label_background_is_dropped_where_all_labels_are_taken(tmp_path, capsys):
@@ -244,13 +245,13 @@ def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, 
     assert json.loads((tmp_path / 'label_map.json').read_text()) == {'background': 0, 'dog': 1}
     assert len(json.loads((tmp_path / 'TRAIN_objects.json').read_text())) == 45
     _, lines = capsys.readouterr().out.split("Left out 7 images that can't be read, or whose annotation can't:\n")
-    expected = (r'test_00\.jpg is not an image .*truncated', r'Errno.*test_01\.xml',
-                r'trainval_03\.jpg is not an image .*truncated', r'trainval_05\.xml is missing',
-                r'trainval_07\.\* is missing', r'trainval_09\.xml is not an annotation',
+    expected = (r'test_00\.jpg is not an image .*truncated', r'test_01 or its image is missing',
+                r'trainval_03\.jpg is not an image .*truncated', r'trainval_05 or its image is missing',
+                r'trainval_07 or its image is missing', r'trainval_09\.xml is not an annotation',
                 r'trainval_11\.xml is for an image of 7x9 pixels')
     for line, pattern in zip(lines.splitlines(), expected):
         assert re.search(pattern, line), line
-    assert lines.count('\n') == 8 and lines.splitlines()[7].startswith('The lists are in')
+    assert lines.count('\n') == 9 and lines.splitlines()[7].startswith('Training objects that overlap some prior')
 
 
 @pytest.mark.parametrize('labels', [('dog',), None])
@@ -267,11 +268,11 @@ def test_more_than_a_tenth_of_a_split_that_cannot_be_read_is_an_error(tmp_path, 
     capsys.readouterr()
 
     (tmp_path / '12/Annotations/trainval_11.xml').unlink()
-    with pytest.raises(UserError, match="12 of the 110 images in .*/12's split trainval can't be read") as error:
+    with pytest.raises(UserError, match="12 of the 110 images in .*/12's split TRAIN can't be read") as error:
         create_data_lists(*folders, str(tmp_path), labels)
     assert '\n' not in str(error.value)
     out, err = capsys.readouterr()
-    assert out == '' and err.count('\n') == 10
+    assert 'Left out' not in out and err.count('\n') == 10
     assert re.findall(r'trainval_(\d+)\.jpg is not an image', err) == [f'{i:02}' for i in range(10)]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
@@ -279,7 +280,7 @@ def test_more_than_a_tenth_of_a_split_that_cannot_be_read_is_an_error(tmp_path, 
 def test_one_broken_image_of_three_is_an_error_in_one_line(tmp_path, capsys):
     make_voc_folder(tmp_path, 3, 2)
     cut_image(tmp_path / 'JPEGImages/trainval_01.jpg')
-    with pytest.raises(SystemExit, match=r"^Error: 1 of the 3 images in .* split trainval can't be read") as end:
+    with pytest.raises(SystemExit, match=r"^Error: 1 of the 3 images in .* split TRAIN can't be read") as end:
         run(lambda: create_data_lists(str(tmp_path), None, str(tmp_path)))
     assert '\n' not in end.value.code and 'trainval_01.jpg is not' in capsys.readouterr().err
     assert not list(tmp_path.glob('*.json'))
@@ -288,24 +289,25 @@ def test_one_broken_image_of_three_is_an_error_in_one_line(tmp_path, capsys):
 def test_a_folder_without_annotations_is_named_where_all_labels_are_taken(tmp_path):
     make_voc_folder(tmp_path, 3, 2)
     shutil.rmtree(tmp_path / 'Annotations')
-    with pytest.raises(UserError, match="2 of the 2 images in .* split test can't be read"):
+    with pytest.raises(UserError, match='has no image with an .xml file of the same name: set the paths'):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
 
 
 @pytest.mark.parametrize('extension', ['.png', '.PNG'])
-def test_two_images_of_one_name_are_an_error_if_a_split_names_them(tmp_path, extension):
-    make_voc_folder(tmp_path, 3, 2)
+def test_an_annotation_with_two_images_is_left_out(tmp_path, capsys, extension):
+    make_voc_folder(tmp_path, 11, 2)
     for name in ('unused.jpg', 'unused' + extension):
         Image.new('RGB', (20, 20)).save(tmp_path / 'JPEGImages' / name)
     (tmp_path / 'JPEGImages/trainval_01.txt').write_text('no image')
     create_data_lists(str(tmp_path), None, str(tmp_path))
-    assert len(list_names(tmp_path)[0]) == 3
+    assert len(list_names(tmp_path)[0]) == 11
+    capsys.readouterr()
 
     Image.new('RGB', (20, 20)).save(tmp_path / f'JPEGImages/trainval_01{extension}')
-    with pytest.raises(UserError, match=r'keep one') as error:
-        create_data_lists(str(tmp_path), None, str(tmp_path))
+    create_data_lists(str(tmp_path), None, str(tmp_path))
     paths = [os.path.join(str(tmp_path), 'JPEGImages', f'trainval_01{suffix}') for suffix in ('.jpg', extension)]
-    assert all(path in str(error.value) for path in paths) and '\n' not in str(error.value)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if 'keep one' in line]
+    assert all(path in line for path in paths) and len(list_names(tmp_path)[0]) == 10
 
 
 def test_lists_of_two_folders_and_unknown_labels(tmp_path, capsys):
@@ -353,12 +355,16 @@ def test_the_summary_counts_images_and_objects(tmp_path, capsys):
         (tmp_path / f'Annotations/{name}.xml').write_text(annotation(*of_image, size=''))
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('dog', 'cat'))
     assert capsys.readouterr().out.splitlines() == [
+        f'{tmp_path}: 5 annotated images. Not listed: 0 images without annotation, 0 .xml files without image.',
+        f'{tmp_path}: training and test are those of the lists in ImageSets/Main.',
         '                         train      test', 'images                       2         2',
         'objects                      3         2', 'of which difficult           1         1',
         '  dog                        2         1', '  cat                        1         1',
-        'Left out 1 training images without objects, and dropped 1 boxes:',
+        'Left out 1 training images without objects, swapped the edges of 0 boxes, and dropped 1 boxes:',
         f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
-        "Left out 0 images that can't be read, or whose annotation can't:", '  none', f'The lists are in {tmp_path}.']
+        "Left out 0 images that can't be read, or whose annotation can't:", '  none',
+        'Training objects that overlap some prior by at least 0.5: 100% (of Pascal VOC 2008, 84%)',
+        f'The lists are in {tmp_path}.']
 
 
 def test_without_test_images_there_is_an_error(tmp_path):

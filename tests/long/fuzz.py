@@ -33,7 +33,7 @@ import checkpoints  # noqa: E402
 from checkpoints import save_checkpoint  # noqa: E402
 from create_data_lists import parse_annotation  # noqa: E402
 from datasets import transform  # noqa: E402
-from files import UserError, image_header, open_image  # noqa: E402
+from files import UserError, decode_once, open_image  # noqa: E402
 from tiny import TinyDetector  # noqa: E402
 from utils import cxcy_to_gcxgcy, xy_to_cxcy  # noqa: E402
 
@@ -360,7 +360,7 @@ def fuzz_image(path, rng):
     with open(path, 'wb') as file:
         file.write(data)
 
-    header = read_or_report(path, image_header)
+    header = read_or_report(path, decode_once)
     opened = read_or_report(path, open_image)
     if kind == 'valid':
         assert None not in (header, opened), 'a valid image was refused'

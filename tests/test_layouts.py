@@ -1,0 +1,323 @@
+"""Folders as annotation tools and people make them: which files are listed, for training or for the test, and which objects."""
+import json
+import os
+import unicodedata
+
+import pytest
+from PIL import Image
+
+from create_data_lists import create_data_lists
+from files import UserError, list_images
+from test_create_data_lists import annotation, cut_image, list_names
+
+box = (11, 12, 41, 52)  # of a dog in each image of 100x80 pixels
+
+
+def add(folder, image_name, xml_name, objects=(('dog', box, ''),), image_size=(100, 80), **options):
+    """Save an image, unless its name is None, and an annotation, unless its name is None."""
+    if image_name is not None:
+        (folder / image_name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', image_size).save(folder / image_name)
+    if xml_name is not None:
+        (folder / xml_name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / xml_name).write_text(annotation(*objects, **options), encoding='utf-8')
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+def lists_of(folder, capsys, **options):
+    """The names of the images for training and for the test, and what was printed; each image has one dog."""
+    output = folder.parent / 'lists'
+    create_data_lists(str(folder), None, str(output), **{'labels': ['dog'], **options})
+    for split in ('TRAIN', 'TEST'):
+        objects = json.loads((output / f'{split}_objects.json').read_text())
+        assert all(of_image['boxes'] == [[10, 11, 40, 51]] for of_image in objects)
+    assert all(os.path.isfile(path) for path in json.loads((output / 'TRAIN_images.json').read_text()))
+    return *list_names(output), capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- What tools write
+
+def cvat(folder):
+    for i in range(10):
+        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml', size='<size><width>100</width><height>80</height><depth></depth></size>')
+    write(folder / 'ImageSets/Main/default.txt', *map(str, range(10)))
+    write(folder / 'labelmap.txt', 'dog:255,0,0::')
+
+
+def labelimg(folder):
+    for i in range(10):
+        add(folder, f'{i}.jpg', f'{i}.xml')
+    write(folder / 'predefined_classes.txt', 'dog')
+
+
+def label_studio(folder):
+    for i in range(12):
+        add(folder, f'images/{i}.jpg', f'Annotations/{i}.xml' if i < 10 else None)
+
+
+def vott(folder):
+    for i in range(10):
+        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml', size='<size><width>0</width><height>0</height></size>')
+    for label in ('dog', 'cat'):
+        write(folder / f'ImageSets/Main/{label}_train.txt', *(f'{i}.jpg {1 if label == "dog" else -1}' for i in range(8)))
+        write(folder / f'ImageSets/Main/{label}_val.txt', *(f'{i}.jpg {1 if label == "dog" else -1}' for i in (8, 9)))
+
+
+def supervisely(folder):
+    for i in range(10):
+        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml')
+    write(folder / 'ImageSets/Main/train.txt', *map(str, range(8)))
+    write(folder / 'ImageSets/Main/val.txt', '8', '9')
+    write(folder / 'ImageSets/Main/trainval.txt', *map(str, range(10)))
+
+
+def labelme(folder):
+    for i in range(10):
+        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml', [('dog', box, '<truncated/><difficult/>')])
+
+
+def roboflow(folder):
+    edges = '<bndbox><xmin>11</xmin><xmax>41</xmax><ymin>12</ymin><ymax>52</ymax></bndbox>'
+    for i in range(10):
+        name = f'{"train" if i < 7 else "valid" if i < 8 else "test"}/{i}_jpg.rf.0123456789abcdef'
+        add(folder, name + '.jpg', None)
+        write(folder / f'{name}.xml', f'<annotation><object><name>dog</name>{edges}</object></annotation>')
+    write(folder / 'README.roboflow.txt', 'dogs')
+
+
+def kaggle(folder):
+    for i in range(10):
+        add(folder, f'images/{i}.png', f'annotations/{i}.xml')
+
+
+at_random = 8, 2  # of ten images
+
+
+@pytest.mark.parametrize('layout, n_train, n_test, rule', [
+    (cvat, 8, 2, '2 of the 10 images of the lists in ImageSets/Main are for the test, at random'),
+    (labelimg, 8, 2, '2 of the 10 images of its folders are for the test, at random'),
+    (label_studio, 8, 2, '2 of the 10 images'), (vott, 8, 2, 'the lists in ImageSets/Main are for the test, at random'),
+    (supervisely, 8, 2, 'training is train, and the test is val of the lists'), (labelme, 8, 2, 'at random'),
+    (roboflow, 8, 2, 'training and test are those of its folders'), (kaggle, 8, 2, 'at random')])
+def test_what_tools_write(tmp_path, capsys, layout, n_train, n_test, rule):
+    layout(tmp_path / 'data')
+    train, test, printed = lists_of(tmp_path / 'data', capsys)
+    assert (len(train), len(test)) == (n_train, n_test) and not set(train) & set(test)
+    assert rule in printed
+    if layout in (supervisely, roboflow):
+        assert sorted(name[0] for name in test) == ['8', '9']
+    assert f'Not listed: {2 if layout is label_studio else 0} images without annotation' in printed
+
+
+# ------------------------------------------------------------------------------------------------------ Which files
+
+def test_annotations_at_any_depth_in_any_case(tmp_path, capsys):
+    data = tmp_path / 'data'
+    add(data, 'JPEGImages/day1/a.JPG', 'Annotations/day1/a.XML')
+    add(data, 'JPEGImages/day2/a.jpg', 'Annotations/day2/a.xml')
+    add(data, 'photos/b.png', 'deep/down/b.xml')  # the only b
+    add(data, 'SegmentationClass/c.png', None)
+    add(data, 'JPEGImages/c.jpg', 'Annotations/c.xml')
+    add(data, 'x/d.jpg', 'x/d.xml')  # beside
+    add(data, 'JPEGImages/d.jpg', None)
+    train, _, _ = lists_of(data, capsys, test_fraction=0.2)
+    paths = [os.path.relpath(path, data) for path in json.loads((tmp_path / 'lists/TRAIN_images.json').read_text())
+             + json.loads((tmp_path / 'lists/TEST_images.json').read_text())]
+    assert sorted(paths) == sorted(map(os.path.normpath, [
+        'JPEGImages/day1/a.JPG', 'JPEGImages/day2/a.jpg', 'photos/b.png', 'JPEGImages/c.jpg', 'x/d.jpg']))
+
+
+def test_hidden_files_are_none(tmp_path, capsys):
+    data = tmp_path / 'data'
+    labelimg(data)
+    (data / '._0.xml').write_bytes(b'\x00\x05\x16\x07')
+    (data / '._0.jpg').write_bytes(b'\x00\x05\x16\x07')
+    (data / '.DS_Store').write_bytes(b'\x00')
+    write(data / '.idea/workspace.xml', '<project/>')
+    train, test, printed = lists_of(data, capsys)
+    assert len(train + test) == 10 and '0 images without annotation, 0 .xml' in printed
+    assert len(list_images([str(data)])) == 10
+
+
+def test_links_to_folders_are_followed_once(tmp_path, capsys):
+    data = tmp_path / 'data'
+    labelimg(tmp_path / 'elsewhere')
+    data.mkdir()
+    try:
+        (data / 'link').symlink_to(tmp_path / 'elsewhere', target_is_directory=True)
+        (tmp_path / 'elsewhere/up').symlink_to(data, target_is_directory=True)
+    except OSError:
+        pytest.skip('links need a permission here')
+    train, test, _ = lists_of(data, capsys)
+    assert len(train + test) == 10
+
+
+def test_names_with_dots_two_extensions_and_accents(tmp_path, capsys):
+    data = tmp_path / 'data'
+    add(data, 'a.b.c.jpg', 'a.b.c.xml')
+    add(data, 'd.jpg', 'd.jpg.xml')
+    add(data, unicodedata.normalize('NFD', 'images/é.jpg'), unicodedata.normalize('NFC', 'annotations/é.xml'))
+    train, test, _ = lists_of(data, capsys, test_fraction=0.34)
+    assert len(train + test) == 3
+
+
+def test_xml_of_other_programs_is_counted_and_left_alone(tmp_path, capsys):
+    data = tmp_path / 'data'
+    labelimg(data)
+    write(data / 'sitemap.xml', '<urlset/>')
+    train, test, printed = lists_of(data, capsys)
+    assert len(train + test) == 10 and '1 .xml files without image' in printed
+
+
+# ------------------------------------------------------------------------------------------------------------ Splits
+
+def images_beside(folder, names):
+    for name in names:
+        add(folder, f'{name}.jpg', f'{name}.xml')
+
+
+def test_lines_of_lists(tmp_path, capsys):
+    data = tmp_path / 'data'
+    images_beside(data, ['a', 'b 1', 'c', 'd', 'e'])
+    write(data / 'ImageSets/Main/trainval.txt', 'a.jpg', 'b 1', r'C:\photos\c.jpg 1', 'a')  # a only once
+    write(data / 'ImageSets/Main/test.txt', 'd.jpg -1', 'photos/e')
+    write(data / 'ImageSets/Main/dog_trainval.txt', 'a 1', 'd -1')  # VOC's lists of a class say nothing here
+    train, test, printed = lists_of(data, capsys)
+    assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e']) and 'those of the lists in ImageSets/Main' in printed
+
+
+@pytest.mark.parametrize('lists, expected', [
+    ({'train': 'ab', 'val': 'c', 'test': 'd'}, ('abc', 'd')), ({'train': 'ab', 'test': 'd'}, ('ab', 'd')),
+    ({'train': 'ab', 'val': 'c', 'trainval': 'abc'}, ('ab', 'c')), ({'train': 'ab', 'val': 'c', 'test': ''}, ('ab', 'c')),
+    ({'test': 'd'}, ('abc', 'd')), ({'train': '', 'test': ''}, None), ({'trainval': 'abcd'}, None)])
+def test_which_lists_count(tmp_path, capsys, lists, expected):
+    data = tmp_path / 'data'
+    images_beside(data, 'abcd')
+    for name, images in lists.items():
+        write(data / f'ImageSets/Main/{name}.txt', *images)
+    train, test, printed = lists_of(data, capsys, test_fraction=0.25)
+    if expected is None:
+        assert (len(train), len(test)) == (3, 1) and 'at random' in printed
+    else:
+        assert (''.join(train), ''.join(test)) == expected
+
+
+@pytest.mark.parametrize('names, expected', [
+    (['train/a', 'valid/b', 'test/c'], ('ab', 'c')), (['Train/a', 'validation/b'], ('a', 'b')),
+    (['images/train/a', 'images/val/b'], ('a', 'b')), (['training/a', 'testing/b', 'extra/c'], ('ac', 'b'))])
+def test_folders_called_by_a_split(tmp_path, capsys, names, expected):
+    data = tmp_path / 'data'
+    for name in names:
+        add(data, f'{name}.jpg', f'{name.replace("images", "annotations")}.xml')
+    train, test, printed = lists_of(data, capsys)
+    assert (''.join(sorted(train)), ''.join(test)) == expected
+
+
+def test_folders_of_the_images_count_where_annotations_lie_together(tmp_path, capsys):
+    data = tmp_path / 'data'
+    for folder, name in (('train', 'a'), ('train', 'b'), ('test', 'c')):
+        add(data, f'images/{folder}/{name}.jpg', f'annotations/{name}.xml')
+    assert lists_of(data, capsys)[:2] == (['a', 'b'], ['c'])
+
+
+def test_of_a_second_folder_only_the_test_is_left_out(tmp_path):
+    images_beside(tmp_path / '07', 'ab')
+    for name in ('train/c', 'valid/d', 'test/e'):
+        add(tmp_path / '12', f'{name}.jpg', f'{name}.xml')
+    create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), ['dog'], test_fraction=0.5)
+    train, test = list_names(tmp_path)
+    assert set(train) | set(test) == set('abcd') and len(test) == 1 and {'c', 'd'} < set(train)
+
+
+# ----------------------------------------------------------------------------------------------- What is in the files
+
+def test_an_object_without_a_box_is_dropped_and_swapped_edges_are_put_in_order(tmp_path, capsys):
+    data = tmp_path / 'data'
+    images_beside(data, 'abcd')
+    polygon = '<object><name>dog</name><polygon><x1>3</x1><y1>4</y1></polygon></object>'
+    text = annotation(('dog', (41, 52, 11, 12), '')).replace('</annotation>', polygon + '</annotation>')
+    for name in 'ab':
+        (data / f'{name}.xml').write_text(text)
+    train, test, printed = lists_of(data, capsys)
+    assert len(train + test) == 4
+    assert 'swapped the edges of 2 boxes, and dropped 2 boxes' in printed
+    assert f'{data / "a.jpg"}: dog has no bndbox' in printed
+
+
+@pytest.mark.parametrize('text, words', [
+    (annotation(('dog', (.1, .2, .5, 1), '')), ['fractions', '[0.1, 0.2, 0.5, 1.0]', 'pixels']),
+    (annotation(('', box, '')), ['an object has no name']),
+    (annotation(('dog', (1, 2, 3), '')), ['an object has no bndbox/ymax']),
+    (annotation(('dog', box, '')).replace('<name>', '<n>').replace('</name>', '</n>'), ['an object has no name'])])
+def test_what_is_wrong_in_an_annotation_is_said(tmp_path, capsys, text, words):
+    data = tmp_path / 'data'
+    images_beside(data, 'ab')
+    (data / 'a.xml').write_text(text)
+    with pytest.raises(UserError):
+        lists_of(data, capsys)
+    [line] = capsys.readouterr().err.splitlines()
+    assert 'a.xml' in line and all(word in line for word in words) and 'NoneType' not in line
+
+
+def test_a_text_in_another_encoding_than_declared(tmp_path, capsys):
+    data = tmp_path / 'data'
+    images_beside(data, 'ab')
+    text = '<?xml version="1.0" encoding="utf-8"?>\n' + annotation(('d\xe4chsel', box, ''))
+    (data / 'a.xml').write_bytes(text.encode('latin-1'))
+    with pytest.raises(UserError):
+        lists_of(data, capsys)
+    assert 'at line 2, column 7' in (line := capsys.readouterr().err) and 'another encoding than the file declares' in line
+
+
+@pytest.mark.parametrize('suffix', ['.heic', '.dng'])
+def test_an_image_that_pillow_cannot_read_is_not_called_missing(tmp_path, capsys, suffix):
+    data = tmp_path / 'data'
+    images_beside(data, 'ab')
+    (data / 'a.jpg').rename(data / f'a{suffix}')
+    (data / f'a{suffix}').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(100))
+    with pytest.raises(UserError):
+        lists_of(data, capsys)
+    line = capsys.readouterr().err
+    assert f'a{suffix} is not an image that can be read' in line and 'convert it to JPEG or PNG' in line
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.gif', '.tif', '.webp'])
+def test_half_an_image_is_found_whatever_its_format(tmp_path, capsys, suffix):
+    data = tmp_path / 'data'
+    images_beside(data, [str(i) for i in range(20)])
+    (data / '3.jpg').unlink()
+    Image.effect_noise((100, 80), 50).convert('RGB').save(data / f'3{suffix}')
+    path = data / f'3{suffix}'
+    path.write_bytes(path.read_bytes()[:os.path.getsize(path) // 2])
+    train, test, printed = lists_of(data, capsys)
+    assert len(train + test) == 19 and f'{path} is not an image that can be read' in printed
+
+
+def test_the_summary_says_when_the_objects_are_too_small_for_the_priors(tmp_path, capsys):
+    data = tmp_path / 'data'
+    small = ('cat', (1, 1, 4, 4), '')
+    for i in range(5):
+        add(data, f'{i}.jpg', f'{i}.xml', [('dog', box, ''), small, small])
+    create_data_lists(str(data), None, str(tmp_path), labels=None)
+    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nThe others are mostly small: at 300x300 pixels, half of all objects '
+            'are below 10x10; see "My objects are small" in README.md.') in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------- Images without objects
+
+@pytest.mark.parametrize('keep_empty', [False, True])
+def test_training_images_without_objects_are_kept_if_asked(tmp_path, capsys, keep_empty):
+    data = tmp_path / 'data'
+    for i in range(5):
+        add(data, f'train/{i}.jpg', f'train/{i}.xml', [('dog', box, '')] if i else [])
+    add(data, 'test/9.jpg', 'test/9.xml', [])
+    create_data_lists(str(data), None, str(tmp_path), ['dog'], keep_empty=keep_empty)
+    train, test = list_names(tmp_path)
+    assert ('0' in train) == keep_empty and len(train) == 4 + keep_empty and test == ['9']
+    assert f'Left out {1 - keep_empty} training images without objects' in capsys.readouterr().out
+    objects = json.loads((tmp_path / 'TRAIN_objects.json').read_text())
+    assert sum(of_image['boxes'] == [] for of_image in objects) == keep_empty
