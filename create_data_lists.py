@@ -36,9 +36,6 @@ def download_voc(root):
     """
     Download VOC 2007 trainval and test and VOC 2012 trainval to root/VOCdevkit/VOC2007 and VOC2012. Archives that are
     in `root` with the right checksum are not downloaded again.
-
-    :param root: path of a folder
-    :raises UserError: the download failed
     """
     for year, image_set in (('2007', 'trainval'), ('2007', 'test'), ('2012', 'trainval')):
         try:
@@ -52,10 +49,8 @@ def download_voc(root):
 
 def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, test_fraction=0.2, keep_empty=False):
     """
-    List the images and objects of Pascal VOC, or of any folder in its format, for training and evaluation:
-    TRAIN_images.json, TRAIN_objects.json, TEST_images.json, TEST_objects.json, label_map.json.
-
-    The test includes images without objects: a detection in one is a false positive and must count.
+    List images and objects for training and evaluation: TRAIN_images.json, TRAIN_objects.json, TEST_images.json,
+    TEST_objects.json, label_map.json. The test keeps images without objects: a detection in one must count.
 
     :param voc07_path: path of a folder for training and test, see `find_images` and `choose_split`
     :param voc12_path: path of a second folder, only for training; or None
@@ -75,8 +70,9 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
             splits[split] += images
             left_out += reasons
     if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
-        which = 'no object' if labels is None else f'no object with one of the labels {list(labels)}'
-        raise UserError(f'{which} in the training images of {voc07_path}: set labels to those of its annotations')
+        reasons = [reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']]
+        raise UserError(f'no object with a box{f" and one of the labels {list(labels)}" if labels else ""} in the training '
+                        f'images of {voc07_path} ({"; ".join(reasons[:2])}): set labels to those of its annotations')
     if not splits['TEST']:
         raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or raise test_fraction')
     if labels is None:
@@ -141,8 +137,8 @@ def print_summary(splits, label_map, left_out, n_empty):
 
 # -------------------------------------------------------------------------------------------------------------- Folders
 
-split_folders = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val',
-                 'test': 'test', 'testing': 'test'}
+split_names = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val',
+               'test': 'test', 'testing': 'test'}
 
 
 def find_images(folder):
@@ -150,8 +146,8 @@ def find_images(folder):
     Find all annotations under a folder, and their images. The image has the annotation's name, and lies beside it, or
     in the folder that corresponds (see `files.folders_of`), or anywhere, if just one has that name.
 
-    :return: dict of an annotation's path -> list of its image's path, or several; all relative to the folder
-    :raises UserError: the folder is missing, or has no annotated images
+    :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
+    :raises UserError: the folder is missing, or has no annotation
     """
     images, others, found = {}, {}, {}
     paths = list_files(folder)
@@ -166,18 +162,21 @@ def find_images(folder):
             beside = [image for image in same_name if os.path.dirname(image) == os.path.dirname(path)]
             corresponding = [image for image in same_name if folders_of(image) == folders_of(path)]
             image_paths = beside or corresponding or same_name or others.get(name_of(path), [])
-            if image_paths:
+            if image_paths or is_annotation(os.path.join(folder, path)):
                 found[path] = image_paths
     if not found:
-        what = 'has no image with an .xml file of the same name' if os.path.isdir(folder) else 'is missing'
-        raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and '
-                        'annotations in VOC format, or download = True to download Pascal VOC')
-    annotated = set(map(name_of, found))
-    n_images = sum(len(same_name) for name, same_name in images.items() if name not in annotated)
-    n_xml = sum(path.lower().endswith('.xml') for path in paths) - len(found)
-    print(f'{folder}: {len(found)} annotated images. Not listed: {n_images} images without annotation, {n_xml} .xml '
-          'files without image.')
+        what = 'has no annotations in VOC format (.xml files)' if os.path.isdir(folder) else 'is missing'
+        raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and such '
+                        'annotations, or download = True to download Pascal VOC')
+    n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
+    print(f'{folder}: {len(found)} annotations. Images without annotation, which are not listed: {n_images}.')
     return found
+
+
+def is_annotation(path):
+    """:return: whether an .xml file is an annotation in VOC format, not a file of another program"""
+    with open(path, 'rb') as file:
+        return b'<annotation>' in file.read(1000)
 
 
 def read_image_sets(folder, found):
@@ -194,17 +193,17 @@ def read_image_sets(folder, found):
         list_name, extension = os.path.splitext(os.path.basename(path).lower())
         if folders_of(path)[-2:] != ['imagesets', 'main'] or extension != '.txt':
             continue
+        list_name = split_names.get(list_name, list_name)
         try:
             with open(os.path.join(folder, path), encoding='utf-8-sig') as file:  # some editors begin with a mark
-                lines = [line.strip().replace('\\', '/') for line in file if line.strip()]
+                lines = [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]
         except ValueError as error:
-            raise UserError(f'{os.path.join(folder, path)} is not a list of names in UTF-8 ({error}): save it as plain '
-                            'text') from None
+            raise UserError(f'{os.path.join(folder, path)} is not a list in UTF-8 ({error}): save it as such') from None
         for line in lines:
             if name_of(line) not in by_name:
                 line = re.sub(r'\s+-?\d+$', '', line)
             same_name = by_name.get(name_of(line), [name_of(line)])
-            in_folder = [path for path in same_name if folders_of(path) == folders_of(line)]
+            in_folder = [path for path in same_name if folders_of(line)[-len(folders_of(path)):] == folders_of(path)]
             image_sets.setdefault(list_name, []).extend(in_folder or same_name)
     return image_sets
 
@@ -214,31 +213,31 @@ def choose_split(folder, found, test_fraction):
     Choose the images for training and for the test: by the lists in ImageSets/Main called trainval, train, val or test;
     without lists, by folders called so; else at random, in the same way each time. Without a test, val is the test.
 
-    :param found: see `find_images`
     :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None if all are for training
-    :return: paths of annotations for training, and for the test
+    :return: paths of annotations for training, and for the test, see `find_images`
     """
-    sets, where = read_image_sets(folder, found), 'the lists in ImageSets/Main'
+    sets, where = read_image_sets(folder, found), 'lists in ImageSets/Main'
     if not sets:
-        where = 'its folders'
+        where = 'folders'
         for path, image_paths in found.items():
-            folders = [name for name in folders_of(path) + folders_of(image_paths[0]) if name in split_folders]
-            sets.setdefault(split_folders[folders[0]] if folders else 'train', []).append(path)
+            names = [name for either in (path, *image_paths) for name in folders_of(either) if name in split_names]
+            sets.setdefault(split_names[names[0]] if names else 'others', []).append(path)
     train, val, test = (sets.get(name, []) for name in ('train', 'val', 'test'))
     trainval = sets.get('trainval') or train + val or sorted(set(found).difference(test))
     if test_fraction is None:
-        train, test, rule = trainval, [], f'all images of {where} are for training'
+        train, test, rule = trainval, [], 'all for training'
     elif test:
-        train, rule = trainval, f'training and test are those of {where}'
+        train, rule = trainval, 'training and test as given'
     elif train and val:
-        test, rule = val, f'training is train, and the test is val of {where}'
+        test, rule = val, 'val is the test'
     else:
         paths = sorted({path for of_set in sets.values() for path in of_set}, key=os.path.splitext)
         random.Random(0).shuffle(paths)
         n_test = round(test_fraction * len(paths))
         train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
-        rule = f'{n_test} of the {len(paths)} images of {where} are for the test, at random'
-    print(f'{folder}: {rule}.')
+        rule = f'{n_test} of {len(paths)} images are the test, at random'
+    used = [name for name in ('trainval', 'train', 'val', 'test') if name in sets] or sets
+    print(f'{folder}: {rule}, by the {where}: {", ".join(f"{name} ({len(sets[name])})" for name in used)}.')
     return train, test
 
 
@@ -259,7 +258,7 @@ def read_split(folder, split, annotation_paths, found, labels=None):
         annotation_path = os.path.join(folder, annotation_path)
         try:
             if not image_paths:
-                raise UserError(f'{annotation_path} or its image is missing, but a list in ImageSets/Main names it')
+                raise UserError(f'{annotation_path} or its image is missing')
             if len(image_paths) > 1:
                 raise UserError(f'{" and ".join(image_paths)} have the name of {annotation_path}: keep one')
             size, orientation = decode_once(image_paths[0])  # a broken image must be found now, not in training

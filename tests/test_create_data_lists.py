@@ -163,7 +163,7 @@ def test_a_list_of_names_from_windows(tmp_path, capsys):
     _, test = choose_split(str(tmp_path), found, 0)
     assert test == [f'Annotations/{name}.xml' for name in names] + ['IMG (1)']
     path.write_bytes(b'\xff\xfe\x00\xd8')
-    with pytest.raises(UserError, match='test.txt is not a list of names'):
+    with pytest.raises(UserError, match='test.txt is not a list in UTF-8'):
         choose_split(str(tmp_path), found, 0)
 
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, 
     _, lines = capsys.readouterr().out.split("Left out 7 images that can't be read, or whose annotation can't:\n")
     expected = (r'test_00\.jpg is not an image .*truncated', r'test_01 or its image is missing',
                 r'trainval_03\.jpg is not an image .*truncated', r'trainval_05 or its image is missing',
-                r'trainval_07 or its image is missing', r'trainval_09\.xml is not an annotation',
+                r'trainval_07.xml or its image is missing', r'trainval_09\.xml is not an annotation',
                 r'trainval_11\.xml is for an image of 7x9 pixels')
     for line, pattern in zip(lines.splitlines(), expected):
         assert re.search(pattern, line), line
@@ -289,7 +289,7 @@ def test_one_broken_image_of_three_is_an_error_in_one_line(tmp_path, capsys):
 def test_a_folder_without_annotations_is_named_where_all_labels_are_taken(tmp_path):
     make_voc_folder(tmp_path, 3, 2)
     shutil.rmtree(tmp_path / 'Annotations')
-    with pytest.raises(UserError, match='has no image with an .xml file of the same name: set the paths'):
+    with pytest.raises(UserError, match=r'has no annotations in VOC format \(.xml files\): set the paths'):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
 
 
@@ -321,7 +321,7 @@ def test_lists_of_two_folders_and_unknown_labels(tmp_path, capsys):
         create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=('dragon',))
     for path in (tmp_path / '07/Annotations').iterdir():
         path.write_text('<annotation></annotation>')
-    with pytest.raises(UserError, match='no object in the training images of .*07'):
+    with pytest.raises(UserError, match='no object with a box in the training images of .*07'):
         create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=None)
 
 
@@ -355,8 +355,8 @@ def test_the_summary_counts_images_and_objects(tmp_path, capsys):
         (tmp_path / f'Annotations/{name}.xml').write_text(annotation(*of_image, size=''))
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('dog', 'cat'))
     assert capsys.readouterr().out.splitlines() == [
-        f'{tmp_path}: 5 annotated images. Not listed: 0 images without annotation, 0 .xml files without image.',
-        f'{tmp_path}: training and test are those of the lists in ImageSets/Main.',
+        f'{tmp_path}: 5 annotations. Images without annotation, which are not listed: 0.',
+        f'{tmp_path}: training and test as given, by the lists in ImageSets/Main: trainval (3), test (2).',
         '                         train      test', 'images                       2         2',
         'objects                      3         2', 'of which difficult           1         1',
         '  dog                        2         1', '  cat                        1         1',

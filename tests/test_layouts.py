@@ -1,4 +1,4 @@
-"""Folders as annotation tools and people make them: which files are listed, for training or for the test, and which objects."""
+"""Folders as annotation tools and people make them: which images and objects are listed, and for which split."""
 import json
 import os
 import unicodedata
@@ -43,7 +43,8 @@ def lists_of(folder, capsys, **options):
 
 def cvat(folder):
     for i in range(10):
-        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml', size='<size><width>100</width><height>80</height><depth></depth></size>')
+        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml',
+            size='<size><width>100</width><height>80</height><depth></depth></size>')
     write(folder / 'ImageSets/Main/default.txt', *map(str, range(10)))
     write(folder / 'labelmap.txt', 'dog:255,0,0::')
 
@@ -61,10 +62,11 @@ def label_studio(folder):
 
 def vott(folder):
     for i in range(10):
-        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml', size='<size><width>0</width><height>0</height></size>')
-    for label in ('dog', 'cat'):
-        write(folder / f'ImageSets/Main/{label}_train.txt', *(f'{i}.jpg {1 if label == "dog" else -1}' for i in range(8)))
-        write(folder / f'ImageSets/Main/{label}_val.txt', *(f'{i}.jpg {1 if label == "dog" else -1}' for i in (8, 9)))
+        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml',
+            size='<size><width>0</width><height>0</height></size>')
+    for label, flag in (('dog', 1), ('cat', -1)):
+        write(folder / f'ImageSets/Main/{label}_train.txt', *(f'{i}.jpg {flag}' for i in range(8)))
+        write(folder / f'ImageSets/Main/{label}_val.txt', *(f'{i}.jpg {flag}' for i in (8, 9)))
 
 
 def supervisely(folder):
@@ -98,11 +100,11 @@ at_random = 8, 2  # of ten images
 
 
 @pytest.mark.parametrize('layout, n_train, n_test, rule', [
-    (cvat, 8, 2, '2 of the 10 images of the lists in ImageSets/Main are for the test, at random'),
-    (labelimg, 8, 2, '2 of the 10 images of its folders are for the test, at random'),
-    (label_studio, 8, 2, '2 of the 10 images'), (vott, 8, 2, 'the lists in ImageSets/Main are for the test, at random'),
-    (supervisely, 8, 2, 'training is train, and the test is val of the lists'), (labelme, 8, 2, 'at random'),
-    (roboflow, 8, 2, 'training and test are those of its folders'), (kaggle, 8, 2, 'at random')])
+    (cvat, 8, 2, '2 of 10 images are the test, at random, by the lists in ImageSets/Main: default (10).'),
+    (labelimg, 8, 2, '2 of 10 images are the test, at random, by the folders: others (10).'),
+    (label_studio, 8, 2, '2 of 10 images'), (vott, 8, 2, 'at random, by the lists in ImageSets/Main: cat_train (8), '),
+    (supervisely, 8, 2, 'val is the test, by the lists in ImageSets/Main: trainval (10), train (8), val (2).'), (labelme, 8, 2, 'at random'),
+    (roboflow, 8, 2, 'training and test as given, by the folders: train (7), val (1), test (2).'), (kaggle, 8, 2, 'at random')])
 def test_what_tools_write(tmp_path, capsys, layout, n_train, n_test, rule):
     layout(tmp_path / 'data')
     train, test, printed = lists_of(tmp_path / 'data', capsys)
@@ -110,7 +112,7 @@ def test_what_tools_write(tmp_path, capsys, layout, n_train, n_test, rule):
     assert rule in printed
     if layout in (supervisely, roboflow):
         assert sorted(name[0] for name in test) == ['8', '9']
-    assert f'Not listed: {2 if layout is label_studio else 0} images without annotation' in printed
+    assert f'Images without annotation, which are not listed: {2 if layout is label_studio else 0}.' in printed
 
 
 # ------------------------------------------------------------------------------------------------------ Which files
@@ -139,7 +141,7 @@ def test_hidden_files_are_none(tmp_path, capsys):
     (data / '.DS_Store').write_bytes(b'\x00')
     write(data / '.idea/workspace.xml', '<project/>')
     train, test, printed = lists_of(data, capsys)
-    assert len(train + test) == 10 and '0 images without annotation, 0 .xml' in printed
+    assert len(train + test) == 10 and '10 annotations. Images without annotation, which are not listed: 0.' in printed
     assert len(list_images([str(data)])) == 10
 
 
@@ -165,12 +167,12 @@ def test_names_with_dots_two_extensions_and_accents(tmp_path, capsys):
     assert len(train + test) == 3
 
 
-def test_xml_of_other_programs_is_counted_and_left_alone(tmp_path, capsys):
+def test_xml_of_other_programs_is_left_alone(tmp_path, capsys):
     data = tmp_path / 'data'
     labelimg(data)
     write(data / 'sitemap.xml', '<urlset/>')
     train, test, printed = lists_of(data, capsys)
-    assert len(train + test) == 10 and '1 .xml files without image' in printed
+    assert len(train + test) == 10 and 'data: 10 annotations.' in printed
 
 
 # ------------------------------------------------------------------------------------------------------------ Splits
@@ -187,12 +189,13 @@ def test_lines_of_lists(tmp_path, capsys):
     write(data / 'ImageSets/Main/test.txt', 'd.jpg -1', 'photos/e')
     write(data / 'ImageSets/Main/dog_trainval.txt', 'a 1', 'd -1')  # VOC's lists of a class say nothing here
     train, test, printed = lists_of(data, capsys)
-    assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e']) and 'those of the lists in ImageSets/Main' in printed
+    assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e']) and 'as given, by the lists in ImageSets/Main: trainval (4), test (2).' in printed
 
 
 @pytest.mark.parametrize('lists, expected', [
     ({'train': 'ab', 'val': 'c', 'test': 'd'}, ('abc', 'd')), ({'train': 'ab', 'test': 'd'}, ('ab', 'd')),
-    ({'train': 'ab', 'val': 'c', 'trainval': 'abc'}, ('ab', 'c')), ({'train': 'ab', 'val': 'c', 'test': ''}, ('ab', 'c')),
+    ({'train': 'ab', 'val': 'c', 'trainval': 'abc'}, ('ab', 'c')), ({'Training': 'ab', 'Validation': 'c'}, ('ab', 'c')),
+    ({'train': 'ab', 'val': 'c', 'test': ''}, ('ab', 'c')),
     ({'test': 'd'}, ('abc', 'd')), ({'train': '', 'test': ''}, None), ({'trainval': 'abcd'}, None)])
 def test_which_lists_count(tmp_path, capsys, lists, expected):
     data = tmp_path / 'data'
@@ -208,7 +211,7 @@ def test_which_lists_count(tmp_path, capsys, lists, expected):
 
 @pytest.mark.parametrize('names, expected', [
     (['train/a', 'valid/b', 'test/c'], ('ab', 'c')), (['Train/a', 'validation/b'], ('a', 'b')),
-    (['images/train/a', 'images/val/b'], ('a', 'b')), (['training/a', 'testing/b', 'extra/c'], ('ac', 'b'))])
+    (['images/train/a', 'images/val/b'], ('a', 'b')), (['training/a', 'testing/b', 'extra/c'], ('a', 'b')), (['extra/a', 'test/b'], ('a', 'b'))])
 def test_folders_called_by_a_split(tmp_path, capsys, names, expected):
     data = tmp_path / 'data'
     for name in names:
@@ -231,6 +234,35 @@ def test_of_a_second_folder_only_the_test_is_left_out(tmp_path):
     create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), ['dog'], test_fraction=0.5)
     train, test = list_names(tmp_path)
     assert set(train) | set(test) == set('abcd') and len(test) == 1 and {'c', 'd'} < set(train)
+
+
+def test_lines_with_folders_name_the_image_in_that_folder(tmp_path, capsys):
+    data = tmp_path / 'data'
+    for camera in ('cam1', 'cam2'):
+        for i in (0, 1):
+            add(data, f'JPEGImages/{camera}/{i}.jpg', f'Annotations/{camera}/{i}.xml')
+    write(data / 'ImageSets/Main/train.txt', '/home/me/data/JPEGImages/cam1/0.jpg', 'cam1/1', '"cam2/1" 1')
+    write(data / 'ImageSets/Main/test.txt', '/home/me/data/JPEGImages/cam2/0.jpg')
+    lists_of(data, capsys)
+    paths = json.loads((tmp_path / 'lists/TEST_images.json').read_text())
+    assert paths == [str(data / 'JPEGImages/cam2/0.jpg')]
+
+
+def test_an_annotation_whose_image_is_missing_is_named(tmp_path, capsys):
+    data = tmp_path / 'data'
+    images_beside(data, map(str, range(20)))
+    (data / '7.jpg').unlink()
+    train, test, printed = lists_of(data, capsys)
+    assert len(train + test) == 19 and f'{data / "7.xml"} or its image is missing' in printed
+
+
+def test_without_a_single_box_the_error_says_what_the_objects_are(tmp_path, capsys):
+    data = tmp_path / 'data'
+    images_beside(data, 'abcde')
+    for path in data.glob('*.xml'):
+        path.write_text('<annotation><object><name>dog</name><robndbox><cx>3</cx></robndbox></object></annotation>')
+    with pytest.raises(UserError, match=r'no object with a box in the .* of .*data \(dog has no bndbox; dog has no bndbox\)'):
+        lists_of(data, capsys, labels=None)
 
 
 # ----------------------------------------------------------------------------------------------- What is in the files
@@ -270,7 +302,8 @@ def test_a_text_in_another_encoding_than_declared(tmp_path, capsys):
     (data / 'a.xml').write_bytes(text.encode('latin-1'))
     with pytest.raises(UserError):
         lists_of(data, capsys)
-    assert 'at line 2, column 7' in (line := capsys.readouterr().err) and 'another encoding than the file declares' in line
+    line = capsys.readouterr().err
+    assert 'a.xml' in line and 'text at line 2, column 7' in line and 'another encoding than the file declares' in line
 
 
 @pytest.mark.parametrize('suffix', ['.heic', '.dng'])
@@ -303,8 +336,8 @@ def test_the_summary_says_when_the_objects_are_too_small_for_the_priors(tmp_path
     for i in range(5):
         add(data, f'{i}.jpg', f'{i}.xml', [('dog', box, ''), small, small])
     create_data_lists(str(data), None, str(tmp_path), labels=None)
-    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nThe others are mostly small: at 300x300 pixels, half of all objects '
-            'are below 10x10; see "My objects are small" in README.md.') in capsys.readouterr().out
+    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nThe others are mostly small: at 300x300 pixels, half of all '
+            'objects are below 10x10; see "My objects are small" in README.md.') in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- Images without objects
