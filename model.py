@@ -371,14 +371,17 @@ class MultiBoxLoss(nn.Module):
     :param threshold: a prior that overlaps no object by at least this is background
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
+    :param min_negatives: at least this number of hard negatives in each image; 0 teaches nothing about images without
+        objects
     """
 
-    def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1.):
+    def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1., min_negatives=0):
         super().__init__()
         self.register_buffer('priors_cxcy', priors_cxcy)  # (8732, 4)
         self.threshold = threshold
         self.neg_pos_ratio = neg_pos_ratio
         self.alpha = alpha
+        self.min_negatives = min_negatives
 
     def forward(self, predicted_locs, predicted_scores, boxes, labels):
         """
@@ -399,6 +402,8 @@ class MultiBoxLoss(nn.Module):
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
+        if self.min_negatives > 0:  # an image with few positives counts as if it had as many as go with these negatives
+            n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
         # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.
         divisor = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)

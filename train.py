@@ -52,6 +52,7 @@ decay_lr_to = 0.1  # ... by this factor; with 'adamw', it follows `one_cycle`
 momentum = 0.9  # with 'sgd'
 weight_decay = 5e-4  # L2 penalty with 'sgd', decoupled with 'adamw'
 grad_clip = None  # largest norm of the gradient; set it, say to 10, if the loss explodes
+min_negatives = 0  # hard negatives of each image at least; set it, say to 30, if the lists have images without objects
 bfloat16 = False  # compute in 16 bits: faster on recent GPUs; its effect on the mAP has not been measured
 seed = 0  # the same seed gives the same weights on the same processor; on a GPU, nearly the same
 print_freq = 200  # batches between two lines of the log
@@ -106,7 +107,8 @@ def best_of(checkpoint_path):
 
 
 def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=0, seed=0, workers=0, warm_up=0,
-        decay_lr_at=(), decay_lr_to=0.1, rise_and_fall=False, test_set=None, evaluate_every=0, **options):
+        decay_lr_at=(), decay_lr_to=0.1, rise_and_fall=False, min_negatives=0, test_set=None, evaluate_every=0,
+        **options):
     """
     Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; with evaluations, also one of the epoch
     with the highest mAP.
@@ -122,11 +124,12 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     :param workers: processes that load images
     :param warm_up: see `warm_up_and_decay`, like `decay_lr_at` and `decay_lr_to`
     :param rise_and_fall: let the learning rate follow `one_cycle` instead
+    :param min_negatives: see `MultiBoxLoss`
     :param test_set: PascalVOCDataset to evaluate on
     :param evaluate_every: epochs between two evaluations; 0 for none
     :param options: the other arguments of `train`
     """
-    criterion = MultiBoxLoss(model.priors_cxcy)
+    criterion = MultiBoxLoss(model.priors_cxcy, min_negatives=min_negatives)
     sampler = EpochSampler(len(train_set), seed, process_number(), n_processes())
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
                               pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0)
@@ -334,7 +337,7 @@ def main():
                                   ('pretrained', pretrained, ('imagenet', 'coco', None))):
         if value not in possible:
             raise UserError(f'{name} = {value!r} in train.py: set it to one of {possible}')
-    for name, value in (('evaluate_every', evaluate_every), ('warm_up', warm_up)):
+    for name, value in (('evaluate_every', evaluate_every), ('warm_up', warm_up), ('min_negatives', min_negatives)):
         if not isinstance(value, int) or value < 0:
             raise UserError(f'{name} = {value!r} in train.py: set it to a whole number, at least 0')
     device = join_processes()
@@ -364,8 +367,9 @@ def main():
         print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
     try:
         fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, seed_of_run, workers,
-            warm_up, decay_lr_at, decay_lr_to, rise_and_fall=optimizer_kind == 'adamw', test_set=test_set,
-            evaluate_every=evaluate_every, print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
+            warm_up, decay_lr_at, decay_lr_to, rise_and_fall=optimizer_kind == 'adamw', min_negatives=min_negatives,
+            test_set=test_set, evaluate_every=evaluate_every, print_freq=print_freq, grad_clip=grad_clip,
+            bfloat16=bfloat16)
     except KeyboardInterrupt:
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
         raise KeyboardInterrupt('There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.')

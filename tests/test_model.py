@@ -498,6 +498,33 @@ def test_objects_do_not_depend_on_the_rest_of_the_batch():
         assert torch.equal(alone[0][0], together[0][i]) and torch.equal(alone[1][0], together[1][i])
 
 
+@pytest.mark.parametrize('n_images, n_hard', [(1, 30), (2, 60)])
+def test_images_without_objects_teach_min_negatives(n_images, n_hard):
+    """The loss is the sum over the hardest negatives, divided by a third of their number, however many images."""
+    torch.manual_seed(0)
+    locs, scores = torch.randn(n_images, 8732, 4), torch.randn(n_images, 8732, 5)
+    no_boxes, no_labels = [torch.empty(0, 4)] * n_images, [torch.empty(0, dtype=torch.long)] * n_images
+    criterion = MultiBoxLoss(create_prior_boxes(), min_negatives=30)
+    losses = F.cross_entropy(scores.flatten(0, 1), torch.zeros(n_images * 8732, dtype=torch.long), reduction='none')
+    hardest = losses.view(n_images, 8732).topk(30, dim=1).values
+    assert hardest.numel() == n_hard
+    loc_loss, conf_loss = criterion.losses(locs, scores, no_boxes, no_labels)
+    assert loc_loss == 0 and conf_loss.item() == pytest.approx(hardest.sum().item() / (n_hard / 3), rel=1e-5)
+
+
+def test_min_negatives_change_only_images_with_few_positives():
+    torch.manual_seed(0)
+    priors = create_prior_boxes()
+    boxes, labels = [cxcy_to_xy(priors[7000:7001]), random_boxes(60)], [torch.tensor([2]), torch.ones(60).long()]
+    locs, scores = torch.randn(2, 8732, 4), torch.randn(2, 8732, 5)
+    n_positive = (MultiBoxLoss(priors).match(boxes, labels)[1] > 0).sum(dim=1).tolist()
+    assert n_positive[0] < 50 < n_positive[1]
+    plain, at_least = (MultiBoxLoss(priors, min_negatives=n).losses(locs, scores, boxes, labels) for n in (0, 150))
+    assert at_least[0].item() == pytest.approx(plain[0].item() * sum(n_positive) / (50 + n_positive[1]), rel=1e-5)
+    unchanged = MultiBoxLoss(priors, min_negatives=3 * min(n_positive)).losses(locs, scores, boxes, labels)
+    assert [loss.item() for loss in unchanged] == pytest.approx([loss.item() for loss in plain], rel=1e-6)
+
+
 @pytest.mark.parametrize('n_images', [1, 3])
 def test_no_object_in_the_batch_means_no_loss(n_images):
     locs, scores = (torch.randn(n_images, 8732, n, requires_grad=True) for n in (4, 5))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tokenize
 
+import numpy as np
 import onnxruntime
 import pytest
 import skimage.data
@@ -325,8 +326,8 @@ def test_ssd512_as_described():
 # ------------------------------------------------------------------------------------------------------- What is to run
 
 def test_all_python_blocks_are_run_by_a_test_below():
-    tested = ('Multibox loss', 'Training', 'Inference', 'Your own images', 'A first training on a laptop',
-              "Other people's weights", 'Deployment')
+    tested = ('Multibox loss', 'Training', 'Inference', 'Webcam and video', 'Your own images', 'COCO and YOLO',
+              'A first training on a laptop', "Other people's weights", 'Deployment')  # COCO: tests/long/converters.py
     assert readme.count('```python\n') == sum(len(section(title)[1]) for title in tested)
     assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon', 'math'}
 
@@ -391,6 +392,46 @@ def test_detection_from_python(tmp_path, monkeypatch):
     exec(block, {})
     with Image.open('annotated.png') as annotated:
         assert annotated.size == (120, 80)
+
+
+class FakeVideo:
+    """OpenCV's VideoCapture of three images, and VideoWriter, which keeps what is written."""
+    CAP_PROP_FRAME_WIDTH, CAP_PROP_FRAME_HEIGHT, CAP_PROP_FPS = 120, 80, 25
+    written = []
+
+    def __init__(self, *arguments):
+        self.left = 3
+
+    def get(self, property):
+        return property
+
+    def read(self):
+        self.left -= 1
+        return self.left >= 0, np.full((80, 120, 3), (255, 0, 0), dtype=np.uint8)  # blue
+
+    def write(self, image):
+        self.written.append(image)
+
+    def release(self):
+        self.written.append('released')
+
+    @staticmethod
+    def VideoWriter_fourcc(*letters):
+        return ''.join(letters)
+
+
+FakeVideo.VideoCapture = FakeVideo.VideoWriter = FakeVideo
+
+
+def test_video(tmp_path, monkeypatch):
+    (block,) = section('Webcam and video')[1]
+    monkeypatch.setitem(sys.modules, 'cv2', FakeVideo)
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint('checkpoint_ssd300.pth', 0, SSD300(n_classes=2, thin=16), None, make_label_map(['cat']), 0)
+    exec(block, {})
+    *images, last = FakeVideo.written
+    assert len(images) == 3 and last == 'released'
+    assert all(image.shape == (80, 120, 3) and (image[40, 60] == (255, 0, 0)).all() for image in images)
 
 
 def test_the_next_command_after_the_demo(tmp_path):
@@ -515,5 +556,6 @@ def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
 
 
 if __name__ == '__main__':
+    updated = with_line_numbers(readme)
     with open(path, 'w', encoding='utf-8') as file:
-        file.write(with_line_numbers(readme))
+        file.write(updated)
