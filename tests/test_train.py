@@ -167,7 +167,7 @@ def test_main_hands_its_parameters_on(voc_folder, tmp_path, monkeypatch, keep_di
                 'thin': thin, 'checkpoint_path': str(tmp_path / 'c.pth'), 'batch_size': 5, 'epochs': 17, 'lr': 0.02,
                 'decay_lr_at': (3, 4), 'decay_lr_to': 0.3, 'momentum': 0.6, 'weight_decay': 0.01, 'seed': 9,
                 'grad_clip': grad_clip, 'bfloat16': bfloat16, 'print_freq': 11, 'warm_up': 13,
-                'evaluate_every': evaluate_every}
+                'evaluate_every': evaluate_every, 'min_negatives': 7}
     for name, value in settings.items():
         monkeypatch.setattr(train, name, value)
     calls, plain_fit = [], train.fit
@@ -189,10 +189,21 @@ def test_main_hands_its_parameters_on(voc_folder, tmp_path, monkeypatch, keep_di
     given |= given.pop('options')
     expected = {name: settings[name] for name in ('checkpoint_path', 'epochs', 'batch_size', 'workers', 'decay_lr_at',
                                                   'decay_lr_to', 'seed', 'grad_clip', 'bfloat16', 'print_freq',
-                                                  'warm_up', 'evaluate_every')}
+                                                  'warm_up', 'evaluate_every', 'min_negatives')}
     assert given == expected | {'start_epoch': 0, 'rise_and_fall': False}
     torch.manual_seed(9)
     assert torch.equal(model.base.conv3_2.weight, SSD300(len(label_map), thin=thin).base.conv3_2.weight)
+
+
+def test_fit_hands_min_negatives_to_the_loss(voc_folder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(train, 'train', lambda loader, network, criterion, *_, **__: given.append(criterion))
+    model = TinyDetector(len(label_map))
+    optimizer = train.make_optimizer(model, 'sgd', 1e-4, 5e-4)
+    train_set = PascalVOCDataset(voc_folder, 'TRAIN')
+    for options in ({}, {'min_negatives': 30}):
+        train.fit(model, optimizer, train_set, str(tmp_path / 'c.pth'), 1, batch_size=1, **options)
+    assert [criterion.min_negatives for criterion in given] == [0, 30]
 
 
 @pytest.mark.parametrize('bfloat16', [False, True])
