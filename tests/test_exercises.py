@@ -1,6 +1,6 @@
 """
-The exercises of README.md's "Write it yourself": the command of each passes with the code as it is, and fails with an
-empty function, and with a plausible wrong answer.
+The exercises of EXERCISES.md: the command of each passes with the code as it is, and fails with an empty function, and
+with a plausible wrong answer.
 """
 import ast
 import os
@@ -43,9 +43,9 @@ wrong_answers = {
 
 def read_exercises():
     """Of each exercise its number and name, the text up to the next, all as strings."""
-    with open(os.path.join(root, 'README.md'), encoding='utf-8') as file:
-        section = file.read().split('\n## Write it yourself\n')[1].split('\n### Four open ones\n')[0]
-    fields = re.split(r'^### Exercise (\d+): `([\w.]+)`$', section, flags=re.M)[1:]
+    with open(os.path.join(root, 'EXERCISES.md'), encoding='utf-8') as file:
+        text = file.read().split('\n## Four open ones\n')[0]
+    fields = re.split(r'^## Exercise (\d+): `([\w.]+)`$', text, flags=re.M)[1:]
     return list(zip(fields[::3], fields[1::3], fields[2::3]))
 
 

@@ -1,9 +1,9 @@
 """
-What the README shows runs as it stands there, and what it says of the code is true.
+What README.md, GUIDE.md and EXERCISES.md show runs as it stands there, and what they say of the code is true.
 
     python tests/test_readme.py
 
-brings the line numbers in its links into the code up to date.
+brings the line numbers in their links into the code up to date.
 """
 import ast
 import csv
@@ -40,15 +40,30 @@ sys.path.insert(0, os.path.join(root, 'img'))
 import draw_figures  # noqa: E402
 import examples  # noqa: E402
 
-path = os.path.join(root, 'README.md')
-with open(path, encoding='utf-8') as file:
-    readme = file.read()
-prose = re.sub(r'^```.*?^```$', '', readme, flags=re.M | re.S)  # all but the blocks of code
+
+def read(name):
+    with open(os.path.join(root, name), encoding='utf-8') as file:
+        return file.read()
 
 
-def section(title):
-    """A section's text, its Python blocks, and its commands."""
-    text = readme.split(f'\n## {title}\n')[1].split('\n## ')[0]
+def without_code(text):
+    """All but the blocks of code."""
+    return re.sub(r'^```.*?^```$', '', text, flags=re.M | re.S)
+
+
+def headings(name):
+    return re.findall(r'^#+ (.*)$', without_code(pages[name]), re.M)
+
+
+pages = {name: read(name) for name in ('README.md', 'GUIDE.md', 'EXERCISES.md')}
+everything = '\n'.join(pages.values())
+words = ' '.join(everything.split())  # without line breaks
+prose = without_code(everything)
+
+
+def section(title, name='README.md'):
+    """The text of a section of a page, its Python blocks, and its commands."""
+    text = pages[name].split(f'\n## {title}\n')[1].split('\n## ')[0]
     return (text, re.findall(r'```python\n(.*?)```', text, re.S),
             re.findall(r'^    ((?:python|torchrun) .*)$', text, re.M))
 
@@ -73,7 +88,7 @@ def definitions(file_name):
 
 
 def with_line_numbers(text):
-    """The README with links such as [`decimate`](utils.py) leading to the line of the definition."""
+    """A page with links such as [`decimate`](utils.py) leading to the line of the definition."""
     def link(match):
         name, file_name = match.groups()
         return f'[`{name}`]({file_name}#L{definitions(file_name)[name]})'
@@ -82,40 +97,43 @@ def with_line_numbers(text):
 
 def test_links_into_the_code_lead_to_the_definitions():
     """Or near them: lines move with each change, and need not be brought up to date each time."""
-    links = re.findall(r'\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)', readme)
+    links = re.findall(r'\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)', everything)
     assert len(links) > 20
     far = [f'{name}: {file_name}#L{line}' for name, file_name, line in links
            if abs(definitions(file_name)[name] - int(line)) > 15]
     assert not far, f'{far} lead elsewhere: run "python tests/test_readme.py", which puts the line numbers right'
-    with_numbers = re.sub(r'(\.py)#L\d+', r'\1', with_line_numbers(readme))
-    assert with_numbers == re.sub(r'(\.py)#L\d+', r'\1', readme)  # none but numbers are changed
+    with_numbers = re.sub(r'(\.py)#L\d+', r'\1', with_line_numbers(everything))
+    assert with_numbers == re.sub(r'(\.py)#L\d+', r'\1', everything)  # none but numbers are changed
 
 
 def test_links_lead_to_sections_and_files():
-    headings = re.findall(r'^#+ (.*)$', prose, re.M)
-    anchors = {re.sub(r'[^\w\- ]', '', heading).lower().replace(' ', '-') for heading in headings}
-    assert len(anchors) == len(headings)
-    targets = [target for target in re.findall(r'\]\(([^)\s]+)\)', readme) if not target.startswith('http')]
-    assert len(targets) > 50
-    for target in targets:
-        if target.startswith('#'):
-            assert target[1:] in anchors, target
-        else:
-            assert os.path.exists(os.path.join(root, target.split('#')[0])), target
+    anchors = {name: {re.sub(r'[^\w\- ]', '', heading).lower().replace(' ', '-') for heading in headings(name)}
+               for name in pages}
+    for name in pages:
+        assert len(anchors[name]) == len(headings(name)), name
+    links = [(name, *target.partition('#')[::2]) for name, text in pages.items()
+             for target in re.findall(r'\]\(([^)\s]+)\)', text) if not target.startswith('http')]
+    assert len(links) > 100
+    for name, target, anchor in links:
+        assert os.path.exists(os.path.join(root, target or name)), f'{name}: {target}'
+        if anchor and (target or name) in pages:
+            assert anchor in anchors[target or name], f'{name}: {target}#{anchor}'
+    others = [(name, target) for name, target, _ in links if name != target and target in pages]
+    assert {('README.md', 'GUIDE.md'), ('README.md', 'EXERCISES.md'),
+            ('GUIDE.md', 'README.md'), ('EXERCISES.md', 'README.md')} <= set(others)
 
 
 def test_sections_that_the_code_names_exist():
-    headings = re.findall(r'^#+ (.*)$', prose, re.M)
+    titles = {title for name in pages for title in headings(name)}
     for name, least in (('model.py', 8), ('utils.py', 5), ('datasets.py', 3)):
-        with open(os.path.join(root, name), encoding='utf-8') as file:
-            text = ' '.join(file.read().split())
-        named = [title for titles in re.findall(r'See ("[^.]*")\.', text) for title in re.findall(r'"([^"]+)"', titles)]
+        text = ' '.join(read(name).split())
+        named = [title for some in re.findall(r'See ("[^.]*")\.', text) for title in re.findall(r'"([^"]+)"', some)]
         assert len(named) >= least, name
-        assert set(named) <= set(headings), name
+        assert set(named) <= titles, name
 
 
 def test_images_drawn_and_kept_and_shown_are_the_same():
-    shown = re.findall(r'!\[[^\]]+\]\(img/([^)]+)\)', readme)
+    shown = re.findall(r'!\[[^\]]+\]\(img/([^)]+)\)', everything)
     kept = [name for name in os.listdir(os.path.join(root, 'img')) if name.endswith(('.png', '.svg', '.gif', '.jpg'))]
     assert len(kept) >= 25
     assert sorted(shown) == sorted(kept) == sorted(draw_figures.figures)
@@ -138,7 +156,7 @@ def names_in_the_code():
 
 
 def test_no_number_is_left_open():
-    assert not re.search(r'@[A-Z]{3,}', readme)
+    assert not re.search(r'@[A-Z]{3,}', everything)
 
 
 def test_names_in_the_text_exist():
@@ -153,11 +171,11 @@ def test_names_in_the_text_exist():
 # -------------------------------------------------------------------------------------------------------------- Numbers
 
 def test_interactive_examples_give_what_is_shown():
-    blocks = re.findall(r'```pycon\n(.*?)```', readme, re.S)
+    blocks = re.findall(r'```pycon\n(.*?)```', everything, re.S)
     assert len(blocks) >= 10
     names, runner = {}, doctest.DocTestRunner()
     for block in blocks:
-        test = doctest.DocTestParser().get_doctest(block, names, 'README.md', path, 0)
+        test = doctest.DocTestParser().get_doctest(block, names, 'README.md', None, 0)
         assert len(test.examples) > 0
         runner.run(test, clear_globs=False)
         names.update(test.globs)
@@ -171,7 +189,7 @@ def test_interactive_examples_give_what_is_shown():
 
 def rows_of_table(header):
     """The cells of a table, row by row, without its header."""
-    lines = readme[readme.index(header):].split('\n\n')[0].splitlines()
+    lines = everything[everything.index(header):].split('\n\n')[0].splitlines()
     return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines[2:]]
 
 
@@ -187,7 +205,7 @@ def test_table_of_priors():
 
 
 def test_numbers_of_priors_in_the_text():
-    of_map, words = feature_maps['conv8_2'], ' '.join(readme.split())
+    of_map = feature_maps['conv8_2']
     assert f'{of_map.scale} · 1.732 = {of_map.scale * math.sqrt(3):.3f}' in words
     assert f'{of_map.scale} / 1.732 = {of_map.scale / math.sqrt(3):.3f}' in words
     changed = sum(size ** 2 * sum(scale * max(ratio, 1 / ratio) ** 0.5 > 1 for ratio in ratios)
@@ -201,7 +219,6 @@ def test_numbers_of_priors_in_the_text():
 
 def test_numbers_of_parameters():
     fc6, fc7 = torch.nn.Linear(512 * 7 * 7, 4096, device='meta'), torch.nn.Linear(4096, 4096, device='meta')
-    words = ' '.join(readme.split())
     assert f'fc6 alone has {sum(p.numel() for p in fc6.parameters()):,} parameters' in words
     base = SSD300(n_classes=21).base
     conv6, conv7 = (sum(p.numel() for p in layer.parameters()) for layer in (base.conv6, base.conv7))
@@ -264,7 +281,8 @@ def test_table_of_parameters_of_training():
 
 
 def test_line_of_the_log_is_one_of_the_run_that_is_drawn():
-    line = re.search(r'^    epoch (\d+)  batch (\d+)/\d+  loss ([\d.]+) \(loc ([\d.]+), conf ([\d.]+)\)', readme, re.M)
+    line = re.search(r'^    epoch (\d+)  batch (\d+)/\d+  loss ([\d.]+) \(loc ([\d.]+), conf ([\d.]+)\)', everything,
+                     re.M)
     with open(os.path.join(root, 'img', 'learning.csv'), newline='') as file:
         rows = [list(row.values())[:5] for row in csv.DictReader(file)]
     assert [float(value) for value in line.groups()] in [[round(float(value), 4) for value in row] for row in rows]
@@ -277,7 +295,6 @@ def read_rows(name):
 
 
 def test_numbers_of_hard_negatives_are_those_of_the_image():
-    words = ' '.join(readme.split())
     before, after = ({name: float(value) for name, value in row.items() if name != 'training'}
                      for row in read_rows('hard_negatives.csv'))
     for row in before, after:
@@ -300,12 +317,11 @@ def test_numbers_of_locality_are_those_of_the_image():
     (_, first_area, first_share), *others = shares
     text = f'covers {first_area} of the image and gets {first_share} of the weight'
     text += ''.join(f'; on {name}, {area} and {share}' for name, area, share in others)
-    assert f'On {shares[0][0]}, the prior {text}.' in ' '.join(readme.split())
+    assert f'On {shares[0][0]}, the prior {text}.' in words
 
 
 def test_ssd512_as_described():
-    """With the changes that the README names, the maps have the sizes that it names, and as many priors."""
-    words = ' '.join(readme.split())
+    """With the changes that the guide names, the maps have the sizes that it names, and as many priors."""
     model = SSD300(n_classes=2, thin=16)
     assert 'conv10_2 and conv11_2 need stride 2 and padding 1' in words
     for name in ('conv10_2', 'conv11_2'):
@@ -326,14 +342,17 @@ def test_ssd512_as_described():
 # ------------------------------------------------------------------------------------------------------- What is to run
 
 def test_all_python_blocks_are_run_by_a_test_below():
-    tested = ('Multibox loss', 'Training', 'Inference', 'Webcam and video', 'Your own images', 'COCO and YOLO',
-              'A first training on a laptop', "Other people's weights", 'Deployment')  # COCO: tests/long/converters.py
-    assert readme.count('```python\n') == sum(len(section(title)[1]) for title in tested)
-    assert set(re.findall(r'```(\w+)', readme)) == {'python', 'pycon', 'math'}
+    tested = {'README.md': ('Multibox loss', 'Training', 'Inference', 'Your own images'),
+              'GUIDE.md': ('Webcam and video', 'Your own images', 'COCO and YOLO', 'A first training on a laptop',
+                           "Other people's weights", 'Deployment'),  # COCO: tests/long/converters.py
+              'EXERCISES.md': ()}
+    for name, text in pages.items():
+        assert text.count('```python\n') == sum(len(section(title, name)[1]) for title in tested[name]), name
+    assert set(re.findall(r'```(\w+)', everything)) == {'python', 'pycon', 'math'}
 
 
 def set_parameters(folder, block):
-    """Edit a script as a block of the README says: its first line names the file, the others are parameters."""
+    """Edit a script as a block of a page says: its first line names the file, the others are parameters."""
     name, *settings = block.splitlines()
     script = folder / name.removeprefix('# ')
     text = script.read_text()
@@ -424,7 +443,7 @@ FakeVideo.VideoCapture = FakeVideo.VideoWriter = FakeVideo
 
 
 def test_video(tmp_path, monkeypatch):
-    (block,) = section('Webcam and video')[1]
+    (block,) = section('Webcam and video', 'GUIDE.md')[1]
     monkeypatch.setitem(sys.modules, 'cv2', FakeVideo)
     monkeypatch.chdir(tmp_path)
     save_checkpoint('checkpoint_ssd300.pth', 0, SSD300(n_classes=2, thin=16), None, make_label_map(['cat']), 0)
@@ -449,7 +468,8 @@ def test_the_next_command_after_the_demo(tmp_path):
 
 
 def test_own_images_from_a_folder_to_a_detector(tmp_path, monkeypatch, run_forked):
-    _, blocks, commands = section('Your own images')
+    _, blocks, commands = section('Your own images', 'GUIDE.md')
+    assert section('Your own images')[1:] == (blocks, commands)  # the README's are the same
     copy_scripts(tmp_path)
     for block in blocks:
         set_parameters(tmp_path, block)
@@ -475,7 +495,7 @@ def test_own_images_from_a_folder_to_a_detector(tmp_path, monkeypatch, run_forke
 
 def test_a_first_training(tmp_path, run_forked):
     """With shapes in place of cells, one epoch, and one step to overfit."""
-    _, blocks, commands = section('A first training on a laptop')
+    _, blocks, commands = section('A first training on a laptop', 'GUIDE.md')
     copy_scripts(tmp_path)
     for block in blocks:
         set_parameters(tmp_path, block.replace('epochs = 16', 'epochs = 1'))
@@ -492,7 +512,7 @@ def test_a_first_training(tmp_path, run_forked):
 
 
 def test_other_peoples_weights():
-    (block,) = section("Other people's weights")[1]
+    (block,) = section("Other people's weights", 'GUIDE.md')[1]
     names = {}
     exec(block, names)
     assert names['locs'].shape == (1, 8732, 4) and names['scores'].shape == (1, 8732, 4)
@@ -519,7 +539,7 @@ def with_bias(scores, bias):
 @pytest.mark.parametrize('thin', [1, 4])
 def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
     """Both files yield what the network does, decoded; and the example's detections are detect.py's."""
-    export, run = section('Deployment')[1]
+    export, run = section('Deployment', 'GUIDE.md')[1]
     monkeypatch.chdir(tmp_path)
     os.mkdir('demo')
     photograph = Image.fromarray(skimage.data.chelsea())
@@ -556,6 +576,7 @@ def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
 
 
 if __name__ == '__main__':
-    updated = with_line_numbers(readme)
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write(updated)
+    updated = {name: with_line_numbers(text) for name, text in pages.items()}
+    for name, text in updated.items():
+        with open(os.path.join(root, name), 'w', encoding='utf-8') as file:
+            file.write(text)

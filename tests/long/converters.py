@@ -1,6 +1,5 @@
 """
-Convert small COCO and YOLO data sets into Pascal VOC's format with the lines that the README shows, and list the
-result:
+Convert small COCO and YOLO data sets into Pascal VOC's format with the lines that GUIDE.md shows, and list the result:
 
     pip install supervision globox
     python tests/long/converters.py
