@@ -14,6 +14,7 @@ import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import torch
 from torchvision.datasets import VOCDetection
@@ -71,8 +72,8 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
             left_out += reasons
     if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
         reasons = [reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']]
-        raise UserError(f'no object with a box{f" and one of the labels {list(labels)}" if labels else ""} in the training '
-                        f'images of {voc07_path} ({"; ".join(reasons[:2])}): set labels to those of its annotations')
+        raise UserError(f'no training image of {voc07_path} has an object with a box and one of the labels '
+                        f'{labels or ""} ({"; ".join(reasons[:2])}): set labels to those of its annotations')
     if not splits['TEST']:
         raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or raise test_fraction')
     if labels is None:
@@ -131,8 +132,8 @@ def print_summary(splits, label_map, left_out, n_empty):
     print(f'Training objects that overlap some prior by at least 0.5: {share:.0%} (of Pascal VOC 2008, 84%)')
     if share < 0.7:
         side = 300 * (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt().median().item()
-        print(f'The others are mostly small: at 300x300 pixels, half of all objects are below {side:.0f}x{side:.0f}; see '
-              '"My objects are small" in README.md.')
+        print(f'The others are mostly small: of 300x300 pixels, half of all objects cover less than {side:.0f}x'
+              f'{side:.0f}; see "My objects are small" in README.md.')
 
 
 # -------------------------------------------------------------------------------------------------------------- Folders
@@ -162,21 +163,14 @@ def find_images(folder):
             beside = [image for image in same_name if os.path.dirname(image) == os.path.dirname(path)]
             corresponding = [image for image in same_name if folders_of(image) == folders_of(path)]
             image_paths = beside or corresponding or same_name or others.get(name_of(path), [])
-            if image_paths or is_annotation(os.path.join(folder, path)):
+            if image_paths or b'<annotation>' in Path(folder, path).read_bytes()[:1000]:  # not of another program
                 found[path] = image_paths
     if not found:
-        what = 'has no annotations in VOC format (.xml files)' if os.path.isdir(folder) else 'is missing'
-        raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and such '
-                        'annotations, or download = True to download Pascal VOC')
+        raise UserError(f'{folder} {"has no .xml annotations" if os.path.isdir(folder) else "is missing"}: set the '
+                        'paths in create_data_lists.py to folders with images and annotations, or download = True')
     n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
     print(f'{folder}: {len(found)} annotations. Images without annotation, which are not listed: {n_images}.')
     return found
-
-
-def is_annotation(path):
-    """:return: whether an .xml file is an annotation in VOC format, not a file of another program"""
-    with open(path, 'rb') as file:
-        return b'<annotation>' in file.read(1000)
 
 
 def read_image_sets(folder, found):
@@ -193,18 +187,17 @@ def read_image_sets(folder, found):
         list_name, extension = os.path.splitext(os.path.basename(path).lower())
         if folders_of(path)[-2:] != ['imagesets', 'main'] or extension != '.txt':
             continue
-        list_name = split_names.get(list_name, list_name)
         try:
             with open(os.path.join(folder, path), encoding='utf-8-sig') as file:  # some editors begin with a mark
                 lines = [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]
         except ValueError as error:
-            raise UserError(f'{os.path.join(folder, path)} is not a list in UTF-8 ({error}): save it as such') from None
+            raise UserError(f'{os.path.join(folder, path)} is not a list in UTF-8 ({error}): save it as that') from None
         for line in lines:
             if name_of(line) not in by_name:
                 line = re.sub(r'\s+-?\d+$', '', line)
             same_name = by_name.get(name_of(line), [name_of(line)])
             in_folder = [path for path in same_name if folders_of(line)[-len(folders_of(path)):] == folders_of(path)]
-            image_sets.setdefault(list_name, []).extend(in_folder or same_name)
+            image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
     return image_sets
 
 
@@ -245,8 +238,7 @@ def choose_split(folder, found, test_fraction):
 
 def read_split(folder, split, annotation_paths, found, labels=None):
     """
-    Read the images and annotations of a split. More than a tenth that can't be read mean a wrong or incomplete folder:
-    the first ten reasons are printed, and an error is raised.
+    Read the images and annotations of a split. More than a tenth that can't be read mean a wrong or incomplete folder.
 
     :param annotation_paths: paths relative to the folder, see `find_images` for `found`
     :param labels: the labels of objects to keep; or None to keep all
@@ -354,7 +346,7 @@ def read_objects(annotation_path):
             label, difficult = text_of(node, 'name'), node.findtext('difficult', '').strip().lower()
             difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
             edges = 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax'
-            box = None if node.find('bndbox') is None else [float(text_of(node, edge)) for edge in edges]
+            box = [float(text_of(node, edge)) for edge in edges] if node.find('bndbox') is not None else None
             objects.append((label, difficult, box))
         if len(objects) > 8732:
             raise ValueError(f'it has {len(objects)} objects, more than there are priors')

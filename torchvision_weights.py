@@ -2,7 +2,7 @@
 torchvision's SSD300, trained on COCO: its weights in our SSD300, to detect with or to train on from.
 
 torchvision has the same layers as the paper's authors. What differs from ours: the names of the weights, the priors and
-their order within a tile, and how an image is normalized. The section "Where the sources differ" of README.md has more.
+their order within a tile, and how an image is normalized. "Where the sources differ" in GUIDE.md has more.
 """
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights

@@ -1,5 +1,5 @@
 """
-Real images, of blood cells: what the detector of "A first training on a laptop" in the README finds, and what it gets
+Real images, of blood cells: what the detector of "A first training on a laptop" in GUIDE.md finds, and what it gets
 wrong. Follow that section first; its folder `cells` is not in the repository.
 """
 import os

@@ -103,8 +103,9 @@ at_random = 8, 2  # of ten images
     (cvat, 8, 2, '2 of 10 images are the test, at random, by the lists in ImageSets/Main: default (10).'),
     (labelimg, 8, 2, '2 of 10 images are the test, at random, by the folders: others (10).'),
     (label_studio, 8, 2, '2 of 10 images'), (vott, 8, 2, 'at random, by the lists in ImageSets/Main: cat_train (8), '),
-    (supervisely, 8, 2, 'val is the test, by the lists in ImageSets/Main: trainval (10), train (8), val (2).'), (labelme, 8, 2, 'at random'),
-    (roboflow, 8, 2, 'training and test as given, by the folders: train (7), val (1), test (2).'), (kaggle, 8, 2, 'at random')])
+    (supervisely, 8, 2, 'val is the test, by the lists in ImageSets/Main: trainval (10), train (8), val (2).'),
+    (roboflow, 8, 2, 'training and test as given, by the folders: train (7), val (1), test (2).'),
+    (labelme, 8, 2, 'at random'), (kaggle, 8, 2, 'at random')])
 def test_what_tools_write(tmp_path, capsys, layout, n_train, n_test, rule):
     layout(tmp_path / 'data')
     train, test, printed = lists_of(tmp_path / 'data', capsys)
@@ -189,7 +190,8 @@ def test_lines_of_lists(tmp_path, capsys):
     write(data / 'ImageSets/Main/test.txt', 'd.jpg -1', 'photos/e')
     write(data / 'ImageSets/Main/dog_trainval.txt', 'a 1', 'd -1')  # VOC's lists of a class say nothing here
     train, test, printed = lists_of(data, capsys)
-    assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e']) and 'as given, by the lists in ImageSets/Main: trainval (4), test (2).' in printed
+    assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e'])
+    assert 'as given, by the lists in ImageSets/Main: trainval (4), test (2).' in printed
 
 
 @pytest.mark.parametrize('lists, expected', [
@@ -211,7 +213,8 @@ def test_which_lists_count(tmp_path, capsys, lists, expected):
 
 @pytest.mark.parametrize('names, expected', [
     (['train/a', 'valid/b', 'test/c'], ('ab', 'c')), (['Train/a', 'validation/b'], ('a', 'b')),
-    (['images/train/a', 'images/val/b'], ('a', 'b')), (['training/a', 'testing/b', 'extra/c'], ('a', 'b')), (['extra/a', 'test/b'], ('a', 'b'))])
+    (['images/train/a', 'images/val/b'], ('a', 'b')), (['training/a', 'testing/b', 'extra/c'], ('a', 'b')),
+    (['extra/a', 'test/b'], ('a', 'b'))])
 def test_folders_called_by_a_split(tmp_path, capsys, names, expected):
     data = tmp_path / 'data'
     for name in names:
@@ -261,7 +264,7 @@ def test_without_a_single_box_the_error_says_what_the_objects_are(tmp_path, caps
     images_beside(data, 'abcde')
     for path in data.glob('*.xml'):
         path.write_text('<annotation><object><name>dog</name><robndbox><cx>3</cx></robndbox></object></annotation>')
-    with pytest.raises(UserError, match=r'no object with a box in the .* of .*data \(dog has no bndbox; dog has no bndbox\)'):
+    with pytest.raises(UserError, match=r'no training image of .*data has .* \(dog has no bndbox; dog has no bndbox\)'):
         lists_of(data, capsys, labels=None)
 
 
@@ -336,8 +339,8 @@ def test_the_summary_says_when_the_objects_are_too_small_for_the_priors(tmp_path
     for i in range(5):
         add(data, f'{i}.jpg', f'{i}.xml', [('dog', box, ''), small, small])
     create_data_lists(str(data), None, str(tmp_path), labels=None)
-    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nThe others are mostly small: at 300x300 pixels, half of all '
-            'objects are below 10x10; see "My objects are small" in README.md.') in capsys.readouterr().out
+    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nThe others are mostly small: of 300x300 pixels, half of all '
+            'objects cover less than 10x10; see "My objects are small" in README.md.') in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- Images without objects
