@@ -78,7 +78,7 @@ def test_the_same_network_with_a_gpu_and_without(folder, tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, 'fit', stop)
     with pytest.raises(Stop):
         demo.main()
-    assert told == [(16, 'AdamW', 1e-3, (5, 2), {'rise_and_fall': True, 'print_freq': 10, 'grad_clip': 10})]
+    assert told == [(8, 'AdamW', 1.5e-3, (4, 4), {'rise_and_fall': True, 'print_freq': 10, 'grad_clip': 10})]
 
 
 gpu_tests = {'test_gpu.py': """

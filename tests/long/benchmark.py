@@ -318,17 +318,19 @@ def benchmark_training(device, batch_size, n):
     """A training step of our model and of torchvision's, in both precisions."""
     section(f'Training step on {device}: batch {batch_size}' + ' ' * 35 + 'ours           torchvision   ratio')
     for bfloat16 in (False, True):
-        ((ours, our_memory), (theirs, their_memory), (plain, _), (thin, thin_memory), (loss, _),
+        ((ours, our_memory), (theirs, their_memory), (plain, _), (thin_4, memory_4), (thin_8, memory_8), (loss, _),
          (loss_of_many, _)) = race(
             [(our_step, batch_size, device, bfloat16), (their_step, batch_size, device, bfloat16),
              (our_step, batch_size, device, False, False), (our_step, batch_size, device, bfloat16, True, 4),
-             (our_loss, batch_size, device, 3), (our_loss, batch_size, device, 40)], n, 1 + n // 5)
+             (our_step, batch_size, device, bfloat16, True, 8), (our_loss, batch_size, device, 3),
+             (our_loss, batch_size, device, 40)], n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
             f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
         row('    of which the loss and its gradient, 3 objects per image', f'{100 * loss / ours:.2f}%')
         row('    the same with 40 objects per image', f'{100 * loss_of_many / ours:.2f}%')
-        row('    with thin = 4, compared with the whole network', f'{batch_size / thin:.2f} images/s',
-            f'{thin_memory:.2f} GiB', f'{ours / thin:.1f}x')
+        for thin, seconds, memory in ((4, thin_4, memory_4), (8, thin_8, memory_8)):
+            row(f'    with thin = {thin}, compared with the whole network', f'{batch_size / seconds:.2f} images/s',
+                f'{memory:.2f} GiB', f'{ours / seconds:.1f}x')
         row('    compared with float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
             f'{plain / ours:.2f}x')
         row('    peak memory' + (' of the process' if device.type == 'cpu' else ''), f'{our_memory:.2f} GiB',
