@@ -61,19 +61,22 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     :param keep_empty: keep training images without objects
     :raises UserError: there is no object of these classes for training, or no test image, or see `read_split`
     """
+    if isinstance(labels, str) or not 0 <= test_fraction <= 1:
+        raise UserError(f"labels = {labels!r}, test_fraction = {test_fraction} in create_data_lists.py: set labels to "
+                        "None, or a list such as ['cat'], and test_fraction to a number from 0 to 1")
     label_map = None if labels is None else make_label_map(labels)
     splits, left_out = {'TRAIN': [], 'TEST': []}, []
-    for folder in filter(None, (voc07_path, voc12_path)):
+    for folder, fraction in [(voc07_path, test_fraction)] + ([(voc12_path, None)] if voc12_path else []):
         found = find_images(folder)
-        train, test = choose_split(folder, found, test_fraction if folder == voc07_path else None)
-        for split, annotation_paths in (('TEST', test), ('TRAIN', train)):
+        train, test = choose_split(folder, found, fraction)
+        for split, annotation_paths in (('TRAIN', train), ('TEST', test)):
             images, reasons = read_split(folder, split, annotation_paths, found, label_map)
             splits[split] += images
             left_out += reasons
     if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
         reasons = [reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']]
         raise UserError(f'no training image of {voc07_path} has an object with a box and one of the labels '
-                        f'{labels or ""} ({"; ".join(reasons[:2])}): set labels to those of its annotations')
+                        f'{list(labels or ())} ({"; ".join(sorted(set(reasons))[:5])}): set labels to those that occur')
     if not splits['TEST']:
         raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or raise test_fraction')
     if labels is None:
@@ -150,23 +153,23 @@ def find_images(folder):
     :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
     :raises UserError: the folder is missing, or has no annotation
     """
-    images, others, found = {}, {}, {}
+    images, unknown, found = {}, {}, {}
     paths = list_files(folder)
     for path in paths:
         if is_image(path):
             images.setdefault(name_of(path), []).append(path)
         elif not path.lower().endswith(('.xml', '.txt', '.json')):  # it may be an image that must be converted first
-            others.setdefault(name_of(os.path.splitext(path)[0]), []).append(path)
+            unknown.setdefault(name_of(os.path.splitext(path)[0]), []).append(path)
     for path in paths:
         if path.lower().endswith('.xml'):
             same_name = images.get(name_of(path), [])
             beside = [image for image in same_name if os.path.dirname(image) == os.path.dirname(path)]
             corresponding = [image for image in same_name if folders_of(image) == folders_of(path)]
-            image_paths = beside or corresponding or same_name or others.get(name_of(path), [])
-            if image_paths or b'<annotation>' in Path(folder, path).read_bytes()[:1000]:  # not of another program
+            image_paths = beside or corresponding or same_name or unknown.get(name_of(path), [])
+            if image_paths or b'<annotation>' in Path(folder, path).read_bytes()[:1000]:  # else it is another program's
                 found[path] = image_paths
     if not found:
-        raise UserError(f'{folder} {"has no .xml annotations" if os.path.isdir(folder) else "is missing"}: set the '
+        raise UserError(f'{folder} {"has no .xml annotations" if os.path.isdir(folder) else "is no folder"}: set the '
                         'paths in create_data_lists.py to folders with images and annotations, or download = True')
     n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
     print(f'{folder}: {len(found)} annotations. Images without annotation, which are not listed: {n_images}.')
@@ -194,7 +197,7 @@ def read_image_sets(folder, found):
             raise UserError(f'{os.path.join(folder, path)} is not a list in UTF-8 ({error}): save it as that') from None
         for line in lines:
             if name_of(line) not in by_name:
-                line = re.sub(r'\s+-?\d+$', '', line)
+                line = re.sub(r'\s+-?\d+$', '', line)  # without the flag
             same_name = by_name.get(name_of(line), [name_of(line)])
             in_folder = [path for path in same_name if folders_of(line)[-len(folders_of(path)):] == folders_of(path)]
             image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
@@ -209,28 +212,29 @@ def choose_split(folder, found, test_fraction):
     :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None if all are for training
     :return: paths of annotations for training, and for the test, see `find_images`
     """
-    sets, where = read_image_sets(folder, found), 'lists in ImageSets/Main'
+    sets, where = read_image_sets(folder, found), 'lists in ImageSets/Main:'
     if not sets:
-        where = 'folders'
+        where = 'folders:'
         for path, image_paths in found.items():
             names = [name for either in (path, *image_paths) for name in folders_of(either) if name in split_names]
             sets.setdefault(split_names[names[0]] if names else 'others', []).append(path)
-    train, val, test = (sets.get(name, []) for name in ('train', 'val', 'test'))
-    trainval = sets.get('trainval') or train + val or sorted(set(found).difference(test))
+    trainval, train, val, test = (sets.get(name, []) for name in ('trainval', 'train', 'val', 'test'))
+    trainval = trainval or train + val or sorted(set(found).difference(test))
     if test_fraction is None:
         train, test, rule = trainval, [], 'all for training'
     elif test:
-        train, rule = trainval, 'training and test as given'
+        train, rule = trainval, 'trainval, or train and val, for training'
     elif train and val:
-        test, rule = val, 'val is the test'
+        test, rule = val, 'train for training, val for the test'
     else:
         paths = sorted({path for of_set in sets.values() for path in of_set}, key=os.path.splitext)
         random.Random(0).shuffle(paths)
         n_test = round(test_fraction * len(paths))
         train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
-        rule = f'{n_test} of {len(paths)} images are the test, at random'
-    used = [name for name in ('trainval', 'train', 'val', 'test') if name in sets] or sets
-    print(f'{folder}: {rule}, by the {where}: {", ".join(f"{name} ({len(sets[name])})" for name in used)}.')
+        rule = 'at random'
+    known = [name for name in ('trainval', 'train', 'val', 'test', 'others') if name in sets] or list(sets)
+    print(f'{folder}: {len(train)} images for training, {len(test)} for the test: {rule}, by its {where} '
+          f'{", ".join(f"{name} ({len(sets[name])})" for name in known)}.')
     return train, test
 
 
@@ -241,7 +245,7 @@ def read_split(folder, split, annotation_paths, found, labels=None):
     Read the images and annotations of a split. More than a tenth that can't be read mean a wrong or incomplete folder.
 
     :param annotation_paths: paths relative to the folder, see `find_images` for `found`
-    :param labels: the labels of objects to keep; or None to keep all
+    :param labels: the labels of objects to keep, or a dict of them; or None to keep all
     :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out
     """
     def read(annotation_path):
@@ -311,7 +315,7 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
             upright = turn_box(ordered, size, orientation) if as_stored else ordered
             x_min, y_min, x_max, y_max = (edge - 1 for edge in upright)
             clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
-            if min(x_min, y_min) < -1.1 or x_max > width or y_max > height:  # a tenth for rounding
+            if min(x_min, y_min) < -1.1 or x_max > width + 0.1 or y_max > height + 0.1:  # a pixel, and rounding
                 annotation['dropped'].append(f'{label} {box} is outside the image of {width:.0f}x{height:.0f}')
             elif min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < 0.1:
                 annotation['dropped'].append(f'{label} {box} has no area')
@@ -323,6 +327,7 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     return annotation
 
 
+edges = 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax'  # of an object
 difficult_words = {'': 0, 'unspecified': 0, 'false': 0, 'no': 0, 'true': 1, 'yes': 1}  # elsewhere a number
 
 
@@ -343,10 +348,13 @@ def read_objects(annotation_path):
         size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
         objects = []
         for node in root.findall('object'):  # not VOC 2012's nested 'part' boxes
-            label, difficult = text_of(node, 'name'), node.findtext('difficult', '').strip().lower()
+            texts = [' '.join(node.findtext(path, '').split()) for path in ('name', *edges)]
+            has_box = node.find('bndbox') is not None
+            if '' in texts[:5 if has_box else 1]:
+                raise ValueError(f'an object has no {("name", *edges)[texts.index("")]}')
+            label, box = texts[0], [float(text) for text in texts[1:]] if has_box else None
+            difficult = node.findtext('difficult', '').strip().lower()
             difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
-            edges = 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax'
-            box = [float(text_of(node, edge)) for edge in edges] if node.find('bndbox') is not None else None
             objects.append((label, difficult, box))
         if len(objects) > 8732:
             raise ValueError(f'it has {len(objects)} objects, more than there are priors')
@@ -358,14 +366,6 @@ def read_objects(annotation_path):
         raise UserError(f'{annotation_path} is not an annotation in VOC format ({reason}): an object needs a name, a '
                         'bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None
     return size, objects
-
-
-def text_of(node, path):
-    """:return: the text of an element inside a node; raises ValueError if there is none"""
-    text = ' '.join(node.findtext(path, '').split())
-    if text == '':
-        raise ValueError(f'an object has no {path}')
-    return text
 
 
 def main():

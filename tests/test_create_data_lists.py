@@ -245,10 +245,10 @@ def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, 
     assert json.loads((tmp_path / 'label_map.json').read_text()) == {'background': 0, 'dog': 1}
     assert len(json.loads((tmp_path / 'TRAIN_objects.json').read_text())) == 45
     _, lines = capsys.readouterr().out.split("Left out 7 images that can't be read, or whose annotation can't:\n")
-    expected = (r'test_00\.jpg is not an image .*truncated', r'test_01 or its image is missing',
-                r'trainval_03\.jpg is not an image .*truncated', r'trainval_05 or its image is missing',
+    expected = (r'trainval_03\.jpg is not an image .*truncated', r'trainval_05 or its image is missing',
                 r'trainval_07.xml or its image is missing', r'trainval_09\.xml is not an annotation',
-                r'trainval_11\.xml is for an image of 7x9 pixels')
+                r'trainval_11\.xml is for an image of 7x9 pixels', r'test_00\.jpg is not an image .*truncated',
+                r'test_01 or its image is missing')
     for line, pattern in zip(lines.splitlines(), expected):
         assert re.search(pattern, line), line
     assert lines.count('\n') == 9 and lines.splitlines()[7].startswith('Training objects that overlap some prior')
@@ -344,7 +344,7 @@ def test_a_missing_folder_is_named_with_the_remedy(tmp_path):
     missing = str(tmp_path / 'missing')
     make_voc_folder(tmp_path / '07', 1, 1)
     for folders in ((missing, None), (str(tmp_path / '07'), missing)):
-        with pytest.raises(UserError, match='missing.*is missing: set the paths .* or download = True'):
+        with pytest.raises(UserError, match='missing.*is no folder: set the paths .* or download = True'):
             create_data_lists(*folders, str(tmp_path))
 
 
@@ -356,7 +356,8 @@ def test_the_summary_counts_images_and_objects(tmp_path, capsys):
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('dog', 'cat'))
     assert capsys.readouterr().out.splitlines() == [
         f'{tmp_path}: 5 annotations. Images without annotation, which are not listed: 0.',
-        f'{tmp_path}: training and test as given, by the lists in ImageSets/Main: trainval (3), test (2).',
+        f'{tmp_path}: 3 images for training, 2 for the test: trainval, or train and val, for training, by its '
+        'lists in ImageSets/Main: trainval (3), test (2).',
         '                         train      test', 'images                       2         2',
         'objects                      3         2', 'of which difficult           1         1',
         '  dog                        2         1', '  cat                        1         1',

@@ -100,11 +100,11 @@ at_random = 8, 2  # of ten images
 
 
 @pytest.mark.parametrize('layout, n_train, n_test, rule', [
-    (cvat, 8, 2, '2 of 10 images are the test, at random, by the lists in ImageSets/Main: default (10).'),
-    (labelimg, 8, 2, '2 of 10 images are the test, at random, by the folders: others (10).'),
-    (label_studio, 8, 2, '2 of 10 images'), (vott, 8, 2, 'at random, by the lists in ImageSets/Main: cat_train (8), '),
-    (supervisely, 8, 2, 'val is the test, by the lists in ImageSets/Main: trainval (10), train (8), val (2).'),
-    (roboflow, 8, 2, 'training and test as given, by the folders: train (7), val (1), test (2).'),
+    (cvat, 8, 2, '8 images for training, 2 for the test: at random, by its lists in ImageSets/Main: default (10).'),
+    (labelimg, 8, 2, '8 images for training, 2 for the test: at random, by its folders: others (10).'),
+    (label_studio, 8, 2, 'at random'), (vott, 8, 2, 'at random, by its lists in ImageSets/Main: cat_train (8), '),
+    (supervisely, 8, 2, 'train for training, val for the test, by its lists in ImageSets/Main: trainval (10), '),
+    (roboflow, 8, 2, 'trainval, or train and val, for training, by its folders: train (7), val (1), test (2).'),
     (labelme, 8, 2, 'at random'), (kaggle, 8, 2, 'at random')])
 def test_what_tools_write(tmp_path, capsys, layout, n_train, n_test, rule):
     layout(tmp_path / 'data')
@@ -191,7 +191,7 @@ def test_lines_of_lists(tmp_path, capsys):
     write(data / 'ImageSets/Main/dog_trainval.txt', 'a 1', 'd -1')  # VOC's lists of a class say nothing here
     train, test, printed = lists_of(data, capsys)
     assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e'])
-    assert 'as given, by the lists in ImageSets/Main: trainval (4), test (2).' in printed
+    assert 'data: 4 images for training, 2 for the test: ' in printed and 'trainval (4), test (2).' in printed
 
 
 @pytest.mark.parametrize('lists, expected', [
@@ -264,8 +264,15 @@ def test_without_a_single_box_the_error_says_what_the_objects_are(tmp_path, caps
     images_beside(data, 'abcde')
     for path in data.glob('*.xml'):
         path.write_text('<annotation><object><name>dog</name><robndbox><cx>3</cx></robndbox></object></annotation>')
-    with pytest.raises(UserError, match=r'no training image of .*data has .* \(dog has no bndbox; dog has no bndbox\)'):
+    with pytest.raises(UserError, match=r'no training image of .*data has .* \(dog has no bndbox\)'):
         lists_of(data, capsys, labels=None)
+
+
+@pytest.mark.parametrize('settings', [{'labels': 'dog'}, {'test_fraction': 20}])
+def test_wrong_parameters_are_named(tmp_path, settings):
+    images_beside(tmp_path / 'data', 'ab')
+    with pytest.raises(UserError, match=f"{[*settings][0]} = .*{[*settings.values()][0]}.* set labels to None"):
+        create_data_lists(str(tmp_path / 'data'), None, str(tmp_path), **settings)
 
 
 # ----------------------------------------------------------------------------------------------- What is in the files
