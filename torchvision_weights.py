@@ -76,7 +76,7 @@ def coco_index(label):
 
 def download_coco():
     """:return: the state_dict of torchvision's SSD300 trained on COCO (box mAP 25.1 there, as torchvision says)"""
-    return download_weights(coco_weights, 'set checkpoint or pretrained to other weights')
+    return download_weights(coco_weights, 'set pretrained = None in train.py, or checkpoint to weights of your own')
 
 
 def from_torchvision(state_dict, classes=None, thin=1):

@@ -5,7 +5,6 @@ All boxes are drawn in fractional coordinates: `show` stretches an image over th
 own aspect ratio.
 """
 import copy
-import math
 import os
 import random
 from functools import partial
@@ -20,12 +19,12 @@ from skimage import data
 
 import examples
 from datasets import centers_inside, crop_window, draw_window, expand_window, photometric_distort, transform
-from detect import draw_objects, find_objects
+from detect import draw_objects, find_objects, min_score
 from files import open_image
 from model import MultiBoxLoss
 from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
-from trained import detector, images_folder, min_score_path, read_table, snapshots, test_set, write_table
+from trained import detector, images_folder, snapshots, test_set, write_table
 from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy,
                    make_color_map, mean, non_maximum_suppression, std, xy_to_cxcy)
 
@@ -163,23 +162,23 @@ def vary(image, boxes, rng):
 
 # ------------------------------------------------------------------------------------------------------- Detections
 
-found_in = (25, 70, 74, 6, 9, 71)  # test images with detections
+n_shown = 4  # test images, the first
+decoded = 71  # a test image, whose predictions become detections
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
-min_score = 0.5  # of the detections that are drawn, as in demo.py
 
 
 @figure('detections.png')
 def draw_detections():
-    """What the demo's detector finds in six of the test images, as detect.py does."""
+    """What the demo's detector finds in the first of the test images, as detect.py does."""
     colors = class_colors()
-    fig, axes = panels(2, 3, 4.4)
-    for ax, i in zip(axes, found_in):
+    fig, axes = panels(2, 2, 6.6)
+    for ax, i in zip(axes, range(n_shown)):
         image = open_image(test_set().images[i])
         show(ax, image)
         for label, score, box in find_objects([image], min_score, 0.45, 200, *detector())[0]:
             x_min, y_min, x_max, y_max = fractional(box, image).tolist()
-            outline(ax, (x_min, y_min, x_max, y_max), colors[label])
-            write(ax, x_min, y_min, f'{score:.2f}', ink, va='bottom', in_layout=False)
+            outline(ax, (x_min, y_min, x_max, y_max), colors[label], linewidth=1.5)
+            ax.text(x_min, y_min - 0.005, f'{score:.2f}', color=colors[label], va='bottom', in_layout=False)
     legend(fig, colors)
     return rendered(fig)
 
@@ -281,40 +280,6 @@ def draw_priors():
     return rendered(fig)
 
 
-def unclamped_by_map():
-    """
-    :return: what `priors_by_map` would return if widths and heights were not clamped to 1
-    """
-    unclamped = priors_by_map()
-    scales = [feature_map.scale for feature_map in feature_maps.values()]
-    extra_scales = [math.sqrt(this * following) for this, following in zip(scales, scales[1:])] + [1.]
-    for (name, (_, _, scale, ratios)), extra_scale in zip(feature_maps.items(), extra_scales):
-        sizes = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
-        unclamped[name][..., 2:] = torch.tensor([sizes[0], (extra_scale, extra_scale), *sizes[1:]])
-    return unclamped
-
-
-@figure('clamped.png')
-def draw_clamped():
-    """Two of the 20 priors that the clamp changes, and one that reaches over the edge and is not changed."""
-    image, _ = photograph('astronaut')
-    priors, unclamped = priors_by_map(), unclamped_by_map()
-    fig, axes = panels(1, 3, 2.3)
-    for ax, name, (row, column, number) in zip(axes, ('conv11_2', 'conv10_2', 'conv9_2'),
-                                               ((0, 0, 2), (1, 1, 2), (0, 0, 0))):
-        changed = ((priors[name] - unclamped[name]).abs() > 1e-6).any(dim=3)  # (size, size, priors per tile)
-        prior, before = priors[name][row, column, number], unclamped[name][row, column, number]
-        show(ax, image, f'{name}: {changed.sum()} changed')
-        ax.set(xlim=(-0.2, 1.2), ylim=(1.02, -0.2))
-        outline(ax, cxcy_to_xy(prior), prior_color, linewidth=2.5)
-        text = 'not cut'
-        if changed[row, column, number]:
-            outline(ax, cxcy_to_xy(before), wrong_color, linestyle=dashes)
-            text = f'w: {before[2]:.3f} → {prior[2]:g}'
-        write(ax, 0.5, 0.97, text, prior_color, ha='center', va='bottom')
-    return rendered(fig)
-
-
 @figure('offsets.png')
 def draw_offsets():
     """An object and a prior, and the object's four offsets from it. The grid has a tenth of the prior's size."""
@@ -375,7 +340,7 @@ def draw_matching():
 def draw_decoding():
     """From predictions to detections in a test image of the demo."""
     model, label_map = detector()
-    image, normalized = open_image(test_set().images[found_in[-1]]), test_set()[found_in[-1]][0]
+    image, normalized = open_image(test_set().images[decoded]), test_set()[decoded][0]
     image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
     colors = list(make_color_map(label_map).values())
     with torch.no_grad():
@@ -565,18 +530,6 @@ def draw_variations():
 
 
 # ------------------------------------------------------------------------------------------------------- Evaluation
-
-@figure('min_score.png')
-def draw_min_score():
-    """mAP of the demo's detector when detections below a score are left out."""
-    rows = read_table(min_score_path)
-    fig, [ax] = panels(1, 1, 3.4)
-    ax.plot([row['min_score'] for row in rows], [row['mAP'] for row in rows], 'o-', color=prediction_color)
-    for row in rows[4:]:
-        ax.annotate(f'{row["mAP"]:.3f}', (row['min_score'], row['mAP']), (4, 4), textcoords='offset points')
-    ax.set(xlabel='min_score', ylabel='mAP', ylim=(0, 1.1), xlim=(0, 1))
-    return fig
-
 
 # ---------------------------------------------------------------------------------------------------- Receptive fields
 

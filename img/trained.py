@@ -11,17 +11,14 @@ from checkpoints import load_detector
 from create_data_lists import create_data_lists
 from datasets import PascalVOCDataset, collate_fn
 from train import fit
-from utils import calculate_mAP
 
 images_folder = os.path.dirname(os.path.abspath(__file__))
 data_folder = os.path.join(os.path.dirname(images_folder), 'demo', 'figures')  # not in the repository, nor these two:
 checkpoint_path = os.path.join(data_folder, 'checkpoint_ssd300.pth')
 snapshots_path = os.path.join(data_folder, 'snapshots.pth')
 learning_path = os.path.join(images_folder, 'learning.csv')  # train.py's log
-min_score_path = os.path.join(images_folder, 'min_score.csv')  # mAP without the detections below a score
 milestones = (0, 50, 100, 200, 400, 750)  # iterations after which we look what the detector finds
 n_watched = 12  # test images that we look at then
-min_scores = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def learn():
@@ -50,8 +47,6 @@ def learn():
     os.replace(os.path.join(data_folder, 'unfinished.csv'), learning_path)
     os.replace(unfinished_path, checkpoint_path)
 
-    rows = [(min_score, round(mean_average_precision(min_score), 4)) for min_score in min_scores]
-    write_table(min_score_path, ('min_score', 'mAP'), rows)
 
 
 def start():
@@ -119,25 +114,6 @@ def detector():
     """
     model, label_map = load_detector(left_by_learn(checkpoint_path))
     return model.eval(), label_map
-
-
-@cache
-def evaluated():
-    """
-    :return: `find_in_all` of the trained detector and the test images
-    """
-    return find_in_all(detector()[0], test_set())
-
-
-def mean_average_precision(min_score):
-    """
-    :param min_score: detections with no higher score are left out
-    :return: mAP of the trained detector on the test images
-    """
-    *detections, true_boxes, true_labels, true_difficulties = evaluated()
-    kept = [scores > min_score for scores in detections[2]]
-    detections = [[values[of_image] for values, of_image in zip(tensors, kept)] for tensors in detections]
-    return calculate_mAP(*detections, true_boxes, true_labels, true_difficulties, detector()[1])[1]
 
 
 def read_table(path):

@@ -455,7 +455,7 @@ def test_video(tmp_path, monkeypatch):
 
 def test_the_next_command_after_the_demo(tmp_path):
     """As it stands: in the demo's folder, whose checkpoint detect.py then takes."""
-    [command] = re.findall('^    (cd demo .*)$', section('Quick start')[0], re.M)
+    [command] = re.findall('^    (cd demo .*)$', section('Run it')[0], re.M)
     copy_scripts(tmp_path)
     draw_dataset(str(tmp_path / 'demo'), 1, 1)
     model = SSD300(n_classes=4, thin=16)
