@@ -8,7 +8,7 @@ from PIL import Image
 
 from create_data_lists import create_data_lists
 from files import UserError, list_images
-from test_create_data_lists import annotation, cut_image, list_names
+from test_create_data_lists import annotation, list_names
 
 box = (11, 12, 41, 52)  # of a dog in each image of 100x80 pixels
 
