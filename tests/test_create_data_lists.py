@@ -48,6 +48,13 @@ def test_annotation(tmp_path):
     assert parsed['dropped'] == []
 
 
+def test_a_box_may_extend_a_pixel_beyond_the_image_and_a_tenth_for_rounding(tmp_path):
+    inside = -0.05, -0.05, 101.05, 81.05
+    outside = (-0.2, 5, 9, 9), (5, -0.2, 9, 9), (5, 5, 101.2, 9), (5, 5, 9, 81.2)
+    parsed = parse(tmp_path, annotation(*[('dog', box, '') for box in (inside, *outside)]))
+    assert parsed['boxes'] == [[0, 0, 100, 80]] and len(parsed['dropped']) == 4
+
+
 @pytest.mark.parametrize('name, box, reason', [
     ('dog', (5, 5, 5, 9), 'no area'), ('dog', ('nan', 5, 5, 9), 'not finite'),
     ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'),
@@ -60,7 +67,7 @@ def test_wrong_objects_are_dropped_with_a_reason(tmp_path, name, box, reason):
 
 
 def test_without_a_size_in_the_annotation_the_images_counts(tmp_path):
-    for size in ('', '<size><width>0</width><height>0</height></size>'):
+    for size in ('', '<size><width>0</width><height>0</height></size>', '<size><width>100</width></size>'):
         text = annotation(('dog', (5, 5, 110, 9), ''), ('cat', (5, 5, 100, 80), ''), size=size)
         assert len(parse(tmp_path, text, size=(100, 80))['dropped']) == 1
         assert len(parse(tmp_path, text)['dropped']) == 0
@@ -84,6 +91,10 @@ def test_an_unreadable_annotation_is_named(tmp_path, text):
     with pytest.raises(UserError, match='a.xml is not an annotation') as error:
         parse(tmp_path, text)
     assert '\n' not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_as_many_objects_as_priors_are_possible(tmp_path):
+    assert len(parse(tmp_path, annotation(*[('dog', (1, 2, 3, 4), '')] * 8732))['boxes']) == 8732
 
 
 def test_entities_are_read_but_not_fetched(tmp_path):
@@ -186,7 +197,7 @@ def test_lists(tmp_path, capsys):
     root.find('object/bndbox/xmax').text = root.find('object/bndbox/xmin').text
     ET.ElementTree(root).write(annotations / 'trainval_0002.xml')
 
-    create_data_lists(str(folder), None, str(tmp_path / 'lists'), labels=('triangle', 'square', 'circle'))
+    create_data_lists(str(folder), None, str(tmp_path / 'lists'), ('triangle', 'square', 'circle'), test_fraction=0)
     lists = {name: json.loads((tmp_path / 'lists' / name).read_text()) for name in os.listdir(tmp_path / 'lists')}
     assert set(lists) == {'TRAIN_images.json', 'TRAIN_objects.json', 'TEST_images.json', 'TEST_objects.json',
                           'label_map.json'}
