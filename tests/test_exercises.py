@@ -86,7 +86,7 @@ def test_command_passes_with_the_code_and_fails_without_it(run_forked, tmp_path,
     (tmp_path / 'tests').mkdir()
     for folder in ('.', 'tests'):
         for file in os.listdir(os.path.join(root, folder)):
-            if file.endswith(('.py', '.ini')):
+            if file.endswith(('.py', '.ini', '.json')):
                 shutil.copy(os.path.join(root, folder, file), tmp_path / folder)
     source = (tmp_path / file_name).read_text()
     piece, wrong_piece = wrong_answers[name]
