@@ -251,8 +251,9 @@ class SSD300(nn.Module):
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
 
-        # conv4_3's features are of another magnitude than the other maps'. They are divided by their L2 norm, then multiplied by
-        # these factors, one for each channel, which are learned and start at 20 (Liu et al., "ParseNet", 2015).
+        # conv4_3's features are of another magnitude than the other maps'. They are divided by their L2 norm, then
+        # multiplied by these factors, one for each channel, which are learned and start at 20 (Liu et al., "ParseNet",
+        # 2015).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.))
 
         # A buffer moves to the GPU and is saved with the weights, which fit only these priors, but is not learned.
