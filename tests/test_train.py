@@ -554,7 +554,10 @@ def test_ctrl_c_names_the_last_checkpoint(folder, tmp_path, start_training, prog
     workers = workers_of(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it, too
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (1, line)
+    *before, last = errors.splitlines()
+    assert (process.returncode, last + '\n') == (1, line)
+    # A worker may be handing over a batch: then a thread of Python's own, which does that, says that it was cut off.
+    assert not before or 'resource_sharer.py' in before[1], errors
     assert len(workers) >= 2 and none_runs(workers, 10)
     assert not (tmp_path / 'c.pth.tmp').exists()
     if 'no checkpoint' not in line:
