@@ -169,8 +169,9 @@ def find_images(folder):
             if image_paths or b'<annotation>' in Path(folder, path).read_bytes()[:1000]:  # else it is another program's
                 found[path] = image_paths
     if not found:
-        raise UserError(f'{folder} {"has no .xml annotations" if os.path.isdir(folder) else "is no folder"}: set the '
-                        'paths in create_data_lists.py to folders with images and annotations, or download = True')
+        what = 'has no annotations in VOC format (.xml)' if os.path.isdir(folder) else 'is no folder'
+        raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and '
+                        'annotations, or download = True')
     n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
     print(f'{folder}: {len(found)} annotations. Images without annotation, which are not listed: {n_images}.')
     return found
@@ -197,7 +198,7 @@ def read_image_sets(folder, found):
             raise UserError(f'{os.path.join(folder, path)} is not a list in UTF-8 ({error}): save it as that') from None
         for line in lines:
             if name_of(line) not in by_name:
-                line = re.sub(r'\s+-?\d+$', '', line)  # without the flag
+                line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
             same_name = by_name.get(name_of(line), [name_of(line)])
             in_folder = [path for path in same_name if folders_of(line)[-len(folders_of(path)):] == folders_of(path)]
             image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
@@ -243,7 +244,6 @@ def choose_split(folder, found, test_fraction):
 def read_split(folder, split, annotation_paths, found, labels=None):
     """
     Read the images and annotations of a split. More than a tenth that can't be read mean a wrong or incomplete folder.
-
     :param annotation_paths: paths relative to the folder, see `find_images` for `found`
     :param labels: the labels of objects to keep, or a dict of them; or None to keep all
     :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out

@@ -300,7 +300,7 @@ def test_one_broken_image_of_three_is_an_error_in_one_line(tmp_path, capsys):
 def test_a_folder_without_annotations_is_named_where_all_labels_are_taken(tmp_path):
     make_voc_folder(tmp_path, 3, 2)
     shutil.rmtree(tmp_path / 'Annotations')
-    with pytest.raises(UserError, match='has no .xml annotations: set the paths'):
+    with pytest.raises(UserError, match=r'has no annotations in VOC format \(.xml\): set the paths'):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
 
 
