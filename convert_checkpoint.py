@@ -40,6 +40,7 @@ class SafeUnpickler(pickle._Unpickler):  # in Python: with a damaged index, the 
     """Unpickles tensors and plain values, replaces modules and optimizers with `StandIn`, and refuses all else."""
 
     def find_class(self, module, name):
+        """:return: what a name in the file stands for"""
         path = f'{module}.{name}'.replace('__builtin__', 'builtins')  # Python 2's name
         if path in allowed:
             return super().find_class(module, name).__call__  # unlike a function's, its attributes can't be set
@@ -55,6 +56,7 @@ class SafePickle:
 
     @staticmethod
     def load(file, **options):
+        """:return: the next object in an open file"""
         return SafeUnpickler(file, **options).load()
 
 

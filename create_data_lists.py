@@ -134,9 +134,10 @@ def print_summary(splits, label_map, left_out, n_empty):
     share = (overlap >= 0.5).float().mean().item()
     print(f'Training objects that overlap some prior by at least 0.5: {share:.0%} (of Pascal VOC 2008, 84%)')
     if share < 0.7:
-        side = 300 * (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).sqrt().median().item()
-        print(f'The others are mostly small: of 300x300 pixels, half of all objects cover less than {side:.0f}x'
-              f'{side:.0f}; see "My objects are small" in README.md.')
+        others = boxes[overlap < 0.5]  # (n, 4)
+        side = 300 * (others[:, 2:] - others[:, :2]).prod(dim=1).sqrt().median().item()
+        print(f'Half of the others cover less than {side:.0f}x{side:.0f} of the 300x300 pixels that the network sees: '
+              'see "My objects are small" in README.md.')
 
 
 # -------------------------------------------------------------------------------------------------------------- Folders
@@ -200,6 +201,7 @@ def read_image_sets(folder, found):
             if name_of(line) not in by_name:
                 line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
             same_name = by_name.get(name_of(line), [name_of(line)])
+            # The line's path may begin with folders of another computer, so compare only its end.
             in_folder = [path for path in same_name if folders_of(line)[-len(folders_of(path)):] == folders_of(path)]
             image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
     return image_sets
@@ -222,19 +224,19 @@ def choose_split(folder, found, test_fraction):
     trainval, train, val, test = (sets.get(name, []) for name in ('trainval', 'train', 'val', 'test'))
     trainval = trainval or train + val or sorted(set(found).difference(test))
     if test_fraction is None:
-        train, test, rule = trainval, [], 'all for training'
+        train, test, rule = trainval, [], 'all for training, by'
     elif test:
-        train, rule = trainval, 'trainval, or train and val, for training'
+        train, rule = trainval, 'as given by'
     elif train and val:
-        test, rule = val, 'train for training, val for the test'
+        test, rule = val, 'val is the test, by'
     else:
         paths = sorted({path for of_set in sets.values() for path in of_set}, key=os.path.splitext)
         random.Random(0).shuffle(paths)
         n_test = round(test_fraction * len(paths))
         train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
-        rule = 'at random'
+        rule = 'at random, from'
     known = [name for name in ('trainval', 'train', 'val', 'test', 'others') if name in sets] or list(sets)
-    print(f'{folder}: {len(train)} images for training, {len(test)} for the test: {rule}, by its {where} '
+    print(f'{folder}: {len(train)} images for training, {len(test)} for the test: {rule} its {where} '
           f'{", ".join(f"{name} ({len(sets[name])})" for name in known)}.')
     return train, test
 
@@ -243,7 +245,8 @@ def choose_split(folder, found, test_fraction):
 
 def read_split(folder, split, annotation_paths, found, labels=None):
     """
-    Read the images and annotations of a split. More than a tenth that can't be read mean a wrong or incomplete folder.
+    Read the images and annotations of a split. Raises UserError if more than a tenth of them can't be read.
+
     :param annotation_paths: paths relative to the folder, see `find_images` for `found`
     :param labels: the labels of objects to keep, or a dict of them; or None to keep all
     :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out
@@ -268,9 +271,8 @@ def read_split(folder, split, annotation_paths, found, labels=None):
     left_out = [result for result in results if isinstance(result, str)]
     if 10 * len(left_out) > len(results):
         print('\n'.join(left_out[:10]), file=sys.stderr)
-        raise UserError(f"{len(left_out)} of the {len(results)} images in {folder}'s split {split} can't be read (the "
-                        'first are named above), so no lists were written: check that the folder is the right one and '
-                        'complete, or repair these images')
+        raise UserError(f"{len(left_out)} of the {len(results)} images in {folder}'s split {split} can't be read (see "
+                        'above), so no lists were written: complete the folder, or repair these images')
     return [result for result in results if not isinstance(result, str)], left_out
 
 
@@ -293,15 +295,14 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     """
     stated_size, objects = read_objects(annotation_path)
     known = min(stated_size) > 0  # some tools write 0 for a size they don't know
-    as_stored = orientation >= 5 and size == stated_size[::-1] != stated_size
+    as_stored = orientation >= 5 and size == stated_size[::-1] and size != stated_size
     if known and size not in (None, stated_size) and not as_stored:
         raise UserError(f'{annotation_path} is for an image of {stated_size[0]:g}x{stated_size[1]:g} pixels, '
                         f'but the image has {size[0]}x{size[1]}: annotate it again, or remove it')
     width, height = size or (stated_size if known else (math.inf, math.inf))
     boxes = [box for _, _, box in objects if box is not None]
     if boxes and max(map(max, boxes)) <= 1 and min(width, height) > 10:
-        raise UserError(f'{annotation_path} has boxes in fractions of the image, such as {boxes[0]}: export them in '
-                        'pixels')
+        raise UserError(f'{annotation_path} has boxes in fractions, such as {boxes[0]}: export them in pixels')
     annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': [], 'n_swapped': 0, 'size': size}
     for label, difficult, box in objects:
         if label == 'background' or (labels is not None and label not in labels):
@@ -339,8 +340,7 @@ def read_objects(annotation_path):
         object, with boundary coordinates in pixels from 1, or None if it has no bndbox but, say, a polygon
     :raises UserError: the file is not XML, or an object lacks a name or an edge
     """
-    with open(annotation_path, 'rb') as file:
-        content = file.read()
+    content = Path(annotation_path).read_bytes()
     try:
         root = ET.fromstring(content)
         if root.tag != 'annotation':

@@ -173,7 +173,7 @@ def name_of(path):
     """:return: the name without folders and without the extension of an image or annotation: a for x/a.jpg and a.xml"""
     name = os.path.basename(path)
     while is_image(name) or name.lower().endswith('.xml'):
-        name = os.path.splitext(name)[0]
+        name = os.path.splitext(name)[0]  # twice for a.jpg.xml, as some tools write
     return unicodedata.normalize('NFC', name)  # macOS writes an accent as a character of its own
 
 

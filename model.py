@@ -372,8 +372,8 @@ class MultiBoxLoss(nn.Module):
     :param threshold: a prior that overlaps no object by at least this is background
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
-    :param min_negatives: at least this number of hard negatives in each image; 0 teaches nothing about images without
-        objects
+    :param min_negatives: at least this number of hard negatives in each image; with 0, images without objects teach
+        nothing
     """
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1., min_negatives=0):
@@ -390,7 +390,7 @@ class MultiBoxLoss(nn.Module):
         :param predicted_scores: logits, (N, 8732, n_classes)
         :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
         :param labels: the objects' labels, a list of N tensors (n_objects)
-        :return: the loss, a scalar; 0 if there is no object in the batch
+        :return: the loss, a scalar; 0 if there is no object in the batch, unless `min_negatives` is larger than 0
         """
         loc_loss, conf_loss = self.losses(predicted_locs, predicted_scores, boxes, labels)
         return conf_loss + self.alpha * loc_loss
@@ -403,7 +403,7 @@ class MultiBoxLoss(nn.Module):
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        if self.min_negatives > 0:  # an image with few positives counts as if it had as many as go with these negatives
+        if self.min_negatives > 0:  # 30 negatives go with 10 positives, so count each image as if it had at least 10
             n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
         # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.

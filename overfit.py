@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from datasets import PascalVOCDataset, collate_fn
-from detect import draw_objects
+from detect import draw_objects, max_overlap, min_score, top_k
 from files import UserError, open_image, run
 from mistakes import find_mistakes, save_tiles
 from model import SSD300, MultiBoxLoss, possible_thin
@@ -23,7 +23,6 @@ n_images = 4  # how many of the first training images to learn
 steps = 100  # each with all of these images in a batch
 thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes fifteen times as long
 lr = 1e-3  # the highest learning rate of AdamW, from random weights
-min_score, max_overlap, top_k = 0.4, 0.45, 200  # which detections are counted and drawn, see detect.py
 sheet_path = 'overfit.png'  # where a sheet goes: the ground truth, and the detections at four steps
 
 

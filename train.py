@@ -147,7 +147,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     n_batches = len(train_loader)
 
     def factor(step):
-        """Of the learning rate. It depends on nothing but the step, so training goes on as if never interrupted."""
+        """:return: that of the learning rate; it depends only on the step, so an interruption changes nothing"""
         step += start_epoch * n_batches  # LambdaLR counts from 0 in every run
         if rise_and_fall:
             return one_cycle(step, epochs * n_batches)

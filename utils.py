@@ -296,6 +296,8 @@ def average_precision(true_positives, n_objects):
 
 def adjust_learning_rate(optimizer, scale):
     """
+    For training loops of your own; train.py takes PyTorch's LambdaLR.
+
     :param optimizer: its learning rates are changed in place
     :param scale: the factor to multiply them by
     """

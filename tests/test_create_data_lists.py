@@ -367,7 +367,7 @@ def test_the_summary_counts_images_and_objects(tmp_path, capsys):
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('dog', 'cat'))
     assert capsys.readouterr().out.splitlines() == [
         f'{tmp_path}: 5 annotations. Images without annotation, which are not listed: 0.',
-        f'{tmp_path}: 3 images for training, 2 for the test: trainval, or train and val, for training, by its '
+        f'{tmp_path}: 3 images for training, 2 for the test: as given by its '
         'lists in ImageSets/Main: trainval (3), test (2).',
         '                         train      test', 'images                       2         2',
         'objects                      3         2', 'of which difficult           1         1',

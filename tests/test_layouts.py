@@ -100,11 +100,11 @@ at_random = 8, 2  # of ten images
 
 
 @pytest.mark.parametrize('layout, n_train, n_test, rule', [
-    (cvat, 8, 2, '8 images for training, 2 for the test: at random, by its lists in ImageSets/Main: default (10).'),
-    (labelimg, 8, 2, '8 images for training, 2 for the test: at random, by its folders: others (10).'),
-    (label_studio, 8, 2, 'at random'), (vott, 8, 2, 'at random, by its lists in ImageSets/Main: cat_train (8), '),
-    (supervisely, 8, 2, 'train for training, val for the test, by its lists in ImageSets/Main: trainval (10), '),
-    (roboflow, 8, 2, 'trainval, or train and val, for training, by its folders: train (7), val (1), test (2).'),
+    (cvat, 8, 2, '8 images for training, 2 for the test: at random, from its lists in ImageSets/Main: default (10).'),
+    (labelimg, 8, 2, '8 images for training, 2 for the test: at random, from its folders: others (10).'),
+    (label_studio, 8, 2, 'at random'), (vott, 8, 2, 'at random, from its lists in ImageSets/Main: cat_train (8), '),
+    (supervisely, 8, 2, 'val is the test, by its lists in ImageSets/Main: trainval (10), '),
+    (roboflow, 8, 2, 'as given by its folders: train (7), val (1), test (2).'),
     (labelme, 8, 2, 'at random'), (kaggle, 8, 2, 'at random')])
 def test_what_tools_write(tmp_path, capsys, layout, n_train, n_test, rule):
     layout(tmp_path / 'data')
@@ -346,8 +346,8 @@ def test_the_summary_says_when_the_objects_are_too_small_for_the_priors(tmp_path
     for i in range(5):
         add(data, f'{i}.jpg', f'{i}.xml', [('dog', box, ''), small, small])
     create_data_lists(str(data), None, str(tmp_path), labels=None)
-    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nThe others are mostly small: of 300x300 pixels, half of all '
-            'objects cover less than 10x10; see "My objects are small" in README.md.') in capsys.readouterr().out
+    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nHalf of the others cover less than 10x10 of the 300x300 '
+            'pixels that the network sees: see "My objects are small" in README.md.') in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------- Images without objects

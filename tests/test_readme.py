@@ -32,6 +32,7 @@ import train
 from checkpoints import save_checkpoint
 from datasets import transform
 from demo import draw_dataset, shapes
+from files import open_image
 from model import SSD300, MultiBoxLoss
 from torchvision_weights import coco_weights
 from utils import (create_prior_boxes, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_label_map)
@@ -538,12 +539,14 @@ def with_bias(scores, bias):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('thin', [1, 4])
 def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
-    """Both files yield what the network does, decoded; and the example's detections are detect.py's."""
+    """Both files yield what the network does, decoded; and the example's detections are detect.py's, also rotated."""
     export, run = section('Deployment', 'GUIDE.md')[1]
     monkeypatch.chdir(tmp_path)
     os.mkdir('demo')
     photograph = Image.fromarray(skimage.data.chelsea())
-    photograph.save('photo.jpg', quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: the file's rows are the image's columns
+    photograph.transpose(Image.Transpose.ROTATE_90).save('photo.jpg', quality=95, exif=exif)
     model, labels = SSD300(n_classes=4, thin=thin).eval(), make_label_map(['a', 'b', 'c'])
     find_a_few(model, photograph, 0.4)
     save_checkpoint(str(tmp_path / 'demo' / 'checkpoint_ssd300.pth'), 0, model,
@@ -563,8 +566,8 @@ def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
 
     names = {}
     exec(run, names)
-    with Image.open('photo.jpg') as photograph:
-        [detections] = detect.find_objects([photograph], 0.4, 0.45, 10 ** 5, model, labels)
+    photograph = open_image('photo.jpg')
+    [detections] = detect.find_objects([photograph], 0.4, 0.45, 200, model, labels)
     size = torch.tensor(photograph.size * 2)
     found = sorted(((list(labels)[label], float(score), (torch.from_numpy(box).clamp(0, 1) * size).tolist())
                     for label, score, box in names['found']), key=lambda found: -found[1])
