@@ -1,5 +1,4 @@
-"""
-Checkpoints: what training saves, and how training and detection load it.
+"""Checkpoints: what training saves, and how training and detection load it.
 
 A checkpoint is a dict of plain values and tensors. It is read with `weights_only=True`, so no code in a file is run.
 Checkpoints of the widely used earlier implementation of this tutorial hold pickled classes instead:
@@ -19,8 +18,7 @@ checkpoint_version = 2  # raise it when older versions of the project could not 
 
 
 def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
-    """
-    Write what training needs to go on exactly where it was, and what detection needs. The random numbers of an epoch
+    """Write what training needs to go on exactly where it was, and what detection needs. The random numbers of an epoch
     depend on nothing but the seed and the epoch's number.
 
     :param path: the file to write
@@ -41,8 +39,7 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
 
 
 def load_checkpoint(path):
-    """
-    Read a checkpoint to the CPU.
+    """Read a checkpoint to the CPU.
 
     :param path: the file
     :return: dict of version, epoch, label_map, seed, model (its state_dict, priors included), and what
@@ -92,8 +89,7 @@ def read_saved(path):
 
 
 def load_detector(checkpoint, labels=None):
-    """
-    The model of a checkpoint, as thin as it was saved, with the priors that it was trained with.
+    """The model of a checkpoint, as thin as it was saved, with the priors that it was trained with.
 
     :param checkpoint: path of a checkpoint, or None for torchvision's SSD300, trained on COCO
     :param labels: only for torchvision's SSD300: the classes to detect, see `coco_detector`

@@ -1,5 +1,4 @@
-"""
-Turn a checkpoint of the widely used earlier implementation of this tutorial into one of ours:
+"""Turn a checkpoint of the widely used earlier implementation of this tutorial into one of ours:
 
     python convert_checkpoint.py checkpoint_ssd300.pth.tar converted.pth
 
@@ -61,8 +60,7 @@ class SafePickle:
 
 
 def convert(old_path, new_path):
-    """
-    :param old_path: a checkpoint of the earlier implementation
+    """:param old_path: a checkpoint of the earlier implementation
     :param new_path: the checkpoint to write
     :return: the number of the last finished epoch
     :raises UserError: the old one can't be read or is for other classes; the new one exists or can't be written

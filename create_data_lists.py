@@ -1,5 +1,5 @@
-"""
-List the images and objects of Pascal VOC 2007 and 2012, or of any folder with images and annotations in VOC's format:
+"""List the images and objects of Pascal VOC 2007 and 2012, or of any folder with images and annotations in VOC's
+format:
 
     python create_data_lists.py
 
@@ -34,9 +34,8 @@ download = False  # download Pascal VOC first: 2.9 GB, into VOCdevkit in the cur
 
 
 def download_voc(root):
-    """
-    Download VOC 2007 trainval and test and VOC 2012 trainval to root/VOCdevkit/VOC2007 and VOC2012. Archives that are
-    in `root` with the right checksum are not downloaded again.
+    """Download VOC 2007 trainval and test and VOC 2012 trainval to root/VOCdevkit/VOC2007 and VOC2012. Archives that
+    are in `root` with the right checksum are not downloaded again.
     """
     for year, image_set in (('2007', 'trainval'), ('2007', 'test'), ('2012', 'trainval')):
         try:
@@ -49,8 +48,7 @@ def download_voc(root):
 # ---------------------------------------------------------------------------------------------------------------- Lists
 
 def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, test_fraction=0.2, keep_empty=False):
-    """
-    List images and objects for training and evaluation: TRAIN_images.json, TRAIN_objects.json, TEST_images.json,
+    """List images and objects for training and evaluation: TRAIN_images.json, TRAIN_objects.json, TEST_images.json,
     TEST_objects.json, label_map.json. The test keeps images without objects: a detection in one must count.
 
     :param voc07_path: path of a folder for training and test, see `find_images` and `choose_split`
@@ -91,8 +89,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
 
 def write_lists(splits, label_map, output_folder):
-    """
-    Write the five files that `create_data_lists` names. They replace older ones only when all are complete.
+    """Write the five files that `create_data_lists` names. They replace older ones only when all are complete.
 
     :param splits: dict of 'TRAIN' and 'TEST' -> list of (path of an image, its annotation, see `parse_annotation`)
     """
@@ -147,9 +144,8 @@ split_names = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'va
 
 
 def find_images(folder):
-    """
-    Find all annotations under a folder, and their images. The image has the annotation's name, and lies beside it, or
-    in the folder that corresponds (see `files.folders_of`), or anywhere, if just one has that name.
+    """Find all annotations under a folder, and their images. The image has the annotation's name, and lies beside it,
+    or in the folder that corresponds (see `files.folders_of`), or anywhere, if just one has that name.
 
     :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
     :raises UserError: the folder is missing, or has no annotation
@@ -179,8 +175,7 @@ def find_images(folder):
 
 
 def read_image_sets(folder, found):
-    """
-    Read the lists in ImageSets/Main. A line is the name of an image, perhaps with folder and extension. A flag may
+    """Read the lists in ImageSets/Main. A line is the name of an image, perhaps with folder and extension. A flag may
     follow, as in VOC's lists of one class; here it does not matter.
 
     :return: dict of a list's name -> paths of annotations; a name without annotation or image stays as it is
@@ -208,9 +203,9 @@ def read_image_sets(folder, found):
 
 
 def choose_split(folder, found, test_fraction):
-    """
-    Choose the images for training and for the test: by the lists in ImageSets/Main called trainval, train, val or test;
-    without lists, by folders called so; else at random, in the same way each time. Without a test, val is the test.
+    """Choose the images for training and for the test: by the lists in ImageSets/Main called trainval, train, val or
+    test; without lists, by folders called so; else at random, in the same way each time. Without a test, val is the
+    test.
 
     :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None if all are for training
     :return: paths of annotations for training, and for the test, see `find_images`
@@ -244,8 +239,7 @@ def choose_split(folder, found, test_fraction):
 # ---------------------------------------------------------------------------------------------- Images and annotations
 
 def read_split(folder, split, annotation_paths, found, labels=None):
-    """
-    Read the images and annotations of a split. Raises UserError if more than a tenth of them can't be read.
+    """Read the images and annotations of a split. Raises UserError if more than a tenth of them can't be read.
 
     :param annotation_paths: paths relative to the folder, see `find_images` for `found`
     :param labels: the labels of objects to keep, or a dict of them; or None to keep all
@@ -277,8 +271,7 @@ def read_split(folder, split, annotation_paths, found, labels=None):
 
 
 def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
-    """
-    Read the objects from an XML file in Pascal VOC's format, and drop those whose box or label is invalid.
+    """Read the objects from an XML file in Pascal VOC's format, and drop those whose box or label is invalid.
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may extend one pixel beyond the image, because some tools
     count from 0 or round up: it is clipped. A box that extends further, or is narrower or lower than a tenth of a
@@ -333,8 +326,7 @@ difficult_words = {'': 0, 'unspecified': 0, 'false': 0, 'no': 0, 'true': 1, 'yes
 
 
 def read_objects(annotation_path):
-    """
-    Read an XML file in Pascal VOC's format.
+    """Read an XML file in Pascal VOC's format.
 
     :return: the (width, height) that it states, 0 if missing; and a list of (label, difficult, box), one for each
         object, with boundary coordinates in pixels from 1, or None if it has no bndbox but, say, a polygon

@@ -1,5 +1,4 @@
-"""
-The data set: images and objects from the lists that create_data_lists.py wrote, their augmentation for training, and
+"""The data set: images and objects from the lists that create_data_lists.py wrote, their augmentation for training, and
 how they become a batch.
 """
 import json
@@ -20,8 +19,7 @@ from utils import find_jaccard_overlap, mean, std
 # --------------------------------------------------------------------------------------------------------- The data set
 
 class PascalVOCDataset(Dataset):
-    """
-    Images with their objects, ready for the network. See "Inputs".
+    """Images with their objects, ready for the network. See "Inputs".
 
     :param data_folder: the folder with the lists
     :param split: 'TRAIN' for the training images, with augmentation, or 'TEST'; upper or lower case
@@ -44,8 +42,8 @@ class PascalVOCDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        """
-        :param i: an image's index; or (index, seed), where the same seed gives the same augmentation (see EpochSampler)
+        """:param i: an image's index; or (index, seed), where the same seed gives the same augmentation (see
+            EpochSampler)
         :return: image (3, 300, 300), boxes in fractional boundary coordinates (n_objects, 4), labels (n_objects),
             difficulties (n_objects) byte
         """
@@ -64,23 +62,14 @@ class PascalVOCDataset(Dataset):
 
 
 def standard_split(split):
-    """
-    :param split: name of a split, in upper or lower case
-    :return: 'TRAIN' or 'TEST'
-    :raises UserError: it is another word, which would otherwise mean training without augmentation
-    """
+    """:return: 'TRAIN' or 'TEST'; another word is an error, because it would mean training without augmentation"""
     if str(split).upper() not in ('TRAIN', 'TEST'):
         raise UserError(f"the split {split!r} is unknown: take 'TRAIN' or 'TEST'")
     return split.upper()
 
 
 def read_list(data_folder, name):
-    """
-    :param data_folder: the folder with the lists
-    :param name: the file's name
-    :return: its content
-    :raises UserError: the file is missing, or is not JSON
-    """
+    """:return: the content of a file in this folder; raises UserError if it is missing, or is not JSON"""
     path = os.path.join(data_folder, name)
     try:
         with open(path, encoding='utf-8') as file:
@@ -94,15 +83,13 @@ def read_list(data_folder, name):
 # -------------------------------------------------------------------------------------------------------------- Batches
 
 class EpochSampler(Sampler):
-    """
-    Shuffles the images in each epoch, and adds a random seed to each. Order and augmentation depend only on `seed` and
-    the epoch: not on the number of workers, nor on whether training was interrupted before. See "Inputs".
+    """Shuffles the images in each epoch, and adds a random seed to each. Order and augmentation depend only on `seed`
+    and the epoch: not on the number of workers, nor on whether training was interrupted before. See "Inputs".
 
     :param n: number of images
     :param seed: the seed of the training
     :param process: number of this process, from 0; each process takes every n_processes-th image
-    :param n_processes: number of processes; all get the same number of images, so up to n_processes - 1 images are left
-        out of an epoch
+    :param n_processes: number of processes; as all get equally many images, a few may be left out of an epoch
     """
 
     def __init__(self, n, seed, process=0, n_processes=1):
@@ -122,8 +109,7 @@ class EpochSampler(Sampler):
 
 
 def collate_fn(batch):
-    """
-    Stack the images into a tensor. Objects stay in lists, because their number differs from image to image.
+    """Stack the images into a tensor. Objects stay in lists, because their number differs from image to image.
 
     :param batch: N items of PascalVOCDataset
     :return: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N tensors
@@ -138,8 +124,7 @@ mean_color = tuple(round(255 * value) for value in mean)
 
 
 def to_input(image):
-    """
-    :param image: a PIL image in RGB, 300x300
+    """:param image: a PIL image in RGB, 300x300
     :return: the network's input: a tensor (3, 300, 300), RGB from 0 to 1, then normalized
     """
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 300, 300), from 0 to 255
@@ -148,8 +133,7 @@ def to_input(image):
 
 
 def photometric_distort(image, rng=random):
-    """
-    Change brightness, contrast, saturation and hue, each with a chance of 0.5, in random order.
+    """Change brightness, contrast, saturation and hue, each with a chance of 0.5, in random order.
 
     :param image: a PIL image in RGB
     :param rng: a random.Random, or the module
@@ -170,8 +154,7 @@ def photometric_distort(image, rng=random):
 # outside the window are never touched, and colors are distorted only inside.
 
 def expand_window(window, rng=random):
-    """
-    Zoom out: choose a window up to 4 times as wide and high that contains the given one, at a random position. The
+    """Zoom out: choose a window up to 4 times as wide and high that contains the given one, at a random position. The
     network learns small objects from it.
 
     :param window: boundary coordinates in pixels
@@ -187,9 +170,8 @@ def expand_window(window, rng=random):
 
 
 def crop_window(window, boxes, rng=random):
-    """
-    Zoom in: choose a random smaller window that contains the center of at least one object, and overlaps some object by
-    a random minimum. If 50 tries fail, draw another minimum. The network learns large and truncated objects from it.
+    """Zoom in: choose a random smaller window that contains the center of at least one object, and overlaps some object
+    by a random minimum. If 50 tries fail, draw another minimum. The network learns large and truncated objects from it.
 
     :param window: boundary coordinates in pixels
     :param boxes: ground truth, boundary coordinates in pixels, a tensor (n_objects, 4)
@@ -218,8 +200,7 @@ def crop_window(window, boxes, rng=random):
 
 
 def centers_inside(boxes, window):
-    """
-    :param boxes: boundary coordinates, a tensor (n_objects, 4)
+    """:param boxes: boundary coordinates, a tensor (n_objects, 4)
     :param window: boundary coordinates in the same units: 4 numbers; or many windows, a tensor (n_windows, 1, 4)
     :return: whether each box's center is inside the window, a bool tensor (n_objects) or (n_windows, n_objects)
     """
@@ -230,8 +211,7 @@ def centers_inside(boxes, window):
 
 
 def draw_window(image, boxes, window, dims=(300, 300), distort=None):
-    """
-    Draw the content of a window: the part of the image inside it, and the ImageNet mean beyond the image.
+    """Draw the content of a window: the part of the image inside it, and the ImageNet mean beyond the image.
 
     :param image: a PIL image in RGB
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
@@ -244,10 +224,10 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)
     # The part of the image inside the window, and the pixels of the result in which it is drawn
     part = max(x_min, 0), max(y_min, 0), min(x_max, image.width), min(y_max, image.height)
-    left, top = (min(round((part[0] - x_min) * scale_x), dims[0] - 1),
-                 min(round((part[1] - y_min) * scale_y), dims[1] - 1))
-    right, bottom = (max(round((part[2] - x_min) * scale_x), left + 1),
-                     max(round((part[3] - y_min) * scale_y), top + 1))
+    left = min(round((part[0] - x_min) * scale_x), dims[0] - 1)
+    top = min(round((part[1] - y_min) * scale_y), dims[1] - 1)
+    right = max(round((part[2] - x_min) * scale_x), left + 1)
+    bottom = max(round((part[3] - y_min) * scale_y), top + 1)
     drawn = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box=part)
     if distort is not None:
         drawn = distort(drawn)
@@ -261,20 +241,16 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
 
 
 def flip(image, boxes):
-    """
-    Mirror horizontally.
-
-    :param image: a PIL image
+    """:param image: a PIL image
     :param boxes: fractional boundary coordinates, a tensor (n_objects, 4)
-    :return: the mirrored image and boxes
+    :return: both, mirrored horizontally
     """
     x_min, y_min, x_max, y_max = boxes.unbind(dim=1)
     return ImageOps.mirror(image), torch.stack([1 - x_max, y_min, 1 - x_min, y_max], dim=1)  # (n_objects, 4)
 
 
 def transform(image, boxes, labels, difficulties, split, rng=random):
-    """
-    Prepare an image for the network, with augmentation for training (the paper's section 2.2). See "Transforms".
+    """Prepare an image for the network, with augmentation for training (the paper's section 2.2). See "Transforms".
 
     :param image: a PIL image in RGB
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)

@@ -1,5 +1,4 @@
-"""
-The whole pipeline, without a GPU or a download:
+"""The whole pipeline, without a GPU or a download:
 
     python demo.py
 

@@ -1,5 +1,4 @@
-"""
-Detect objects in images, and draw them:
+"""Detect objects in images, and draw them:
 
     python detect.py photo.jpg another.png folder_of_images
 
@@ -30,8 +29,7 @@ load_font = cache(ImageFont.load_default)  # loading a size takes longer than dr
 
 
 def detect(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
-    """
-    :param original_image: a PIL image of any mode, which stays as it is
+    """:param original_image: a PIL image of any mode, which stays as it is
     :param min_score: a detection's score must be above this
     :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
     :param top_k: keep at most this many detections
@@ -48,8 +46,7 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # as in eval.py
 def find_objects(images, min_score, max_overlap, top_k, model, label_map, suppress=None):
-    """
-    :param images: list of PIL images in RGB
+    """:param images: list of PIL images in RGB
     :param model: SSD300, and its `label_map`; the other parameters are those of `detect`
     :return: for each image a list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole
         pixels
@@ -69,8 +66,7 @@ def find_objects(images, min_score, max_overlap, top_k, model, label_map, suppre
 
 
 def draw_objects(image, detections, label_map):
-    """
-    :param image: a PIL image in RGB, which stays as it is
+    """:param image: a PIL image in RGB, which stays as it is
     :param detections: list of (label, score, box) by decreasing score, see `find_objects`
     :param label_map: dict of label -> index, which chooses the colors
     :return: a copy of the image with boxes, labels and scores
@@ -104,9 +100,8 @@ def kept_detector(checkpoint):
 
 
 def output_paths(paths):
-    """
-    The path of each image's annotated copy: JPEG and PNG files keep their format, others become PNG. No copy overwrites
-    another or one of the images, even on case-insensitive file systems.
+    """The path of each image's annotated copy: JPEG and PNG files keep their format, others become PNG. No copy
+    overwrites another or one of the images, even on case-insensitive file systems.
     """
     taken = {os.path.realpath(path).casefold() for path in paths}
     for path in paths:

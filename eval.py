@@ -1,5 +1,4 @@
-"""
-Evaluate a trained SSD300 on the test images, as Pascal VOC 2007 does:
+"""Evaluate a trained SSD300 on the test images, as Pascal VOC 2007 does:
 
     python eval.py
 
@@ -34,8 +33,7 @@ bfloat16 = False  # compute in 16 bits: faster on many GPUs, but the result diff
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False, mistakes_path=None,
              mistakes_min_score=0.4):
-    """
-    Detect objects in all test images, compare them with the ground truth, and print a table.
+    """Detect objects in all test images, compare them with the ground truth, and print a table.
 
     :param test_loader: DataLoader of PascalVOCDataset's split TEST, with the difficult objects: detections of them are
         ignored

@@ -1,6 +1,5 @@
-"""
-What can go wrong with files: errors that end in one line, files that must not be left half written, and images of any
-kind. Skip this file on a first reading; `UserError` is all that the others need to know of it.
+"""What can go wrong with files: errors that end in one line, files that must not be left half written, and images of
+any kind. Skip this file on a first reading; `UserError` is all that the others need to know of it.
 """
 import errno
 import os
@@ -35,8 +34,7 @@ runtime_errors = {
 
 
 def run(main):
-    """
-    Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback.
+    """Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback.
 
     :param main: a function without arguments
     """
@@ -68,8 +66,7 @@ def one_line(error):
 
 @contextmanager
 def write_whole(*paths, mode='wb'):
-    """
-    Open files for writing that replace `paths` only when all are complete: if writing is interrupted, each path is
+    """Open files for writing that replace `paths` only when all are complete: if writing is interrupted, each path is
     still the old file, or already the new one, but never half a file.
 
     :param paths: the files to write
@@ -101,9 +98,8 @@ def write_whole(*paths, mode='wb'):
 
 
 def replace(source, path):
-    """
-    Rename a file to `path`, where an older file may be. On Windows this fails as long as another program has the older
-    file open, such as a virus scanner or detect.py: then try again for some seconds.
+    """Rename a file to `path`, where an older file may be. On Windows this fails as long as another program has the
+    older file open, such as a virus scanner or detect.py: then try again for some seconds.
 
     :param source: the new file
     :param path: its new path
@@ -120,8 +116,7 @@ def replace(source, path):
 # ------------------------------------------------------------------------------------------------------------- Images
 
 def is_image(name):
-    """
-    :param name: of a file
+    """:param name: of a file
     :return: whether its extension is that of an image that Pillow reads by itself
     """
     image_format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
@@ -129,8 +124,7 @@ def is_image(name):
 
 
 def list_images(paths):
-    """
-    :param paths: image files and folders
+    """:param paths: image files and folders
     :return: the files, and in place of each folder the images in it, by name
     :raises UserError: a folder has no images
     """
@@ -179,8 +173,7 @@ def name_of(path):
 
 @contextmanager
 def opened_image(path):
-    """
-    Open an image file; the pixels are read when they are needed.
+    """Open an image file; the pixels are read when they are needed.
 
     :param path: a file
     :raises UserError: the file is missing, or is not an image that Pillow can read whole
@@ -204,8 +197,7 @@ def opened_image(path):
 
 
 def decode_once(path):
-    """
-    Decode an image, to find out whether it is whole.
+    """Decode an image, to find out whether it is whole.
 
     :param path: an image file; errors as in `opened_image`
     :return: (width, height) in pixels, as `open_image` will have them; and EXIF's orientation: 1 if the image is
@@ -220,10 +212,10 @@ def decode_once(path):
 
 
 def turn_box(box, size, orientation):
-    """
-    Turn a box upright. Cameras store some images rotated, with an EXIF orientation by which viewers (and `open_image`)
-    turn them upright. An annotation made without it states the size of the stored image, and its boxes must be turned.
-    If both sizes are the same (square images, orientations 2 to 4) or none is stated, boxes are taken to be upright.
+    """Turn a box upright. Cameras store some images rotated, with an EXIF orientation by which viewers (and
+    `open_image`) turn them upright. An annotation made without it states the size of the stored image, and its boxes
+    must be turned. If both sizes are the same (square images, orientations 2 to 4) or none is stated, boxes are taken
+    to be upright.
 
     :param box: boundary coordinates in the stored image, in pixels from 1
     :param size: (width, height) of the upright image in pixels
@@ -239,8 +231,7 @@ def turn_box(box, size, orientation):
 
 
 def open_image(path):
-    """
-    :param path: an image file; errors as in `opened_image`
+    """:param path: an image file; errors as in `opened_image`
     :return: a PIL image in RGB, see `to_rgb`
     """
     with opened_image(path) as image:
@@ -248,8 +239,7 @@ def open_image(path):
 
 
 def to_rgb(image):
-    """
-    Bring an image of any mode to 8-bit RGB, turned the way its EXIF orientation says.
+    """Bring an image of any mode to 8-bit RGB, turned the way its EXIF orientation says.
 
     :param image: a PIL image, which stays as it is
     :return: a new PIL image in RGB

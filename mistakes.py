@@ -1,6 +1,5 @@
-"""
-What a detector gets wrong: eval.py counts the mistakes, and draws a sheet of the worst. Their kinds are those of Bolya
-et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", 2020.
+"""What a detector gets wrong: eval.py counts the mistakes, and draws a sheet of the worst. Their kinds are those of
+Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", 2020.
 """
 from collections import Counter
 
@@ -17,8 +16,7 @@ tile = 150  # width and height of an image in the sheet, in pixels
 
 
 def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
-    """
-    Find the kind of each detection of an image. True positives, duplicates and ignored ones are those of
+    """Find the kind of each detection of an image. True positives, duplicates and ignored ones are those of
     `utils.match_detections`. Of those that belong to no object,
 
     - localization: overlaps an object of its class by more than 0.1;
@@ -57,9 +55,8 @@ def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_diffi
 
 
 def find_mistakes(lists, label_map, min_score):
-    """
-    As in TIDE, an object is missed if it has no true positive, and no classification or localization error is about it,
-    whose correction would find it.
+    """As in TIDE, an object is missed if it has no true positive, and no classification or localization error is about
+    it, whose correction would find it.
 
     :param lists: the first six arguments of `calculate_mAP`
     :param label_map: dict of label -> index
@@ -127,8 +124,7 @@ def draw_mistake(image, box, true_box):
 
 
 def save_tiles(path, rows, width, height, font_size=24):
-    """
-    Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to this width and height. Below
+    """Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to this width and height. Below
     each are 34 pixels, for one line in font size 24 or two in 10.
     """
     columns = max(1, *map(len, rows))

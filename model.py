@@ -1,5 +1,4 @@
-"""
-SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", 2016, arXiv 1512.02325) and its loss.
+"""SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", 2016, arXiv 1512.02325) and its loss.
 
 An image goes through three sets of convolutions. The base (elsewhere: the backbone) finds low-level features, the
 auxiliary convolutions higher-level ones on coarser and coarser maps, and the prediction convolutions (elsewhere: the
@@ -25,8 +24,7 @@ from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, fea
 
 
 class VGGBase(nn.Module):
-    """
-    The backbone: VGG-16 up to its last convolution, and its fully connected layers fc6 and fc7 as convolutions. See
+    """The backbone: VGG-16 up to its last convolution, and its fully connected layers fc6 and fc7 as convolutions. See
     "Base convolutions".
 
     :param pretrained: start from torchvision's ImageNet weights instead of random ones
@@ -73,8 +71,7 @@ class VGGBase(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def forward(self, image):
-        """
-        :param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
+        """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
         """
         # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. ReLU and max pooling
@@ -109,11 +106,7 @@ class VGGBase(nn.Module):
         return conv4_3_feats, conv7_feats
 
     def load_pretrained_layers(self):
-        """
-        Load torchvision's VGG-16 weights, trained on ImageNet.
-
-        :raises files.UserError: the weights can't be downloaded
-        """
+        """Load torchvision's VGG-16 weights, trained on ImageNet. Raises UserError if they can't be downloaded."""
         vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, 'set pretrained = None to start from random weights')
 
         # torchvision numbers its layers, including ReLUs and pools; its convolutions are in the same order as ours.
@@ -130,8 +123,7 @@ class VGGBase(nn.Module):
 
 
 def fully_connected_to_convolution(weight, bias, channels, size, m):
-    """
-    Turn a fully connected layer into the convolution that computes the same values, then decimate it. See "A fully
+    """Turn a fully connected layer into the convolution that computes the same values, then decimate it. See "A fully
     connected layer is a convolution", and "Decimation, and a kernel with holes".
 
     :param weight: (n_outputs, channels * size * size)
@@ -165,8 +157,7 @@ class AuxiliaryConvolutions(nn.Module):
         xavier_initialization(self)  # as in the paper
 
     def forward(self, conv7_feats):
-        """
-        :param conv7_feats: (N, 1024, 19, 19)
+        """:param conv7_feats: (N, 1024, 19, 19)
         :return: conv8_2_feats (N, 512, 10, 10), conv9_2_feats (N, 256, 5, 5), conv10_2_feats (N, 256, 3, 3),
             conv11_2_feats (N, 256, 1, 1)
         """
@@ -185,11 +176,7 @@ class AuxiliaryConvolutions(nn.Module):
 
 
 def xavier_initialization(module):
-    """
-    Set the weights of a module's convolutions to Xavier's uniform initialization, and the biases to 0, in place.
-
-    :param module: any module
-    """
+    """Set the weights of a module's convolutions to Xavier's uniform initialization, and the biases to 0, in place."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
@@ -197,8 +184,7 @@ def xavier_initialization(module):
 
 
 class PredictionConvolutions(nn.Module):
-    """
-    The heads: two convolutions over each of the six feature maps. One predicts offsets (loc_...), one class scores
+    """The heads: two convolutions over each of the six feature maps. One predicts offsets (loc_...), one class scores
     (cl_...). At each tile, the channels of the first are 4 offsets for each of the tile's priors, those of the second
     n_classes scores for each. See "Prediction convolutions".
 
@@ -215,8 +201,7 @@ class PredictionConvolutions(nn.Module):
         xavier_initialization(self)
 
     def forward(self, conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats):
-        """
-        :param conv4_3_feats: (N, 512, 38, 38), and so on, see `utils.feature_maps`
+        """:param conv4_3_feats: (N, 512, 38, 38), and so on, see `utils.feature_maps`
         :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits
         """
         feats = (conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats)
@@ -234,8 +219,7 @@ class PredictionConvolutions(nn.Module):
 
 
 class SSD300(nn.Module):
-    """
-    The whole network: base, auxiliary and prediction convolutions, and the priors. See "Multibox", and "The model".
+    """The whole network: base, auxiliary and prediction convolutions, and the priors. See "Multibox", and "The model".
 
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
@@ -268,21 +252,17 @@ class SSD300(nn.Module):
             part.to(memory_format=torch.channels_last)
 
     def create_prior_boxes(self):
-        """
-        :return: the priors in fractional center-size coordinates, (8732, 4), see `utils.create_prior_boxes`
-        """
+        """:return: the priors in fractional center-size coordinates, (8732, 4), see `utils.create_prior_boxes`"""
         return create_prior_boxes()
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """
-        As in nn.Module. Priors in the state_dict replace those of `feature_maps`; without, as in the earlier
+        """As in nn.Module. Priors in the state_dict replace those of `feature_maps`; without, as in the earlier
         implementation's, the network keeps its own.
         """
         return super().load_state_dict({'priors_cxcy': self.priors_cxcy, **state_dict}, *args, **kwargs)
 
     def forward(self, image):
-        """
-        :param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
+        """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits
         """
         conv4_3_feats, conv7_feats = self.base(image)  # (N, 512, 38, 38), (N, 1024, 19, 19)
@@ -295,8 +275,7 @@ class SSD300(nn.Module):
 
     @torch.no_grad()
     def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
-        """
-        Turn predictions into detections: decode the boxes, drop low scores, suppress boxes that overlap one of their
+        """Turn predictions into detections: decode the boxes, drop low scores, suppress boxes that overlap one of their
         class with a higher score, and keep the best of each image. See "Processing predictions".
 
         :param predicted_locs: offsets from the priors, (N, 8732, 4)
@@ -320,14 +299,12 @@ class SSD300(nn.Module):
             boxes = boxes[priors[ranks, classes]]  # (n, 4)
             scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
             kept = non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
-            if len(kept) > 0:
-                all_boxes.append(boxes[kept])  # (n_kept, 4)
-                all_labels.append(labels[kept])  # (n_kept)
-                all_scores.append(scores[kept])  # (n_kept)
-            else:
-                all_boxes.append(boxes.new_tensor([[0., 0., 1., 1.]]))  # (1, 4)
-                all_labels.append(labels.new_zeros(1))  # (1)
-                all_scores.append(scores.new_zeros(1))  # (1)
+            boxes, labels, scores = boxes[kept], labels[kept], scores[kept]  # (n_kept, 4), (n_kept), (n_kept)
+            if len(kept) == 0:  # the placeholder
+                boxes, labels, scores = boxes.new_tensor([[0., 0., 1., 1.]]), labels.new_zeros(1), scores.new_zeros(1)
+            all_boxes.append(boxes)
+            all_labels.append(labels)
+            all_scores.append(scores)
         return all_boxes, all_labels, all_scores
 
 
@@ -335,9 +312,8 @@ possible_thin = 1, 2, 4, 8, 16, 32, 64  # the thinnest network keeps one of the 
 
 
 def thin_out(model, thin):
-    """
-    Keep every thin-th channel of every layer, except for the image's colors and the predictions: a width multiplier of
-    1 / thin. With thin = 4 the network needs a fourteenth of the operations. See "A thin network".
+    """Keep every thin-th channel of every layer, except for the image's colors and the predictions: a width multiplier
+    of 1 / thin. With thin = 4 the network needs a fourteenth of the operations. See "A thin network".
 
     :param model: SSD300, whose layers are changed in place
     :param thin: one of `possible_thin`
@@ -361,19 +337,15 @@ def thin_out(model, thin):
 
 
 class MultiBoxLoss(nn.Module):
-    """
-    The loss of a batch: how wrong are the offsets of the positive priors, which should find an object, and how wrong
+    """The loss of a batch: how wrong are the offsets of the positive priors, which should find an object, and how wrong
     are the class scores of these and of the hardest negative priors (the paper's section 2.2, equations 1 to 3). See
-    "Multibox loss".
-
-    With several processes, all must compute it at the same time, because they exchange the number of positives.
+    "Multibox loss". Several processes must compute it at the same time, because they exchange the number of positives.
 
     :param priors_cxcy: priors in center-size coordinates, (8732, 4)
     :param threshold: a prior that overlaps no object by at least this is background
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
-    :param min_negatives: at least this number of hard negatives in each image; with 0, images without objects teach
-        nothing
+    :param min_negatives: least number of hard negatives in each image; with 0, images without objects teach nothing
     """
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1., min_negatives=0):
@@ -385,8 +357,7 @@ class MultiBoxLoss(nn.Module):
         self.min_negatives = min_negatives
 
     def forward(self, predicted_locs, predicted_scores, boxes, labels):
-        """
-        :param predicted_locs: offsets from the priors, (N, 8732, 4)
+        """:param predicted_locs: offsets from the priors, (N, 8732, 4)
         :param predicted_scores: logits, (N, 8732, n_classes)
         :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
         :param labels: the objects' labels, a list of N tensors (n_objects)
@@ -396,8 +367,7 @@ class MultiBoxLoss(nn.Module):
         return conf_loss + self.alpha * loc_loss
 
     def losses(self, predicted_locs, predicted_scores, boxes, labels):
-        """
-        :param predicted_locs: as in `forward`, like the other arguments
+        """:param predicted_locs: as in `forward`, like the other arguments
         :return: localization loss and confidence loss, scalars
         """
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
@@ -424,8 +394,7 @@ class MultiBoxLoss(nn.Module):
         return loc_loss, conf_loss
 
     def match(self, boxes, labels):
-        """
-        Assign an object, or background, to each prior (the paper's section 2.2). See "Matching".
+        """Assign an object, or background, to each prior (the paper's section 2.2). See "Matching".
 
         :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
         :param labels: the objects' labels, a list of N tensors (n_objects)
@@ -462,8 +431,7 @@ class MultiBoxLoss(nn.Module):
 
 
 def own_priors(overlap):
-    """
-    Give each object a prior of its own (bipartite matching). Where two objects overlap the same prior most, the one
+    """Give each object a prior of its own (bipartite matching). Where two objects overlap the same prior most, the one
     with the larger overlap keeps it, and the other takes its next best. Of exactly equal overlaps, the first object and
     the first prior in order win.
 

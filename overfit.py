@@ -1,5 +1,4 @@
-"""
-Overfit a few images, before you train for hours:
+"""Overfit a few images, before you train for hours:
 
     python overfit.py
 
@@ -27,8 +26,7 @@ sheet_path = 'overfit.png'  # where a sheet goes: the ground truth, and the dete
 
 
 def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
-    """
-    Train on the same images in each step, and four times detect objects in them.
+    """Train on the same images in each step, and four times detect objects in them.
 
     :param train_set: PascalVOCDataset; its split becomes 'TEST': the images as they are, without augmentation
     :param n_images: how many of its first images to learn; all, if it has fewer

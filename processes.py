@@ -1,5 +1,4 @@
-"""
-Many GPUs: several processes, each with a GPU of its own, that train or evaluate together.
+"""Many GPUs: several processes, each with a GPU of its own, that train or evaluate together.
 
     torchrun --nproc_per_node=8 train.py
     torchrun --nproc_per_node=8 eval.py
@@ -19,8 +18,7 @@ from files import UserError
 
 
 def join_processes():
-    """
-    Join the other processes, if torchrun started this one.
+    """Join the other processes, if torchrun started this one.
 
     :return: the device of this process: a GPU of its own, or the CPU
     :raises UserError: there are more processes than GPUs
@@ -76,8 +74,7 @@ def share_gradients(model):
 
 
 def gather_images(tensors):
-    """
-    Exchange what each process found in its part of the images, see `eval.make_test_loader`.
+    """Exchange what each process found in its part of the images, see `eval.make_test_loader`.
 
     :param tensors: list with a tensor (n, ...) for each image of this process
     :return: list with a tensor for each image of all processes, in order, the same in each process
@@ -92,8 +89,7 @@ def gather_images(tensors):
 
 
 def download_weights(weights, remedy):
-    """
-    Download weights once for each machine: its first process downloads, while the others wait for the file.
+    """Download weights once for each machine: its first process downloads, while the others wait for the file.
 
     :param weights: torchvision's published weights
     :param remedy: text for the error: what else to do than to put the file in its place

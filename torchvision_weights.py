@@ -1,5 +1,4 @@
-"""
-torchvision's SSD300, trained on COCO: its weights in our SSD300, to detect with or to train on from.
+"""torchvision's SSD300, trained on COCO: its weights in our SSD300, to detect with or to train on from.
 
 torchvision has the same layers as the paper's authors. What differs from ours: the names of the weights, the priors and
 their order within a tile, and how an image is normalized. "Where the sources differ" in GUIDE.md has more.
@@ -31,8 +30,7 @@ layers = {'features.0': 'base.conv1_1', 'features.2': 'base.conv1_2',
 
 
 def coco_detector(labels=None):
-    """
-    :param labels: names of the classes to detect, VOC's or COCO's; None for all 80 of COCO
+    """:param labels: names of the classes to detect, VOC's or COCO's; None for all 80 of COCO
     :return: SSD300 trained on COCO, on the CPU, and its dict of label -> index
     :raises UserError: the weights can't be downloaded, or COCO lacks a label
     """
@@ -45,9 +43,8 @@ def coco_detector(labels=None):
 
 
 def start_from_coco(label_map, thin=1):
-    """
-    A detector for other classes to train on from COCO's weights. Only the class scores of labels that COCO lacks start
-    from random weights.
+    """A detector for other classes to train on from COCO's weights. Only the class scores of labels that COCO lacks
+    start from random weights.
 
     :param label_map: dict of label -> index of the classes to learn
     :param thin: keep only every thin-th channel, see `model.thin_out`
@@ -80,8 +77,7 @@ def download_coco():
 
 
 def from_torchvision(state_dict, classes=None, thin=1):
-    """
-    Build our SSD300 with the weights and priors of torchvision's. With thin = 1, both predict the same.
+    """Build our SSD300 with the weights and priors of torchvision's. With thin = 1, both predict the same.
 
     :param state_dict: of a `torchvision.models.detection.ssd300_vgg16`
     :param classes: indices of the classes to keep, 0 (background) first; None for all

@@ -1,5 +1,4 @@
-"""
-Train SSD300 on the images that create_data_lists.py has listed:
+"""Train SSD300 on the images that create_data_lists.py has listed:
 
     python train.py
 
@@ -64,8 +63,7 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
-    """
-    :param model: SSD300
+    """:param model: SSD300
     :param kind: 'sgd' as in the paper, or 'adamw', which needs far fewer steps from random weights
     :param lr: peak learning rate; with 'sgd', that of biases is twice this, as in the paper's code
     :param weight_decay: L2 penalty with 'sgd', decoupled with 'adamw'
@@ -86,13 +84,8 @@ def one_cycle(step, n_steps):
 
 
 def warm_up_and_decay(step, steps_per_epoch, warm_up, decay_lr_at, decay_lr_to):
-    """
-    :param step: number of a step, from 0
-    :param steps_per_epoch: steps of an epoch
-    :param warm_up: steps in which the factor rises to 1, because at the full rate the first steps can wreck the weights
-    :param decay_lr_at: epochs at which it is multiplied by `decay_lr_to`
-    :param decay_lr_to: a number from 0 to 1
-    :return: the factor of the learning rate
+    """:return: the factor of the learning rate in a step, from 0: it rises to 1 in the first `warm_up` steps, because
+        the full rate could wreck the weights; at each epoch of `decay_lr_at`, it is multiplied by `decay_lr_to`
     """
     factor = (step + 1) / warm_up if step < warm_up else 1
     for epoch in decay_lr_at:
@@ -109,9 +102,8 @@ def best_of(checkpoint_path):
 def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=0, seed=0, workers=0, warm_up=0,
         decay_lr_at=(), decay_lr_to=0.1, rise_and_fall=False, min_negatives=0, test_set=None, evaluate_every=0,
         **options):
-    """
-    Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; with evaluations, also one of the epoch
-    with the highest mAP.
+    """Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; with evaluations, also one of the
+    epoch with the highest mAP.
 
     :param model: SSD300, on the device to train on
     :param optimizer: its optimizer, see `make_optimizer`
@@ -183,8 +175,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
 
 def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_freq=200, grad_clip=None, bfloat16=False,
           log_path=None, schedule=None):
-    """
-    Train for one epoch.
+    """Train for one epoch.
 
     :param train_loader: DataLoader of PascalVOCDataset
     :param model: SSD300, or what `processes.share_gradients` returns for it
@@ -237,11 +228,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
 
 def update(optimizer, loss, grad_clip=None):
-    """
-    Take a step down the gradient, unless it or the loss is not finite, in this process or another. See `train`.
-
-    :return: whether the step was taken
-    """
+    """:return: whether a step was taken: not if loss or gradient are not finite, in this process or another"""
     optimizer.zero_grad()
     loss.backward()
     norm = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
@@ -291,8 +278,7 @@ def make_model(label_map, checkpoint, pretrained, thin):
 
 @torch.no_grad()
 def standardize(model, images):
-    """
-    Prepare random weights for training. Layer after layer, random weights make the features of different images more
+    """Prepare random weights for training. Layer after layer, random weights make the features of different images more
     alike. So scale and shift each layer but the predictions such that over some images each channel has mean 0 and
     standard deviation 1 before its ReLU (data-dependent initialization: Salimans and Kingma, "Weight normalization",
     2016). And scale the layers of the predictions by 0.1, so that these start near 0.
@@ -319,9 +305,8 @@ def standardize(model, images):
 
 
 def restore(optimizer, saved):
-    """
-    Restore the optimizer's state, such as the momentum, from what `load_checkpoint` returns. The learning rates stay as
-    they are, because they follow from the parameters at the top of this file, which may have changed.
+    """Restore the optimizer's state, such as the momentum, from what `load_checkpoint` returns. The learning rates stay
+    as they are, because they follow from the parameters at the top of this file, which may have changed.
     """
     kind, saved_kind = type(optimizer).__name__, saved.get('optimizer_kind', 'SGD')
     if kind != saved_kind:
@@ -362,7 +347,6 @@ def main():
         restore(optimizer, saved)
         if start_epoch >= epochs:
             raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
-    del saved  # frees the memory of its weights
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
     try:

@@ -1,5 +1,4 @@
-"""
-The parts of a detector besides its network: labels, box coordinates and overlaps, priors and their encoding,
+"""The parts of a detector besides its network: labels, box coordinates and overlaps, priors and their encoding,
 non-maximum suppression, mean average precision, and two helpers for training. Read it beside README.md, from top to
 bottom; the sections named here are those of README.md.
 
@@ -26,8 +25,7 @@ voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'c
 
 
 def make_label_map(labels):
-    """
-    :param labels: names of the classes, without the background
+    """:param labels: names of the classes, without the background
     :return: dict of label -> index; 'background' is 0, the labels follow in their order
     :raises UserError: a label occurs twice, or is 'background' itself
     """
@@ -40,10 +38,7 @@ def make_label_map(labels):
 
 
 def make_color_map(label_map):
-    """
-    :param label_map: dict of label -> index
-    :return: dict of label -> color '#rrggbb'; hues in steps of 0.618, so that neighbors differ
-    """
+    """:return: dict of label -> color '#rrggbb' for a label map; hues in steps of 0.618, so that neighbors differ"""
     colors = {label: hsv_to_rgb(index * 0.618 % 1, 1, 1) for label, index in label_map.items()}
     colors['background'] = (1, 1, 1)
     return {label: '#' + ''.join(f'{int(255 * value):02x}' for value in color) for label, color in colors.items()}
@@ -59,24 +54,21 @@ mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB pi
 # -------------------------------------------------------------------------------------- Box coordinates and overlaps
 
 def xy_to_cxcy(xy):
-    """
-    :param xy: boxes in boundary coordinates, a tensor (..., 4)
+    """:param xy: boxes in boundary coordinates, a tensor (..., 4)
     :return: the boxes in center-size coordinates, (..., 4)
     """
     return torch.cat([(xy[..., 2:] + xy[..., :2]) / 2, xy[..., 2:] - xy[..., :2]], dim=-1)
 
 
 def cxcy_to_xy(cxcy):
-    """
-    :param cxcy: boxes in center-size coordinates, a tensor (..., 4)
+    """:param cxcy: boxes in center-size coordinates, a tensor (..., 4)
     :return: the boxes in boundary coordinates, (..., 4)
     """
     return torch.cat([cxcy[..., :2] - cxcy[..., 2:] / 2, cxcy[..., :2] + cxcy[..., 2:] / 2], dim=-1)
 
 
 def find_intersection(set_1, set_2):
-    """
-    Areas of the intersections of every box of one set with every box of another.
+    """Areas of the intersections of every box of one set with every box of another.
 
     :param set_1: boxes in boundary coordinates, a tensor (..., n1, 4)
     :param set_2: boxes in boundary coordinates, a tensor (..., n2, 4)
@@ -89,8 +81,7 @@ def find_intersection(set_1, set_2):
 
 
 def find_jaccard_overlap(set_1, set_2):
-    """
-    Jaccard overlaps of every box of one set with every box of another. See "Jaccard index".
+    """Jaccard overlaps of every box of one set with every box of another. See "Jaccard index".
 
     :param set_1: boxes in boundary coordinates, a tensor (..., n1, 4)
     :param set_2: boxes in boundary coordinates, a tensor (..., n2, 4)
@@ -118,11 +109,9 @@ feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
 
 
 def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
-    """
-    The 8732 priors of SSD300: map by map, row by row, tile by tile, and within a tile ratio 1, the extra prior, then
-    the other ratios. The predictions come in the same order. See "Priors".
-
-    Clamping limits widths and heights to 1, but does not clip priors at the image's edge. See "Which priors".
+    """The 8732 priors of SSD300: map by map, row by row, tile by tile, and within a tile ratio 1, the extra prior, then
+    the other ratios. The predictions come in the same order. Clamping limits widths and heights to 1, but does not clip
+    priors at the image's edge. See "Which priors".
 
     :param maps: dict of name -> FeatureMap
     :param last_extra_scale: scale of the extra prior on the last map, which has no next one
@@ -143,8 +132,7 @@ def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
-    """
-    Encode boxes as offsets from priors (the paper's equation 2, with the factors 10 and 5 of its authors' code). See
+    """Encode boxes as offsets from priors (the paper's equation 2, with the factors 10 and 5 of its authors' code). See
     "Predictions are relative to priors".
 
     :param cxcy: boxes in center-size coordinates, a tensor (..., 4)
@@ -156,8 +144,7 @@ def cxcy_to_gcxgcy(cxcy, priors_cxcy):
 
 
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """
-    Decode offsets from priors into boxes: the inverse of `cxcy_to_gcxgcy`.
+    """Decode offsets from priors into boxes: the inverse of `cxcy_to_gcxgcy`.
 
     :param gcxgcy: offsets, a tensor (..., 4)
     :param priors_cxcy: a prior for each offset, in center-size coordinates, (..., 4)
@@ -168,8 +155,7 @@ def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
 
 
 def decimate(tensor, m):
-    """
-    Keep every m-th value along each dimension.
+    """Keep every m-th value along each dimension.
 
     :param tensor: of any shape
     :param m: a step for each dimension; None keeps the dimension whole
@@ -181,8 +167,7 @@ def decimate(tensor, m):
 # ------------------------------------------------------------------------------------------ Non-maximum suppression
 
 def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
-    """
-    From the highest score down, keep each box unless it overlaps a kept box of its class too much: then it is
+    """From the highest score down, keep each box unless it overlaps a kept box of its class too much: then it is
     suppressed. See "Processing predictions".
 
     :param boxes_xy: boxes in fractional boundary coordinates, a tensor (n, 4)
@@ -201,11 +186,9 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
 # ------------------------------------------------------------------------------------------- Mean average precision
 
 def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map=label_map):
-    """
-    Average precision of each class, and their mean, as Pascal VOC 2007 defines them; but the width of a box is
-    x_max - x_min, without the last pixel that VOC's own code includes. See "Evaluation".
-
-    The arguments are lists with a tensor for each image. Boxes are in boundary coordinates, fractional or in pixels.
+    """Average precision of each class, and their mean, as Pascal VOC 2007 defines them; but the width of a box is
+    x_max - x_min, without the last pixel that VOC's own code includes. See "Evaluation". The arguments are lists with
+    a tensor for each image. Boxes are in boundary coordinates, fractional or in pixels.
 
     :param det_boxes: detections, (n, 4) each
     :param det_labels: (n) each; label 0, the placeholder for no detection, does not count
@@ -238,9 +221,8 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
 
 
 def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
-    """
-    Compare the detections of an image with its ground truth. Each detection belongs to the object of its class that it
-    overlaps most, if by more than 0.5. Of an object's detections, the one with the highest score is a true positive,
+    """Compare the detections of an image with its ground truth. Each detection belongs to the object of its class that
+    it overlaps most, if by more than 0.5. Of an object's detections, the one with the highest score is a true positive,
     the others are false positives, as are detections of no object. Detections of difficult objects are ignored.
 
     :param det_boxes: detections, boundary coordinates, (n, 4)
@@ -276,8 +258,7 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
 
 
 def average_precision(true_positives, n_objects):
-    """
-    Mean of the best precision at recalls of at least 0, 0.1, ... 1 (the 11-point measure of VOC 2007).
+    """Mean of the best precision at recalls of at least 0, 0.1, ... 1 (the 11-point measure of VOC 2007).
 
     :param true_positives: whether each detection of a class is a true positive, by decreasing score, a bool tensor (n)
     :param n_objects: number of objects of the class that are not difficult
@@ -295,8 +276,7 @@ def average_precision(true_positives, n_objects):
 # ------------------------------------------------------------------------------------------------- Training helpers
 
 def adjust_learning_rate(optimizer, scale):
-    """
-    For training loops of your own; train.py takes PyTorch's LambdaLR.
+    """For training loops of your own; train.py takes PyTorch's LambdaLR.
 
     :param optimizer: its learning rates are changed in place
     :param scale: the factor to multiply them by
@@ -306,8 +286,7 @@ def adjust_learning_rate(optimizer, scale):
 
 
 def clip_gradient(optimizer, max_norm):
-    """
-    Scale the gradient down to a norm of at most `max_norm`, so that one bad batch can't wreck the weights.
+    """Scale the gradient down to a norm of at most `max_norm`, so that one bad batch can't wreck the weights.
 
     :param optimizer: its parameters' gradients are changed in place
     :param max_norm: the largest norm allowed
