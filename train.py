@@ -347,6 +347,7 @@ def main():
         restore(optimizer, saved)
         if start_epoch >= epochs:
             raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
+    del saved  # frees the memory of its weights
     if process_number() == 0:
         print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
     try:

@@ -8,6 +8,8 @@ import os
 import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter
 from torchvision.models import vgg16
 
 import examples
@@ -15,10 +17,11 @@ import train
 import trained
 from datasets import collate_fn
 from model import AuxiliaryConvolutions, MultiBoxLoss, PredictionConvolutions, VGGBase, own_priors
+from photographs import photograph, rendered
 from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
 from utils import (average_precision, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
-                   find_intersection, find_jaccard_overlap, xy_to_cxcy)
+                   find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy, xy_to_cxcy)
 
 small = 11  # points: no letters are smaller
 map_colors = dict(zip(feature_maps, series))
@@ -346,57 +349,94 @@ def draw_decimation():
     return drawing
 
 
-@figure('prediction_channels.svg')
-def draw_prediction_channels():
-    """
-    Rows of four offsets, and rows of class scores, from the channels of two prediction convolutions; and what comes of
-    it without moving the channels last.
-    """
-    size, offsets = feature_maps['conv10_2'].size, ('$g_{cx}$', '$g_{cy}$', '$g_w$', '$g_h$')
-    classes = ('background', 'Platelets', 'RBC', 'WBC')
-    convolutions, last = PredictionConvolutions(n_classes=len(classes)), size * size - 1
-    drawing, axes = canvas(64)
+offset_names = ('$g_{cx}$', '$g_{cy}$', '$g_w$', '$g_h$')
+ratio_colors = {'1': series[3], 'extra 1': prior_color, '2': series[2], '3': series[5], '1/2': series[1],
+                '1/3': series[4]}  # of a tile's priors, named by their aspect ratios
 
-    def draw_row(x, y, values):
-        """Values side by side, each in the color of the tile that it comes from."""
-        fills = [tint(series[value // 100 % len(series)], 0.35) for value in values]
-        table(axes, x, y, [[str(value) for value in values]], (4.4, 2.5), [fills])
 
-    write(axes, 1, 1.8, f'conv10_2 has {size}×{size} tiles. Values are numbered 100 × tile + channel.', ha='left')
-    for y, layer, title, names in ((5.5, 'loc_conv10_2', 'rows of 4 offsets', offsets),
-                                   (31, 'cl_conv10_2', f'rows of {len(classes)} scores', classes)):
-        n_channels = getattr(convolutions, layer).out_channels
-        out = torch.arange(n_channels).view(-1, 1, 1) + 100 * torch.arange(size * size).view(size, size)  # (16, 3, 3)
-        of_tiles = out.flatten(1).tolist()  # (16, 9)
-        right, wrong = out.permute(1, 2, 0).reshape(-1, len(names)), out.reshape(-1, len(names))  # (36, 4), (36, 4)
-        write(axes, 1, y, f'{layer}: {n_channels} channels', ha='left', weight='bold')
-        for x, tile in ((18, 'tile 0'), (22.4, '1'), (28.5, str(last))):
-            write(axes, x + 2.2, y + 2.6, tile)
-        for i, channel in enumerate((0, 1, 2, 3, 4, n_channels - 1)):
-            row_y = y + 4 + 2.5 * i + 2 * (i == 5)
-            write(axes, 1, row_y + 1.2, f'prior {channel // len(names)}', ha='left')
-            write(axes, 8.2, row_y + 1.2, names[channel % len(names)], ha='left')
-            draw_row(18, row_y, of_tiles[channel][:2])
-            draw_row(28.5, row_y, of_tiles[channel][last:])
-        write(axes, 27.7, y + 10.2, '…')
-        write(axes, 22.4, y + 17.2, '…')
-        arrow(axes, (34.5, y + 10.5), (39, y + 10.5))
-        write(axes, 36.7, y + 8.5, 'channels')
-        write(axes, 36.7, y + 12.3, 'last')
-        write(axes, 42, y, title, ha='left', weight='bold')
-        for i, row in enumerate((0, 1, len(right) - 1)):
-            tile, prior = divmod(row, len(right) // (size * size))
-            row_y = y + 1.5 + 5.8 * i + 2.2 * (i == 2)
-            write(axes, 42, row_y + 1.1, f'row {row}: tile {tile}, prior {prior}', ha='left')
-            draw_row(42, row_y + 2.5, right[row].tolist())
-        write(axes, 50.8, y + 14.2, '…')
+@figure('one_tile.png')
+def draw_one_tile():
+    """One tile of conv9_2: its channels, its priors, and the box that one prior's offsets and scores make."""
+    size = feature_maps['conv9_2'].size
+    row, column = divmod(examples.tile, size)
+    priors = priors_by_map()['conv9_2'][examples.tile]  # (6, 4)
+    prior, colors = priors[examples.tile_prior], list(ratio_colors.values())  # (4)
+    decoded = gcxgcy_to_cxcy(examples.tile_offsets, prior)  # (4)
+    convolutions = PredictionConvolutions(n_classes=len(examples.tile_classes))
+    image, _ = photograph('astronaut')
+    drawing, axes = canvas(62.5)
 
-    write(axes, 1, 56.5, 'rows of 4 without moving the channels last: each mixes tiles', ha='left', weight='bold',
-          color=wrong_color)
-    for x, row in ((1, 0), (21, 1), (44, len(wrong) - 1)):
-        write(axes, x, 58.8, f'row {row}:', ha='left')
-        draw_row(x, 60.2, wrong[row].tolist())
-    write(axes, 41.4, 61.4, '…')
+    def draw_image(x, y, side):
+        """The photograph in a square with its upper left corner at (x, y)."""
+        axes.imshow(image, extent=(x, x + side, y + side, y), aspect='auto')
+
+    def draw_box(box_xy, x, y, side, color, **options):
+        """A box, fractional, on a photograph; its white edge shows it on an orange suit as well as on black."""
+        box = box_xy * side + torch.tensor([x, y] * 2)  # (4)
+        outline(axes, box, color, linewidth=2.5, zorder=3,
+                path_effects=[withStroke(linewidth=4.5, foreground=paper)], **options)
+        return box.tolist()
+
+    tile_xy = torch.tensor([column, row, column + 1, row + 1]) / size  # (4)
+    counts = [getattr(convolutions, layer).out_channels for layer in ('loc_conv9_2', 'cl_conv9_2')]
+    for x, y, title in ((1, 1.8, f'1  a tile of conv9_2 ({size}×{size})'),
+                        (33, 1.8, f'2  its {counts[0]} + {counts[1]} channels'),
+                        (1, 33.2, '3  its priors'), (33, 33.2, '4  one prior becomes a box')):
+        write(axes, x, y, title, ha='left', weight='bold', fontsize=12)
+
+    draw_image(1, 5.8, 24)
+    for i in range(size + 1):
+        axes.plot([1 + 24 * i / size] * 2, [5.8, 29.8], [1, 25], [5.8 + 24 * i / size] * 2, color=paper, linewidth=1.5)
+    draw_box(tile_xy, 1, 5.8, 24, ink, facecolor=to_rgba(paper, 0.6))
+
+    for i, name in enumerate(ratio_colors):
+        write(axes, 32.2, 7.8 + 4 * i, name, ha='right')
+    offsets = [f'{name} {value:.2f}' for name, value in zip(offset_names, examples.tile_offsets.tolist())]
+    scores = [f'{name} {value:.1f}'.replace('-', '−')
+              for name, value in zip(examples.tile_classes, examples.tile_scores.tolist())]
+    for x, layer, n_channels, texts, text_width in ((33, 'loc_conv9_2', counts[0], offsets, 7.5),
+                                                    (46.5, 'cl_conv9_2', counts[1], scores, 13)):
+        write(axes, x, 4.3, layer, ha='left')
+        height, n_values = 24 / n_channels, len(texts)
+        for channel in range(n_channels):
+            block(axes, x, 5.8 + height * channel, 2.5, height, fill=tint(colors[channel // n_values], 0.6),
+                  linewidth=0.6)
+        top = 5.8 + height * n_values * examples.tile_prior
+        table(axes, x + 4, top, [[text] for text in texts], (text_width, 2.5), [[tint(prior_color)]] * n_values)
+        axes.plot([x + 2.5, x + 4], [top, top], [x + 2.5, x + 4], [top + height * n_values, top + 2.5 * n_values],
+                  color=ink, linewidth=0.8)
+
+    draw_image(5.8, 35.5, 26)
+    draw_box(tile_xy, 5.8, 35.5, 26, ink, facecolor=to_rgba(paper, 0.6))
+    for prior_xy, color in zip(cxcy_to_xy(priors), colors):
+        draw_box(prior_xy, 5.8, 35.5, 26, color)
+
+    draw_image(33.5, 35.5, 26)
+    score, label = examples.tile_scores.softmax(dim=0).max(dim=0)
+    for box_xy, color, text, text_color in (
+            (cxcy_to_xy(prior), prior_color, list(ratio_colors)[examples.tile_prior], paper),
+            (cxcy_to_xy(decoded), prediction_color, f'{examples.tile_classes[label]} {score:.2f}', ink)):
+        x_min, y_min, _, _ = draw_box(box_xy, 33.5, 35.5, 26, color)
+        write(axes, x_min, y_min, text, ha='left', va='top', color=text_color,
+              bbox={'facecolor': color, 'edgecolor': 'none', 'pad': 2})
+    return rendered(drawing)
+
+
+@figure('permute.svg')
+def draw_permute():
+    """The row of a prior of conv9_2, made from the channels with and without moving them last."""
+    size, row = feature_maps['conv9_2'].size, len(ratio_colors) * examples.tile + examples.tile_prior
+    n_channels = PredictionConvolutions(n_classes=len(examples.tile_classes)).loc_conv9_2.out_channels
+    numbered = torch.arange(n_channels * size * size).view(n_channels, size, size)  # (24, 5, 5)
+    drawing, axes = canvas(11)
+    for x, title, rows in ((1, 'channels last', numbered.permute(1, 2, 0).reshape(-1, 4)),  # (150, 4)
+                           (34, 'channels not moved', numbered.reshape(-1, 4))):  # (150, 4)
+        write(axes, x, 2, f'row {row}, {title}', ha='left', weight='bold')
+        channels, tiles = (rows[row] // size ** 2).tolist(), (rows[row] % size ** 2).tolist()
+        for i, (channel, tile) in enumerate(zip(channels, tiles)):
+            color = list(ratio_colors.values())[channel // 4]
+            block(axes, x + 7 * i, 4, 7, 6, f'tile {tile}\n{offset_names[channel % 4]}',
+                  tint(color, 0.3 + 0.2 * (tile - tiles[0])))  # a shade for each tile
     return drawing
 
 
@@ -637,29 +677,30 @@ hard_negatives_path = os.path.join(trained.images_folder, 'hard_negatives.csv')
 
 @figure('hard_negatives.svg')
 def draw_hard_negatives():
-    """Confidence losses of a test image's background, before and after the demo's training: the hardest count."""
+    """The share of a test image's negatives' loss that the hardest have, before and after the demo's training."""
     finished, _ = trained.detector()
     _, unfinished, _ = trained.start()
-    drawing, axes = charts(38)
+    drawing, axes = charts(36)
     rows = []
-    for state, model in (('before', unfinished), ('after', finished)):
+    for state, model, color, text_at in (('before', unfinished, faint, (0.2, 0.06)),
+                                         ('after', finished, prediction_color, (0.2, 0.34))):
         positives, negatives = confidence_losses(model)
         n_hard = MultiBoxLoss(model.priors_cxcy).neg_pos_ratio * len(positives)
         parts = positives, negatives[:n_hard], negatives[n_hard:]
         rows.append((state, *map(len, parts), *(round(part.sum().item(), 1) for part in parts)))
+        shares = negatives.cumsum(dim=0) / negatives.sum()  # (n_negatives)
         ranks = torch.arange(1, len(negatives) + 1)
-        axes.loglog(ranks, negatives, color=faint)
-        axes.loglog(ranks[:n_hard], negatives[:n_hard], color=wrong_color, linewidth=4)
-        axes.text(700, 1.3 * negatives[700], f'{state} training', fontsize=small, va='bottom')
-    texts = [('losses added up', 'before', 'after')]
-    texts += [(f'{n} {name}', f'{before:.0f}', f'{after:.0f}') for n, name, before, after in
-              zip(rows[0][1:4], ('positive priors', 'hard negatives', 'others, ignored'), rows[0][4:], rows[1][4:])]
-    for i, row in enumerate(texts):
-        for x, text, side in zip((0.02, 0.5, 0.62), row, ('left', 'right', 'right')):
-            axes.text(x, 0.31 - 0.09 * i, text, transform=axes.transAxes, ha=side, fontsize=small,
-                      color=wrong_color if 'hard' in row[0] else ink)
-    axes.set(xlabel='background priors, the hardest first', ylabel='confidence loss', ylim=(2e-7, 5))
-    axes.xaxis.set_major_formatter('{x:.0f}')
+        axes.plot(ranks, shares, color=color, linewidth=2.5)
+        axes.plot(n_hard, shares[n_hard - 1], 'o', color=color, markersize=9, markeredgecolor=ink, zorder=3)
+        axes.annotate(f'{state} training: {shares[n_hard - 1]:.0%}', (n_hard, shares[n_hard - 1]),
+                      (text_at[0] * len(negatives), text_at[1]), va='center', weight='bold',
+                      arrowprops={'arrowstyle': '-', 'color': ink, 'linewidth': 1, 'shrinkB': 6})
+    axes.axvline(n_hard, color=ink, linewidth=1, linestyle='--')
+    axes.text(n_hard, 1.04, f'the cut: {n_hard} of {len(negatives)}, {n_hard / len(negatives):.0%}', fontsize=small,
+              va='bottom')
+    axes.set(xlabel='negatives kept, the hardest first', ylabel="share of the negatives' loss",
+             xlim=(0, len(negatives)), ylim=(0, 1.03), xticks=(0, 2000, 4000, 6000, len(negatives)))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     trained.write_table(hard_negatives_path, ('training', 'positives', 'hard_negatives', 'ignored', 'positive_loss',
                                               'hard_loss', 'ignored_loss'), rows)
     return drawing

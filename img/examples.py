@@ -16,6 +16,13 @@ jaccard_boxes = torch.tensor([[0., 0., 4., 3.], [2., 1., 6., 4.]])
 offset_object = torch.tensor([0.52, 0.47, 0.30, 0.20])
 offset_prior = torch.tensor([0.50, 0.50, 0.20, 0.20])
 
+# Prediction convolutions: a tile of conv9_2 and the one of its six priors that has to find the person in scikit-image's
+# photograph of an astronaut; the offsets lead to the person's box, the scores are made up
+tile, tile_prior = 11, 1  # both counted from 0
+tile_offsets = torch.tensor([1.19, 0.19, 0.31, 2.18])
+tile_classes = ('background', 'person', 'rocket', 'helmet')
+tile_scores = torch.tensor([0.5, 4.0, -1.0, 1.0])
+
 # Average precision: whether each detection of a class, by decreasing score, is a true positive; the number of objects
 true_positives = torch.tensor([True, True, False, True, False, False, True, False])
 n_objects = 5

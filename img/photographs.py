@@ -14,19 +14,20 @@ import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from PIL import Image
+from matplotlib.patheffects import withStroke
+from PIL import Image, ImageColor
 from skimage import data
 
 import examples
 from datasets import centers_inside, crop_window, draw_window, expand_window, photometric_distort, transform
-from detect import draw_objects, find_objects, min_score
+from detect import find_objects, min_score
 from files import open_image
 from model import MultiBoxLoss
 from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
                    wrong_color)
 from trained import detector, images_folder, snapshots, test_set, write_table
-from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy,
-                   make_color_map, mean, non_maximum_suppression, std, xy_to_cxcy)
+from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, feature_maps, find_intersection,
+                   find_jaccard_overlap, gcxgcy_to_cxcy, mean, non_maximum_suppression, std, xy_to_cxcy)
 
 # The objects of scikit-image's photographs, in boundary coordinates in pixels
 objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 290), 'helmet': (277, 344, 512, 512)},
@@ -35,6 +36,7 @@ objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 2
            'chelsea': {}}
 letters = 11  # points, of the text in figures
 dashes = (0, (4, 3))  # of lines: four line widths on, three off
+bright = ('#56c8ff', '#ffc020', '#ff4f8b')  # a color for each of the demo's classes, on dark images
 
 
 # ------------------------------------------------------------------------------------------------------------ Tools
@@ -57,26 +59,28 @@ def fractional(boxes, image):
     return torch.as_tensor(boxes) / torch.tensor(image.size * 2)
 
 
-def panels(rows, columns, height, row_heights=None):
+def panels(rows, columns, height, row_heights=None, column_widths=None):
     """
     :param height: of the figure, in inches
     :param row_heights: of the rows, in proportion to each other
+    :param column_widths: of the columns, likewise
     :return: a figure, and its axes as a flat list
     """
     fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout='constrained', squeeze=False,
-                             height_ratios=row_heights)
+                             height_ratios=row_heights, width_ratios=column_widths)
     return fig, list(axes.flat)
 
 
-def show(ax, image, title='', margin=0.):
+def show(ax, image, title='', window=(0, 0, 1, 1)):
     """
     Draw an image.
 
     :param image: a PIL image
-    :param margin: white space around it, as a fraction of its size
+    :param window: the part to show, fractional boundary coordinates; white where it reaches over the image's edge
     """
+    x_min, y_min, x_max, y_max = window
     ax.imshow(image, extent=(0, 1, 1, 0), aspect=image.height / image.width)
-    ax.set(xlim=(-margin, 1 + margin), ylim=(1 + margin, -margin))
+    ax.set(xlim=(x_min, x_max), ylim=(y_max, y_min))
     ax.axis('off')
     ax.set_title(title, fontsize=12, pad=5)
 
@@ -86,8 +90,8 @@ def outline(ax, box, color, text='', at='top left', **options):
     Draw a box.
 
     :param box: fractional boundary coordinates
-    :param text: written on a plate of the box's color in one of its corners
-    :param at: that corner
+    :param text: written on a plate of the box's color in one of its corners, or above or below the box
+    :param at: where: 'top', 'bottom', 'above' or 'below', and 'left' or 'right'
     :param options: of matplotlib's Rectangle
     """
     x_min, y_min, x_max, y_max = map(float, box)
@@ -95,8 +99,8 @@ def outline(ax, box, color, text='', at='top left', **options):
     ax.add_patch(Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, fill=False, edgecolor=color, **options))
     if text:
         vertical, horizontal = at.split()
-        write(ax, x_min if horizontal == 'left' else x_max, y_min if vertical == 'top' else y_max, text, color,
-              ha=horizontal, va=vertical)
+        write(ax, x_min if horizontal == 'left' else x_max, y_min if vertical in ('top', 'above') else y_max, text,
+              color, ha=horizontal, va='top' if vertical in ('top', 'below') else 'bottom')
 
 
 def outline_all(ax, boxes, color, **options):
@@ -106,9 +110,10 @@ def outline_all(ax, boxes, color, **options):
 
 
 def write(ax, x, y, text, color, **options):
-    """Write on a plate of a color."""
+    """Write on a plate of a color, in dark letters if it is bright."""
     options = {'ha': 'left', 'va': 'top'} | options
-    ax.text(x, y, text, color=paper, fontsize=letters, zorder=5,
+    on_plate = paper if ImageColor.getcolor(color, 'L') < 128 else ink
+    ax.text(x, y, text, color=on_plate, fontsize=letters, zorder=5,
             bbox={'facecolor': color, 'edgecolor': 'none', 'pad': 1.5}, **options)
 
 
@@ -134,8 +139,8 @@ def class_colors():
     """
     :return: dict of label -> color for the demo's classes
     """
-    colors = make_color_map(detector()[1])
-    return {label: colors[label] for label in colors if label != 'background'}
+    _, label_map = detector()
+    return dict(zip([label for label in label_map if label != 'background'], bright))
 
 
 def rendered(fig):
@@ -162,23 +167,48 @@ def vary(image, boxes, rng):
 
 # ------------------------------------------------------------------------------------------------------- Detections
 
-found_in = (7, 49, 60, 41)  # test images with many objects
+found_in = (49, 57, 2)  # test images with many objects
 decoded = 71  # a test image, whose predictions become detections
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
 
 
+def beside(box, taken, w, h):
+    """
+    Look for a place for a text: above, below or beside a box, where it covers least.
+
+    :param box: fractional boundary coordinates, (4)
+    :param taken: what the text should not cover, fractional boundary coordinates, (n, 4)
+    :param w: the text's width, as a fraction of the image's
+    :param h: its height, likewise
+    :return: its place, fractional boundary coordinates, (4)
+    """
+    x_min, y_min, x_max, y_max = box.tolist()
+    corners = ((x_min, y_min - h), (x_max - w, y_min - h), (x_min, y_max), (x_max - w, y_max),
+               (x_max, y_min), (x_min - w, y_min))
+    places = torch.tensor([(x, y, x + w, y + h) for x, y in corners])  # (6, 4)
+    covered = find_intersection(places, taken).sum(dim=1)  # (6)
+    inside = find_intersection(places, torch.tensor([[0., 0., 1., 1.]])).squeeze(1)  # (6)
+    return places[(covered - inside).argmin()]
+
+
 @figure('detections.png')
 def draw_detections():
-    """What the demo's detector finds in four of the test images, as detect.py does."""
+    """What the demo's detector finds in three of the test images, as detect.py does."""
     colors = class_colors()
-    fig, axes = panels(2, 2, 6.6)
-    for ax, i in zip(axes, found_in):
-        image = open_image(test_set().images[i])
+    images = [open_image(test_set().images[i]) for i in found_in]
+    ratios = [image.width / image.height for image in images]
+    fig, axes = panels(1, len(images), width / sum(ratios) + 0.32, column_widths=ratios)
+    for ax, image, ratio in zip(axes, images, ratios):
         show(ax, image)
-        for label, score, box in find_objects([image], min_score, 0.45, 200, *detector())[0]:
-            x_min, y_min, x_max, y_max = fractional(box, image).tolist()
-            outline(ax, (x_min, y_min, x_max, y_max), colors[label], linewidth=1.5)
-            ax.text(x_min, y_min - 0.005, f'{score:.2f}', color=colors[label], va='bottom', in_layout=False)
+        found = find_objects([image], min_score, 0.45, 200, *detector())[0]
+        taken = fractional([box for _, _, box in found], image)  # (n, 4)
+        height = width / sum(ratios)  # of the image, in inches
+        for label, score, box in found:
+            outline(ax, fractional(box, image), colors[label], linewidth=1.5)
+            place = beside(fractional(box, image), taken, 0.34 / (height * ratio), 0.14 / height)
+            taken = torch.cat([taken, place.unsqueeze(0)])
+            ax.text(*xy_to_cxcy(place)[:2], f'{score:.2f}', color=colors[label], fontsize=letters, ha='center',
+                    va='center_baseline', in_layout=False, zorder=5, path_effects=[withStroke(linewidth=2, foreground=ink)])
     legend(fig, colors)
     return rendered(fig)
 
@@ -269,14 +299,13 @@ def priors_by_map():
 def draw_priors():
     """For each feature map the priors of one of its tiles; they may reach over the image's edge."""
     image, _ = photograph('astronaut')
-    fig, axes = panels(2, 3, 4)
+    fig, axes = panels(2, 3, 4.5)
     for ax, (name, priors), color in zip(axes, priors_by_map().items(), series):
         size = len(priors)
-        row, column = size // 2, int(0.7 * size)
-        show(ax, image, f'{name}: scale {feature_maps[name].scale:g}')
-        ax.set(xlim=(-0.03, 1.36), ylim=(1.03, -0.03))
+        row, column = size // 2, int(0.7 * size) if size >= 10 else size // 2
+        show(ax, image, f'{name}: scale {feature_maps[name].scale:g}', (-0.02, -0.02, 1.08, 1.02))
         ax.add_patch(Rectangle((column / size, row / size), 1 / size, 1 / size, color=paper, alpha=0.6))
-        outline_all(ax, cxcy_to_xy(priors[row, column]), color, linewidth=1.2 if size > 10 else 2)
+        outline_all(ax, cxcy_to_xy(priors[row, column]), color, linewidth=1 if size > 10 else 1.5)
     return rendered(fig)
 
 
@@ -318,21 +347,36 @@ def draw_offsets():
 
 # ------------------------------------------------------------------------------- Matching, decoding and suppression
 
+def around(boxes, image, ratio):
+    """
+    :param boxes: fractional boundary coordinates, (n, 4)
+    :param image: a PIL image
+    :param ratio: width to height, in pixels
+    :return: the smallest window of this ratio around all of them, and a little more
+    """
+    low, high = boxes[:, :2].min(dim=0).values, boxes[:, 2:].max(dim=0).values  # (2), (2)
+    c_x, c_y, w, h = xy_to_cxcy(torch.cat([low, high])).tolist()
+    w, h = w * image.width, h * image.height  # in pixels
+    w, h = 1.04 * max(w, h * ratio), 1.04 * max(h, w / ratio)
+    return cxcy_to_xy(torch.tensor([c_x, c_y, w / image.width, h / image.height])).tolist()
+
+
 @figure('matching.png')
 def draw_matching():
     """The priors that are to find each object of two photographs."""
     criterion = MultiBoxLoss(create_prior_boxes())
     priors_xy = cxcy_to_xy(criterion.priors_cxcy)  # (8732, 4)
-    fig, axes = panels(2, 3, 4.15, row_heights=(1.34, 1))
-    for name, row in (('astronaut', axes[:3]), ('coffee', axes[3:])):
+    ratios = (1.05, 1.25)  # of the windows in each row, width to height
+    fig, axes = panels(2, 3, 4.6, row_heights=[1 / ratio for ratio in ratios])
+    for name, row, ratio in zip(('astronaut', 'coffee'), (axes[:3], axes[3:]), ratios):
         image, boxes = photograph(name)
         boxes = fractional(boxes, image)
         _, matched = criterion.match([boxes], [torch.arange(1, 4)])  # (1, 8732)
         for i, (ax, label, box) in enumerate(zip(row, objects[name], boxes), 1):
             positive = priors_xy[matched[0] == i]
-            show(ax, image, f'{label}: {len(positive)} priors', margin=0.2)
+            show(ax, image, f'{label}: {len(positive)} priors', around(positive, image, ratio))
             outline_all(ax, positive, prior_color, linewidth=1)
-            outline(ax, box, object_color, linewidth=2.5)
+            outline(ax, box, object_color, linewidth=3)
     return rendered(fig)
 
 
@@ -342,7 +386,7 @@ def draw_decoding():
     model, label_map = detector()
     image, normalized = open_image(test_set().images[decoded]), test_set()[decoded][0]
     image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
-    colors = list(make_color_map(label_map).values())
+    colors = list(class_colors().values())
     with torch.no_grad():
         locs, scores = model(normalized.unsqueeze(0))  # (1, 8732, 4), (1, 8732, n_classes)
     boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, model.priors_cxcy))[0]  # (8732, 4)
@@ -351,15 +395,17 @@ def draw_decoding():
 
     fig, axes = panels(2, 2, 6)
     show(axes[0], image, f'every hundredth of {len(boxes)} boxes')
-    for box, label in zip(boxes[::100], labels[::100] + 1):
+    for box, label in zip(boxes[::100], labels[::100]):
         outline(axes[0], box, colors[label], linewidth=0.8)
     for ax, threshold in zip(axes[1:3], (0.1, min_score)):
         found, labels = (scores > threshold).nonzero(as_tuple=True)  # (n), (n)
         show(ax, image, f'{len(found)} scores above {threshold}')
-        for box, label in zip(boxes[found], labels + 1):
+        for box, label in zip(boxes[found], labels):
             outline(ax, box, colors[label], linewidth=0.8)
     detections = find_objects([image], min_score, 0.45, 200, model, label_map)[0]
-    show(axes[3], draw_objects(image, detections, label_map), f'{len(detections)} after suppression')
+    show(axes[3], image, f'{len(detections)} after suppression')
+    for label, score, box in detections:
+        outline(axes[3], fractional(box, image), class_colors()[label], f'{label} {score:.2f}', 'above left')
     return rendered(fig)
 
 
@@ -372,14 +418,16 @@ def draw_nms():
     max_overlap = 0.45
     kept = non_maximum_suppression(boxes, scores, groups, max_overlap).tolist()
     names = [f'{label} {score:.2f}' for label, score in zip(labels, scores)]
-    corners = ('bottom left', 'bottom left', 'bottom left', 'top right', 'bottom right', 'bottom right')
+    of_class = {'person': series[0], 'rocket': series[3], 'helmet': series[4]}
+    colors = [of_class[label] for label in labels]
+    corners = ('bottom left', 'bottom left', 'bottom left', 'below right', 'below right', 'bottom right')
 
     fig, axes = panels(2, 2, 6.8)
     for ax, title in zip(axes, (f'{len(boxes)} detections', f'Best: {names[kept[0]]}', f'Next: {names[kept[1]]}',
                                 f'{len(kept)} are left')):
         show(ax, image, title)
-    for box, name, corner in zip(boxes, names, corners):
-        outline(axes[0], box, prediction_color, name, corner)
+    for box, color, name, corner in zip(boxes, colors, names, corners):
+        outline(axes[0], box, color, name, corner)
     left = set(range(len(boxes)))
     for ax, best in zip(axes[1:3], kept):
         overlaps = find_jaccard_overlap(boxes[best:best + 1], boxes)[0]  # (6)
@@ -388,12 +436,12 @@ def draw_nms():
             if groups[i] != groups[best]:
                 outline(ax, boxes[i], faint, linewidth=1.5)
             else:
-                color, style = (wrong_color, dashes) if i in suppressed else (prediction_color, '-')
-                outline(ax, boxes[i], color, f'overlap {overlaps[i]:.2f}', corners[i], linestyle=style)
-        outline(ax, boxes[best], prediction_color, names[best], corners[best], linewidth=4)
+                outline(ax, boxes[i], colors[i], f'overlap {overlaps[i]:.2f}', corners[i],
+                        linestyle=dashes if i in suppressed else '-')
+        outline(ax, boxes[best], colors[best], names[best], corners[best], linewidth=4)
         left -= suppressed
     for i in kept:
-        outline(axes[3], boxes[i], prediction_color, names[i], corners[i])
+        outline(axes[3], boxes[i], colors[i], names[i], corners[i])
     return rendered(fig)
 
 

@@ -6,8 +6,9 @@ matplotlib.use('Agg')  # draws into files, without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 paper, ink, faint = 'white', '#1f2328', '#8a8f98'  # background, text and outlines, what does not matter
-object_color, prior_color, prediction_color, wrong_color = '#1a9850', '#2f6fdf', '#e8710a', '#d62839'
-series = ('#2f6fdf', '#e8710a', '#1a9850', '#b5179e', '#d4a017', '#0e9aa7')  # one for each of the six feature maps
+# Chosen so that color-blind readers can tell them apart, as in a simulation (Machado et al., 2009).
+object_color, prior_color, prediction_color, wrong_color = '#12b886', '#2f6fdf', '#f59f00', '#a3123a'
+series = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')  # one for each of the six feature maps
 width = 6.4  # inches, drawn as wide as the text: with letters of 12 points still legible on a phone
 
 plt.rcParams.update({
