@@ -40,6 +40,9 @@ def run(main):
     """
     try:
         main()
+    except (EOFError, ConnectionError):  # from the data loader, if its worker died while it was passing on images
+        sys.exit('Error: a worker that loads images was killed, perhaps for lack of memory: lower workers or '
+                 'batch_size, and in a container raise its shared memory (--shm-size)')
     except (UserError, OSError) as error:
         # From a worker of a data loader, the message is a whole traceback, whose last line is ours.
         line = (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -349,22 +349,23 @@ def draw_decimation():
     return drawing
 
 
-offset_names = ('$g_{cx}$', '$g_{cy}$', '$g_w$', '$g_h$')
-ratio_colors = {'1': series[3], 'extra 1': prior_color, '2': series[2], '3': series[5], '1/2': series[1],
-                '1/3': series[4]}  # of a tile's priors, named by their aspect ratios
-
-
 @figure('one_tile.png')
 def draw_one_tile():
-    """One tile of conv9_2: its channels, its priors, and the box that one prior's offsets and scores make."""
+    """
+    One tile of conv9_2: its channels, its priors, the box that one prior's offsets and scores make, and the prior's row
+    of offsets, with and without moving the channels last.
+    """
     size = feature_maps['conv9_2'].size
     row, column = divmod(examples.tile, size)
     priors = priors_by_map()['conv9_2'][examples.tile]  # (6, 4)
-    prior, colors = priors[examples.tile_prior], list(ratio_colors.values())  # (4)
+    prior, prior_row = priors[examples.tile_prior], len(priors) * examples.tile + examples.tile_prior  # (4)
+    ratios = '1', 'extra 1', '2', '3', '1/2', '1/3'
+    colors = series[3], prior_color, series[2], series[5], series[1], series[4]
+    offset_names = '$g_{cx}$', '$g_{cy}$', '$g_w$', '$g_h$'
     decoded = gcxgcy_to_cxcy(examples.tile_offsets, prior)  # (4)
     convolutions = PredictionConvolutions(n_classes=len(examples.tile_classes))
     image, _ = photograph('astronaut')
-    drawing, axes = canvas(62.5)
+    drawing, axes = canvas(74.5)
 
     def draw_image(x, y, side):
         """The photograph in a square with its upper left corner at (x, y)."""
@@ -381,7 +382,8 @@ def draw_one_tile():
     counts = [getattr(convolutions, layer).out_channels for layer in ('loc_conv9_2', 'cl_conv9_2')]
     for x, y, title in ((1, 1.8, f'1  a tile of conv9_2 ({size}×{size})'),
                         (33, 1.8, f'2  its {counts[0]} + {counts[1]} channels'),
-                        (1, 33.2, '3  its priors'), (33, 33.2, '4  one prior becomes a box')):
+                        (1, 33.2, '3  its priors'), (33, 33.2, '4  one prior becomes a box'),
+                        (1, 65, f'5  row {prior_row}, channels last'), (33, 65, f'6  row {prior_row}, not moved')):
         write(axes, x, y, title, ha='left', weight='bold', fontsize=12)
 
     draw_image(1, 5.8, 24)
@@ -389,7 +391,7 @@ def draw_one_tile():
         axes.plot([1 + 24 * i / size] * 2, [5.8, 29.8], [1, 25], [5.8 + 24 * i / size] * 2, color=paper, linewidth=1.5)
     draw_box(tile_xy, 1, 5.8, 24, ink, facecolor=to_rgba(paper, 0.6))
 
-    for i, name in enumerate(ratio_colors):
+    for i, name in enumerate(ratios):
         write(axes, 32.2, 7.8 + 4 * i, name, ha='right')
     offsets = [f'{name} {value:.2f}' for name, value in zip(offset_names, examples.tile_offsets.tolist())]
     scores = [f'{name} {value:.1f}'.replace('-', '−')
@@ -414,30 +416,19 @@ def draw_one_tile():
     draw_image(33.5, 35.5, 26)
     score, label = examples.tile_scores.softmax(dim=0).max(dim=0)
     for box_xy, color, text, text_color in (
-            (cxcy_to_xy(prior), prior_color, list(ratio_colors)[examples.tile_prior], paper),
+            (cxcy_to_xy(prior), prior_color, ratios[examples.tile_prior], paper),
             (cxcy_to_xy(decoded), prediction_color, f'{examples.tile_classes[label]} {score:.2f}', ink)):
         x_min, y_min, _, _ = draw_box(box_xy, 33.5, 35.5, 26, color)
-        write(axes, x_min, y_min, text, ha='left', va='top', color=text_color,
+        write(axes, x_min, y_min, text, ha='left', va='top', color=text_color, zorder=4,
               bbox={'facecolor': color, 'edgecolor': 'none', 'pad': 2})
-    return rendered(drawing)
 
-
-@figure('permute.svg')
-def draw_permute():
-    """The row of a prior of conv9_2, made from the channels with and without moving them last."""
-    size, row = feature_maps['conv9_2'].size, len(ratio_colors) * examples.tile + examples.tile_prior
-    n_channels = PredictionConvolutions(n_classes=len(examples.tile_classes)).loc_conv9_2.out_channels
-    numbered = torch.arange(n_channels * size * size).view(n_channels, size, size)  # (24, 5, 5)
-    drawing, axes = canvas(11)
-    for x, title, rows in ((1, 'channels last', numbered.permute(1, 2, 0).reshape(-1, 4)),  # (150, 4)
-                           (34, 'channels not moved', numbered.reshape(-1, 4))):  # (150, 4)
-        write(axes, x, 2, f'row {row}, {title}', ha='left', weight='bold')
-        channels, tiles = (rows[row] // size ** 2).tolist(), (rows[row] % size ** 2).tolist()
+    numbered = torch.arange(counts[0] * size ** 2).view(counts[0], size, size)  # (24, 5, 5)
+    for x, rows in ((1, numbered.permute(1, 2, 0).reshape(-1, 4)), (33, numbered.reshape(-1, 4))):  # (150, 4)
+        channels, tiles = (rows[prior_row] // size ** 2).tolist(), (rows[prior_row] % size ** 2).tolist()
         for i, (channel, tile) in enumerate(zip(channels, tiles)):
-            color = list(ratio_colors.values())[channel // 4]
-            block(axes, x + 7 * i, 4, 7, 6, f'tile {tile}\n{offset_names[channel % 4]}',
-                  tint(color, 0.3 + 0.2 * (tile - tiles[0])))  # a shade for each tile
-    return drawing
+            block(axes, x + 7 * i, 67.5, 7, 6, f'tile {tile}\n{offset_names[channel % 4]}',
+                  tint(colors[channel // 4], 0.3 + 0.2 * (tile - tiles[0])))  # a shade for each tile
+    return rendered(drawing)
 
 
 @figure('receptive_fields.svg')
@@ -682,8 +673,8 @@ def draw_hard_negatives():
     _, unfinished, _ = trained.start()
     drawing, axes = charts(36)
     rows = []
-    for state, model, color, text_at in (('before', unfinished, faint, (0.2, 0.06)),
-                                         ('after', finished, prediction_color, (0.2, 0.34))):
+    for state, model, color, named_at in (('before', unfinished, faint, 4000),
+                                          ('after', finished, prediction_color, 1500)):
         positives, negatives = confidence_losses(model)
         n_hard = MultiBoxLoss(model.priors_cxcy).neg_pos_ratio * len(positives)
         parts = positives, negatives[:n_hard], negatives[n_hard:]
@@ -692,14 +683,14 @@ def draw_hard_negatives():
         ranks = torch.arange(1, len(negatives) + 1)
         axes.plot(ranks, shares, color=color, linewidth=2.5)
         axes.plot(n_hard, shares[n_hard - 1], 'o', color=color, markersize=9, markeredgecolor=ink, zorder=3)
-        axes.annotate(f'{state} training: {shares[n_hard - 1]:.0%}', (n_hard, shares[n_hard - 1]),
-                      (text_at[0] * len(negatives), text_at[1]), va='center', weight='bold',
-                      arrowprops={'arrowstyle': '-', 'color': ink, 'linewidth': 1, 'shrinkB': 6})
+        axes.annotate(f'{shares[n_hard - 1]:.0%}', (n_hard, shares[n_hard - 1]), (10, -4), textcoords='offset points',
+                      va='center', fontsize=14, weight='bold')
+        axes.text(named_at + 200, shares[named_at], f'{state} training', va='top')
     axes.axvline(n_hard, color=ink, linewidth=1, linestyle='--')
     axes.text(n_hard, 1.04, f'the cut: {n_hard} of {len(negatives)}, {n_hard / len(negatives):.0%}', fontsize=small,
               va='bottom')
     axes.set(xlabel='negatives kept, the hardest first', ylabel="share of the negatives' loss",
-             xlim=(0, len(negatives)), ylim=(0, 1.03), xticks=(0, 2000, 4000, 6000, len(negatives)))
+             xlim=(0, len(negatives)), ylim=(-0.06, 1.03), xticks=(0, 2000, 4000, 6000, len(negatives)))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     trained.write_table(hard_negatives_path, ('training', 'positives', 'hard_negatives', 'ignored', 'positive_loss',
                                               'hard_loss', 'ignored_loss'), rows)
@@ -766,10 +757,11 @@ def draw_average_precision():
     best = precisions.where(reached, 0).max(dim=1).values  # (11)
     chart.step(tenths / 10, best, color=prediction_color, linewidth=1, linestyle='--')
     chart.plot(recalls, precisions, color=faint, linewidth=1)
-    chart.scatter(recalls, precisions, 45, colors, zorder=3)
+    for marker, drawn, color in (('o', true_positives, object_color), ('X', ~true_positives, wrong_color)):
+        chart.plot(recalls[drawn], precisions[drawn], marker, color=color, markersize=7, zorder=3)
     chart.plot(tenths / 10, best, 'o', color=prediction_color, markersize=13, markerfacecolor='none', markeredgewidth=2)
-    chart.text(0.02, 0.2, f'circles: best precision at this recall\nor beyond, 0 if there is none\n\n'
-               f'AP, the mean of the 11 circles: {average_precision(true_positives, n_objects):.3f}', fontsize=small,
-               va='center')
+    chart.text(0.02, 0.2, f'open circles: best precision at this recall\nor beyond, 0 if there is none\n\n'
+               f'AP, the mean of the 11 open circles: {average_precision(true_positives, n_objects):.3f}',
+               fontsize=small, va='center')
     chart.set(xlabel='recall', ylabel='precision', xlim=(-0.03, 1.03), ylim=(-0.06, 1.1), xticks=tenths / 10)
     return drawing

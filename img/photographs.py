@@ -132,7 +132,7 @@ def legend(fig, colors, **options):
     :param options: of matplotlib's legend
     """
     lines = [Line2D([], [], color=color) for color in colors.values()]
-    fig.legend(lines, list(colors), loc='outside lower center', ncols=len(lines), **options)
+    fig.legend(lines, list(colors), loc='outside lower center', ncols=len(lines), borderaxespad=0, **options)
 
 
 def class_colors():
@@ -168,7 +168,7 @@ def vary(image, boxes, rng):
 # ------------------------------------------------------------------------------------------------------- Detections
 
 found_in = (49, 57, 2)  # test images with many objects
-decoded = 71  # a test image, whose predictions become detections
+decoded = 53  # a test image, whose predictions become detections
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
 
 
@@ -197,18 +197,18 @@ def draw_detections():
     colors = class_colors()
     images = [open_image(test_set().images[i]) for i in found_in]
     ratios = [image.width / image.height for image in images]
-    fig, axes = panels(1, len(images), width / sum(ratios) + 0.32, column_widths=ratios)
+    height = width / sum(ratios)  # of the images, in inches
+    fig, axes = panels(1, len(images), height + 0.36, column_widths=ratios)
     for ax, image, ratio in zip(axes, images, ratios):
         show(ax, image)
         found = find_objects([image], min_score, 0.45, 200, *detector())[0]
-        taken = fractional([box for _, _, box in found], image)  # (n, 4)
-        height = width / sum(ratios)  # of the image, in inches
+        taken = fractional([box for _, _, box in found], image)  # (n, 4), and the scores written so far
         for label, score, box in found:
             outline(ax, fractional(box, image), colors[label], linewidth=1.5)
             place = beside(fractional(box, image), taken, 0.34 / (height * ratio), 0.14 / height)
             taken = torch.cat([taken, place.unsqueeze(0)])
-            ax.text(*xy_to_cxcy(place)[:2], f'{score:.2f}', color=colors[label], fontsize=letters, ha='center',
-                    va='center_baseline', in_layout=False, zorder=5, path_effects=[withStroke(linewidth=2, foreground=ink)])
+            ax.text(*xy_to_cxcy(place)[:2], f'{score:.2f}', color=paper, fontsize=letters, ha='center', va='center',
+                    in_layout=False, zorder=5, path_effects=[withStroke(linewidth=2, foreground=ink)])
     legend(fig, colors)
     return rendered(fig)
 
@@ -299,12 +299,14 @@ def priors_by_map():
 def draw_priors():
     """For each feature map the priors of one of its tiles; they may reach over the image's edge."""
     image, _ = photograph('astronaut')
-    fig, axes = panels(2, 3, 4.5)
+    image = Image.blend(image, Image.new('RGB', image.size, paper), 0.4)  # pale, so that thin lines stand out
+    fig, axes = panels(2, 3, 4.4)
     for ax, (name, priors), color in zip(axes, priors_by_map().items(), series):
         size = len(priors)
-        row, column = size // 2, int(0.7 * size) if size >= 10 else size // 2
+        row, column = size // 2, size // 2 if size < 10 else int(0.7 * size)  # large priors in the middle
         show(ax, image, f'{name}: scale {feature_maps[name].scale:g}', (-0.02, -0.02, 1.08, 1.02))
-        ax.add_patch(Rectangle((column / size, row / size), 1 / size, 1 / size, color=paper, alpha=0.6))
+        ax.add_patch(Rectangle((column / size, row / size), 1 / size, 1 / size, facecolor=paper, edgecolor=ink,
+                               alpha=0.6))
         outline_all(ax, cxcy_to_xy(priors[row, column]), color, linewidth=1 if size > 10 else 1.5)
     return rendered(fig)
 
@@ -367,7 +369,7 @@ def draw_matching():
     criterion = MultiBoxLoss(create_prior_boxes())
     priors_xy = cxcy_to_xy(criterion.priors_cxcy)  # (8732, 4)
     ratios = (1.05, 1.25)  # of the windows in each row, width to height
-    fig, axes = panels(2, 3, 4.6, row_heights=[1 / ratio for ratio in ratios])
+    fig, axes = panels(2, 3, 4.4, row_heights=[1 / ratio for ratio in ratios])
     for name, row, ratio in zip(('astronaut', 'coffee'), (axes[:3], axes[3:]), ratios):
         image, boxes = photograph(name)
         boxes = fractional(boxes, image)
@@ -385,7 +387,6 @@ def draw_decoding():
     """From predictions to detections in a test image of the demo."""
     model, label_map = detector()
     image, normalized = open_image(test_set().images[decoded]), test_set()[decoded][0]
-    image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
     colors = list(class_colors().values())
     with torch.no_grad():
         locs, scores = model(normalized.unsqueeze(0))  # (1, 8732, 4), (1, 8732, n_classes)
@@ -393,7 +394,7 @@ def draw_decoding():
     scores = scores.softmax(dim=2)[0, :, 1:]  # (8732, n_classes - 1)
     best, labels = scores.max(dim=1)  # (8732), (8732)
 
-    fig, axes = panels(2, 2, 6)
+    fig, axes = panels(2, 2, 6.2)
     show(axes[0], image, f'every hundredth of {len(boxes)} boxes')
     for box, label in zip(boxes[::100], labels[::100]):
         outline(axes[0], box, colors[label], linewidth=0.8)
@@ -405,7 +406,8 @@ def draw_decoding():
     detections = find_objects([image], min_score, 0.45, 200, model, label_map)[0]
     show(axes[3], image, f'{len(detections)} after suppression')
     for label, score, box in detections:
-        outline(axes[3], fractional(box, image), class_colors()[label], f'{label} {score:.2f}', 'above left')
+        outline(axes[3], fractional(box, image), class_colors()[label], f'{score:.2f}', 'above left', linewidth=1.5)
+    legend(fig, class_colors())
     return rendered(fig)
 
 
@@ -418,7 +420,7 @@ def draw_nms():
     max_overlap = 0.45
     kept = non_maximum_suppression(boxes, scores, groups, max_overlap).tolist()
     names = [f'{label} {score:.2f}' for label, score in zip(labels, scores)]
-    of_class = {'person': series[0], 'rocket': series[3], 'helmet': series[4]}
+    of_class = {'person': series[0], 'rocket': series[2], 'helmet': series[4]}
     colors = [of_class[label] for label in labels]
     corners = ('bottom left', 'bottom left', 'bottom left', 'below right', 'below right', 'bottom right')
 
@@ -434,7 +436,7 @@ def draw_nms():
         suppressed = {i for i in left if groups[i] == groups[best] and overlaps[i] > max_overlap} - {best}
         for i in left - {best}:
             if groups[i] != groups[best]:
-                outline(ax, boxes[i], faint, linewidth=1.5)
+                outline(ax, boxes[i], faint, linewidth=1)
             else:
                 outline(ax, boxes[i], colors[i], f'overlap {overlaps[i]:.2f}', corners[i],
                         linestyle=dashes if i in suppressed else '-')

@@ -74,6 +74,8 @@ def test_errors_in_workers_keep_their_lines(workers):
     (RuntimeError('Connection closed by peer [127.0.0.1]:1'), 'another process ended'),
     (RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly'), 'worker (pid(s) 7, 8) exited unexpectedly'),
     (RuntimeError('Pin memory thread exited unexpectedly'), 'Pin memory thread exited'),
+    (EOFError(), 'a worker that loads images was killed'),
+    (ConnectionResetError(104, 'Connection reset by peer'), 'a worker that loads images was killed'),
     (RuntimeError('Too many open files. Please increase the limit\nusing `ulimit -n`'), 'limit using `ulimit -n`'),
     (RuntimeError('received 0 items of ancdata'), 'too many open files: raise the limit with "ulimit -n"')])
 def test_errors_of_pytorch_that_a_user_can_cause(error, line):

@@ -582,8 +582,9 @@ def test_a_killed_worker_ends_training_with_one_line(folder, tmp_path, start_tra
     os.kill(max(workers), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    # Lines before it can be Python's own, if PyTorch raised the error while an object was being destroyed.
-    assert errors.splitlines()[-1].startswith('Error: DataLoader worker (pid')
+    # Other lines can be Python's own, if PyTorch raised the error while an object was being destroyed.
+    [line] = [line for line in errors.splitlines() if line.startswith('Error: ')]
+    assert line.startswith(('Error: DataLoader worker (pid', 'Error: a worker that loads images was killed'))
     assert none_runs(workers, 10)
 
 
