@@ -2,6 +2,7 @@
 The tutorial's diagrams and curves. Drawings on a `canvas` are measured in tenths of an inch, with y downward as in
 images. Whatever numbers they show come from the project's own functions.
 """
+import csv
 import math
 import os
 
@@ -731,6 +732,24 @@ def draw_loss_curve():
         axes.plot(steps, [row[column] for row in rows], color=color, label=label)
     axes.set(xlabel='step', ylabel='loss', xlim=(0, None), ylim=(0, None))
     axes.legend(fontsize=small)
+    return drawing
+
+
+@figure('voc_2008.svg')
+def draw_voc_2008():
+    """The losses and the mAP of a training on VOC 2008, from random weights, over its epochs."""
+    with open(os.path.join(trained.images_folder, 'voc_2008.csv'), newline='') as file:
+        rows = list(csv.DictReader(file))
+    drawing, (losses, precision) = charts(34, columns=2)
+    for column, color, label in (('conf_loss', prediction_color, 'confidence loss'),
+                                 ('loc_loss', prior_color, 'localization loss')):
+        losses.plot([int(row['epoch']) + 1 for row in rows], [float(row[column]) for row in rows], color=color,
+                    label=label)
+    losses.set(xlabel='epoch', title='loss', xlim=(0, 60), ylim=(0, None))
+    losses.legend(fontsize=small)
+    measured = [(int(row['epoch']) + 1, float(row['mAP'])) for row in rows if row['mAP']]
+    precision.plot(*zip(*measured), 'o-', color=object_color)
+    precision.set(xlabel='epoch', title='mAP', xlim=(0, 62), ylim=(0, 0.1))
     return drawing
 
 
