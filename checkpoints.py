@@ -41,7 +41,6 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
 def load_checkpoint(path):
     """Read a checkpoint to the CPU.
 
-    :param path: the file
     :return: dict of version, epoch, label_map, seed, model (its state_dict, priors included), and what
         `save_checkpoint` was given in `more`; also of optimizer and optimizer_kind, unless only the model was saved
     :raises UserError: the file is missing, damaged, or not a checkpoint of train.py
@@ -78,22 +77,20 @@ def read_saved(path):
             if b'cmodel\nSSD300\n' in file.read(2 ** 20):  # as pickle names the class SSD300 of model.py
                 raise UserError(f'{path} is a checkpoint of the earlier implementation: convert it with '
                                 f'"python convert_checkpoint.py {path} NEW"') from None
-        # PyTorch's message goes on with advice to run the code in the file.
-        message = str(error).rpartition('WeightsUnpickler error:')[2].strip()
-        reason = re.split(r'\.\s|\n', message)[0].replace('Cannot use ``weights_only=True`` with', 'it is one of')
+        # PyTorch's own message goes on with advice to run the code in the file.
         called = re.search(r'GLOBAL (\S+)', str(error))
+        reason = 'it is a TorchScript program' if 'TorchScript' in str(error) else type(error).__name__
         if called:
             reason = f'it calls {called[1]}, which could be harmful'
-        raise UserError(f'{path} is damaged or no checkpoint: {one_line(reason)} ({type(error).__name__}); '
-                        'take one that train.py wrote') from None
+        raise UserError(f'{path} is damaged or no checkpoint ({reason}): take one that train.py wrote') from None
 
 
 def load_detector(checkpoint, labels=None):
-    """The model of a checkpoint, as thin as it was saved, with the priors that it was trained with.
+    """The model of a checkpoint, as thin as it was saved, with the priors that it was trained with, on the CPU; and its
+    dict of label -> index.
 
     :param checkpoint: path of a checkpoint, or None for torchvision's SSD300, trained on COCO
     :param labels: only for torchvision's SSD300: the classes to detect, see `coco_detector`
-    :return: SSD300 on the CPU, and its dict of label -> index
     :raises UserError: see `load_checkpoint` and `coco_detector`; or the weights do not fit SSD300 with the checkpoint's
         classes and this project's `feature_maps`
     """

@@ -60,11 +60,8 @@ class SafePickle:
 
 
 def convert(old_path, new_path):
-    """:param old_path: a checkpoint of the earlier implementation
-    :param new_path: the checkpoint to write
-    :return: the number of the last finished epoch
-    :raises UserError: the old one can't be read or is for other classes; the new one exists or can't be written
-    """
+    """Convert a checkpoint of the earlier implementation. Returns the number of the last finished epoch. Raises
+    UserError if the old file can't be read or is for other classes, and if the new one exists or can't be written."""
     if os.path.exists(new_path):
         raise UserError(f'{new_path} exists: name another file')
     if not os.path.isfile(old_path):

@@ -35,8 +35,7 @@ download = False  # download Pascal VOC first: 2.9 GB, into VOCdevkit in the cur
 
 def download_voc(root):
     """Download VOC 2007 trainval and test and VOC 2012 trainval to root/VOCdevkit/VOC2007 and VOC2012. Archives that
-    are in `root` with the right checksum are not downloaded again.
-    """
+    are in `root` with the right checksum are not downloaded again."""
     for year, image_set in (('2007', 'trainval'), ('2007', 'test'), ('2012', 'trainval')):
         try:
             VOCDetection(root, year=year, image_set=image_set, download=True)
@@ -89,10 +88,8 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
 
 
 def write_lists(splits, label_map, output_folder):
-    """Write the five files that `create_data_lists` names. They replace older ones only when all are complete.
-
-    :param splits: dict of 'TRAIN' and 'TEST' -> list of (path of an image, its annotation, see `parse_annotation`)
-    """
+    """Write the five files that `create_data_lists` names. They replace older ones only when all are complete. `splits`
+    is a dict of 'TRAIN' and 'TEST' -> list of (path of an image, its annotation, see `parse_annotation`)."""
     contents = {'label_map.json': label_map}
     for split, images in splits.items():
         contents[f'{split}_images.json'] = [image_path for image_path, _ in images]

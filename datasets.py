@@ -86,10 +86,9 @@ class EpochSampler(Sampler):
     """Shuffles the images in each epoch, and adds a random seed to each. Order and augmentation depend only on `seed`
     and the epoch: not on the number of workers, nor on whether training was interrupted before. See "Inputs".
 
-    :param n: number of images
-    :param seed: the seed of the training
-    :param process: number of this process, from 0; each process takes every n_processes-th image
-    :param n_processes: number of processes; as all get equally many images, a few may be left out of an epoch
+    :param n: number of images; seed is that of the training
+    :param process: number of this process, from 0; each takes every n_processes-th image. As all get equally many
+        images, a few may be left out of an epoch.
     """
 
     def __init__(self, n, seed, process=0, n_processes=1):
@@ -109,11 +108,8 @@ class EpochSampler(Sampler):
 
 
 def collate_fn(batch):
-    """Stack the images into a tensor. Objects stay in lists, because their number differs from image to image.
-
-    :param batch: N items of PascalVOCDataset
-    :return: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N tensors
-    """
+    """Make a batch of N items of PascalVOCDataset: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N
+    tensors, because the number of objects differs from image to image."""
     images, boxes, labels, difficulties = zip(*batch)
     return torch.stack(images), list(boxes), list(labels), list(difficulties)
 
@@ -124,21 +120,15 @@ mean_color = tuple(round(255 * value) for value in mean)
 
 
 def to_input(image):
-    """:param image: a PIL image in RGB, 300x300
-    :return: the network's input: a tensor (3, 300, 300), RGB from 0 to 1, then normalized
-    """
+    """Turn a PIL image in RGB, 300x300, into the network's input: a tensor (3, 300, 300), normalized."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 300, 300), from 0 to 255
     # Pixels are not divided by 255; mean and std are multiplied instead, which is faster.
     return FT.normalize(pixels.float().contiguous(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
 
 
 def photometric_distort(image, rng=random):
-    """Change brightness, contrast, saturation and hue, each with a chance of 0.5, in random order.
-
-    :param image: a PIL image in RGB
-    :param rng: a random.Random, or the module
-    :return: a PIL image
-    """
+    """Change brightness, contrast, saturation and hue of a PIL image in RGB, each with a chance of 0.5, in random
+    order. `rng`, here and below, is a random.Random, or the module."""
     distortions = [(FT.adjust_brightness, 0.5, 1.5), (FT.adjust_contrast, 0.5, 1.5), (FT.adjust_saturation, 0.5, 1.5),
                    (FT.adjust_hue, -18 / 255, 18 / 255)]  # hue: as a fraction of the color wheel
     rng.shuffle(distortions)
@@ -155,12 +145,7 @@ def photometric_distort(image, rng=random):
 
 def expand_window(window, rng=random):
     """Zoom out: choose a window up to 4 times as wide and high that contains the given one, at a random position. The
-    network learns small objects from it.
-
-    :param window: boundary coordinates in pixels
-    :param rng: a random.Random, or the module
-    :return: the larger window
-    """
+    network learns small objects from it. Windows are boundary coordinates in pixels."""
     x_min, y_min, x_max, y_max = window
     scale = rng.uniform(1, 4)
     width, height = scale * (x_max - x_min), scale * (y_max - y_min)
@@ -175,7 +160,6 @@ def crop_window(window, boxes, rng=random):
 
     :param window: boundary coordinates in pixels
     :param boxes: ground truth, boundary coordinates in pixels, a tensor (n_objects, 4)
-    :param rng: a random.Random, or the module
     :return: the smaller window; or the given one, if no crop is drawn or there is no object
     """
     x_min, y_min, x_max, y_max = window
@@ -200,10 +184,9 @@ def crop_window(window, boxes, rng=random):
 
 
 def centers_inside(boxes, window):
-    """:param boxes: boundary coordinates, a tensor (n_objects, 4)
-    :param window: boundary coordinates in the same units: 4 numbers; or many windows, a tensor (n_windows, 1, 4)
-    :return: whether each box's center is inside the window, a bool tensor (n_objects) or (n_windows, n_objects)
-    """
+    """Whether each box's center is inside a window, a bool tensor (n_objects). Both are boundary coordinates in the
+    same units: boxes (n_objects, 4) and 4 numbers; or many windows (n_windows, 1, 4), with (n_windows, n_objects) as
+    the result."""
     window = torch.as_tensor(window)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n_objects, 2)
     inside = (centers > window[..., :2]) & (centers < window[..., 2:])  # (n_objects, 2) or (n_windows, n_objects, 2)
@@ -241,10 +224,7 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
 
 
 def flip(image, boxes):
-    """:param image: a PIL image
-    :param boxes: fractional boundary coordinates, a tensor (n_objects, 4)
-    :return: both, mirrored horizontally
-    """
+    """Mirror a PIL image, and boxes in fractional boundary coordinates, a tensor (n_objects, 4), left to right."""
     x_min, y_min, x_max, y_max = boxes.unbind(dim=1)
     return ImageOps.mirror(image), torch.stack([1 - x_max, y_min, 1 - x_min, y_max], dim=1)  # (n_objects, 4)
 
@@ -253,11 +233,8 @@ def transform(image, boxes, labels, difficulties, split, rng=random):
     """Prepare an image for the network, with augmentation for training (the paper's section 2.2). See "Transforms".
 
     :param image: a PIL image in RGB
-    :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
-    :param labels: (n_objects)
-    :param difficulties: (n_objects)
+    :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4); with labels and difficulties (n_objects)
     :param split: 'TRAIN', or 'TEST' to only resize and normalize; upper or lower case
-    :param rng: a random.Random, or the module
     :return: the input (3, 300, 300), boxes in fractional boundary coordinates (n, 4), labels (n), difficulties (n);
         in training, without the objects whose center is outside the crop
     :raises UserError: there is no such split

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import time
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageColor, ImageDraw
@@ -93,21 +94,20 @@ def draw_image(rng):
 
 def draw_dataset(folder, n_train, n_test, seed=0):
     """Draw images, with annotations and the splits trainval and test in Pascal VOC's layout. A seed gives one set."""
+    folder = Path(folder)
     for subfolder in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
-        os.makedirs(os.path.join(folder, subfolder), exist_ok=True)
+        (folder / subfolder).mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for split, n in (('trainval', n_train), ('test', n_test)):
         names = [f'{split}_{i:04}' for i in range(n)]
-        with open(os.path.join(folder, 'ImageSets', 'Main', split + '.txt'), 'w') as file:
-            file.write('\n'.join(names) + '\n')
+        (folder / 'ImageSets' / 'Main' / f'{split}.txt').write_text('\n'.join(names) + '\n')
         for name in names:
             image, objects = draw_image(rng)
-            image.save(os.path.join(folder, 'JPEGImages', name + '.jpg'), quality=90)
+            image.save(folder / 'JPEGImages' / f'{name}.jpg', quality=90)
             xml = size_xml.format(name, *image.size)
             for shape, box, difficult in objects:
                 xml += object_xml.format(shape, difficult, *(value + 1 for value in box))  # VOC counts pixels from 1
-            with open(os.path.join(folder, 'Annotations', name + '.xml'), 'w') as file:
-                file.write(f'<annotation>{xml}</annotation>')
+            (folder / 'Annotations' / f'{name}.xml').write_text(f'<annotation>{xml}</annotation>')
 
 
 def start(train_set, thin, device, lr):

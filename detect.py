@@ -30,39 +30,33 @@ load_font = cache(ImageFont.load_default)  # loading a size takes longer than dr
 
 def detect(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
     """:param original_image: a PIL image of any mode, which stays as it is
-    :param min_score: a detection's score must be above this
-    :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
-    :param top_k: keep at most this many detections
+    :param min_score: see `SSD300.detect_objects`, like max_overlap and top_k
     :param suppress: labels to leave out
     :param detector: (model, label_map), see `kept_detector`; None for the checkpoint at the top of this file
     :return: a copy of the image, in RGB and upright, with boxes, labels and scores
     """
     model, label_map = detector or kept_detector(checkpoint)
     image = to_rgb(original_image)
-    [detections] = find_objects([image], min_score, max_overlap, top_k, model, label_map, suppress)
+    detections = find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress)
     return draw_objects(image, detections, label_map)
 
 
 @torch.no_grad()
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # as in eval.py
-def find_objects(images, min_score, max_overlap, top_k, model, label_map, suppress=None):
-    """:param images: list of PIL images in RGB
+def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress=None):
+    """:param image: a PIL image in RGB
     :param model: SSD300, and its `label_map`; the other parameters are those of `detect`
-    :return: for each image a list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole
-        pixels
+    :return: list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole pixels
     """
-    names = {index: label for label, index in label_map.items()}
+    names = list(label_map)
     unwanted = {'background', *(suppress or ())}  # 'background' is the label of the placeholder for no detection
     no_objects = torch.empty(0, 4), torch.empty(0), torch.empty(0)  # boxes, labels, difficulties
-    results = []
-    for image in images:
-        tensor, *_ = transform(image, *no_objects, 'TEST')  # (3, 300, 300)
-        predictions = model(tensor.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
-        [boxes], [labels], [scores] = model.detect_objects(*predictions, min_score, max_overlap, top_k)
-        boxes = (boxes.cpu().clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().int()  # (n, 4)
-        detections = zip([names[label] for label in labels.tolist()], scores.tolist(), boxes.tolist())
-        results.append([detection for detection in detections if detection[0] not in unwanted])
-    return results
+    tensor, *_ = transform(image, *no_objects, 'TEST')  # (3, 300, 300)
+    predictions = model(tensor.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
+    [boxes], [labels], [scores] = model.detect_objects(*predictions, min_score, max_overlap, top_k)
+    boxes = (boxes.cpu().clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().int()  # (n, 4)
+    detections = zip([names[label] for label in labels.tolist()], scores.tolist(), boxes.tolist())
+    return [detection for detection in detections if detection[0] not in unwanted]
 
 
 def draw_objects(image, detections, label_map):
@@ -101,8 +95,7 @@ def kept_detector(checkpoint):
 
 def output_paths(paths):
     """The path of each image's annotated copy: JPEG and PNG files keep their format, others become PNG. No copy
-    overwrites another or one of the images, even on case-insensitive file systems.
-    """
+    overwrites another or one of the images, even on case-insensitive file systems."""
     taken = {os.path.realpath(path).casefold() for path in paths}
     for path in paths:
         stem, extension = os.path.splitext(os.path.basename(path))
@@ -128,7 +121,7 @@ def main():
             n_failed += 1
             continue
         model, label_map = kept_detector(checkpoint)
-        [detections] = find_objects([image], min_score, max_overlap, top_k, model, label_map)
+        detections = find_objects(image, min_score, max_overlap, top_k, model, label_map)
         annotated = draw_objects(image, detections, label_map)
         os.makedirs(output_folder, exist_ok=True)
         annotated.save(output_path, quality=95)  # of a JPEG

@@ -39,8 +39,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
         ignored
     :param model: SSD300
     :param min_score: keep detections with a score above this; low, because AP needs all levels of confidence
-    :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
-    :param top_k: keep at most this many detections of an image
+    :param max_overlap: see `SSD300.detect_objects`, like top_k
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does
     :param mistakes_path: where to save a sheet of the worst mistakes; None not to count them either
     :param mistakes_min_score: count mistakes among detections with a score above this

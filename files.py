@@ -34,10 +34,7 @@ runtime_errors = {
 
 
 def run(main):
-    """Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback.
-
-    :param main: a function without arguments
-    """
+    """Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback."""
     try:
         main()
     except (EOFError, ConnectionError):  # from the data loader, if its worker died while it was passing on images
@@ -69,14 +66,9 @@ def one_line(error):
 
 @contextmanager
 def write_whole(*paths, mode='wb'):
-    """Open files for writing that replace `paths` only when all are complete: if writing is interrupted, each path is
-    still the old file, or already the new one, but never half a file.
-
-    :param paths: the files to write
-    :param mode: 'wb' for bytes, 'w' for text
-    :return: the open files, a list
-    :raises UserError: they can't be written
-    """
+    """Open files for writing, a list, that replace `paths` only when all are complete: if writing is interrupted, each
+    path is still the old file, or already the new one, but never half a file. Raises UserError if it is not possible.
+    `mode` is 'wb' for bytes or 'w' for text."""
     temporaries = [f'{path}.tmp' for path in paths]
     try:
         with ExitStack() as stack:
@@ -102,12 +94,7 @@ def write_whole(*paths, mode='wb'):
 
 def replace(source, path):
     """Rename a file to `path`, where an older file may be. On Windows this fails as long as another program has the
-    older file open, such as a virus scanner or detect.py: then try again for some seconds.
-
-    :param source: the new file
-    :param path: its new path
-    :raises OSError: it is not possible
-    """
+    older file open, such as a virus scanner or detect.py: then try again for some seconds, before raising OSError."""
     for seconds in 0.1, 0.2, 0.4, 0.8, 1.6, 3.2:
         try:
             return os.replace(source, path)
@@ -119,18 +106,13 @@ def replace(source, path):
 # ------------------------------------------------------------------------------------------------------------- Images
 
 def is_image(name):
-    """:param name: of a file
-    :return: whether its extension is that of an image that Pillow reads by itself
-    """
+    """Whether a file's name has the extension of an image that Pillow reads by itself."""
     image_format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
     return image_format in Image.OPEN and image_format not in ('EPS', 'MPEG')
 
 
 def list_images(paths):
-    """:param paths: image files and folders
-    :return: the files, and in place of each folder the images in it, by name
-    :raises UserError: a folder has no images
-    """
+    """Replace each folder among the paths with the images in it, by name. Raises UserError if it has none."""
     files = []
     for path in paths:
         inside = [path]
@@ -178,7 +160,6 @@ def name_of(path):
 def opened_image(path):
     """Open an image file; the pixels are read when they are needed.
 
-    :param path: a file
     :raises UserError: the file is missing, or is not an image that Pillow can read whole
     :raises OSError: the file may be good, but the system can't read it: too many open files, no permission, ...
     :raises MemoryError: there is not enough memory for its pixels
@@ -200,12 +181,9 @@ def opened_image(path):
 
 
 def decode_once(path):
-    """Decode an image, to find out whether it is whole.
-
-    :param path: an image file; errors as in `opened_image`
-    :return: (width, height) in pixels, as `open_image` will have them; and EXIF's orientation: 1 if the image is
-        stored upright, 2 to 4 if it is upside down or mirrored, 5 to 8 if its rows are the upright image's columns
-    """
+    """Decode an image, to find out whether it is whole. Raises the same errors as `opened_image`. Returns (width,
+    height) in pixels, as `open_image` will have them, and EXIF's orientation: 1 if the image is stored upright, 2 to 4
+    if it is upside down or mirrored, 5 to 8 if its rows are the upright image's columns."""
     with opened_image(path) as image:
         orientation = image.getexif().get(0x0112)
         orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
@@ -220,10 +198,9 @@ def turn_box(box, size, orientation):
     must be turned. If both sizes are the same (square images, orientations 2 to 4) or none is stated, boxes are taken
     to be upright.
 
-    :param box: boundary coordinates in the stored image, in pixels from 1
+    :param box: boundary coordinates in the stored image, in pixels from 1; returned are those in the upright image
     :param size: (width, height) of the upright image in pixels
     :param orientation: EXIF orientation from 5 to 8: rows of the stored image are columns of the upright one
-    :return: boundary coordinates in the upright image, in pixels from 1
     """
     y_min, x_min, y_max, x_max = box  # rows become columns
     if orientation in (6, 7):  # mirrored left to right
@@ -234,19 +211,13 @@ def turn_box(box, size, orientation):
 
 
 def open_image(path):
-    """:param path: an image file; errors as in `opened_image`
-    :return: a PIL image in RGB, see `to_rgb`
-    """
+    """Read an image file as a PIL image in RGB, see `to_rgb`. Raises the same errors as `opened_image`."""
     with opened_image(path) as image:
         return to_rgb(image)
 
 
 def to_rgb(image):
-    """Bring an image of any mode to 8-bit RGB, turned the way its EXIF orientation says.
-
-    :param image: a PIL image, which stays as it is
-    :return: a new PIL image in RGB
-    """
+    """Bring a PIL image of any mode to 8-bit RGB, turned the way its EXIF orientation says, in a new image."""
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in 'IF':  # one channel of 16 or 32 bits: convert('RGB') would cut off all above 255
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)

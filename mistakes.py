@@ -26,12 +26,7 @@ def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_diffi
 
     Where two apply, it is the first in this order, as in TIDE's code; but detections are matched as VOC does.
 
-    :param det_boxes: detections, boundary coordinates, (n, 4)
-    :param det_labels: (n)
-    :param det_scores: (n)
-    :param true_boxes: ground truth, boundary coordinates, (n_objects, 4)
-    :param true_labels: (n_objects)
-    :param true_difficulties: (n_objects)
+    :param det_boxes: and all other arguments: see `utils.match_detections`
     :return: for each detection, its kind and the index of the object that it is about, or None; a list of pairs
     """
     true_positive, ignored, target = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
@@ -125,8 +120,7 @@ def draw_mistake(image, box, true_box):
 
 def save_tiles(path, rows, width, height, font_size=24):
     """Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to this width and height. Below
-    each are 34 pixels, for one line in font size 24 or two in 10.
-    """
+    each are 34 pixels, for one line in font size 24 or two in 10."""
     columns = max(1, *map(len, rows))
     sheet = Image.new('RGB', (columns * (width + 10), len(rows) * (height + 34)), 'white')
     for y, row in enumerate(rows):

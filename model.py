@@ -126,10 +126,8 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
     """Turn a fully connected layer into the convolution that computes the same values, then decimate it. See "A fully
     connected layer is a convolution", and "Decimation, and a kernel with holes".
 
-    :param weight: (n_outputs, channels * size * size)
-    :param bias: (n_outputs)
-    :param channels: channels of the layer's input before it was flattened
-    :param size: width and height of that input
+    :param weight: (n_outputs, channels * size * size); with bias (n_outputs)
+    :param channels: channels of the layer's input before it was flattened; size is the width and height of that input
     :param m: keep every m-th of the filters, channels, rows and columns, a tuple of four; None keeps all
     :return: the convolution's weight (n_filters, n_channels, n_rows, n_columns) and bias (n_filters)
     """
@@ -257,8 +255,7 @@ class SSD300(nn.Module):
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As in nn.Module. Priors in the state_dict replace those of `feature_maps`; without, as in the earlier
-        implementation's, the network keeps its own.
-        """
+        implementation's, the network keeps its own."""
         return super().load_state_dict({'priors_cxcy': self.priors_cxcy, **state_dict}, *args, **kwargs)
 
     def forward(self, image):
@@ -367,9 +364,7 @@ class MultiBoxLoss(nn.Module):
         return conf_loss + self.alpha * loc_loss
 
     def losses(self, predicted_locs, predicted_scores, boxes, labels):
-        """:param predicted_locs: as in `forward`, like the other arguments
-        :return: localization loss and confidence loss, scalars
-        """
+        """Localization loss and confidence loss, scalars, for the arguments of `forward`."""
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
@@ -396,8 +391,7 @@ class MultiBoxLoss(nn.Module):
     def match(self, boxes, labels):
         """Assign an object, or background, to each prior (the paper's section 2.2). See "Matching".
 
-        :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
-        :param labels: the objects' labels, a list of N tensors (n_objects)
+        :param boxes: ground truth as in `forward`, like labels
         :return: true_boxes (N, 8732, 4), the box of each prior's object in boundary coordinates, or for background the
             prior itself; true_classes (N, 8732), the object's label, or 0
         """

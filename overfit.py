@@ -30,9 +30,8 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
 
     :param train_set: PascalVOCDataset; its split becomes 'TEST': the images as they are, without augmentation
     :param n_images: how many of its first images to learn; all, if it has fewer
-    :param steps: how many steps to train
+    :param steps: how many steps to train, with `lr` as the highest learning rate
     :param thin: every thin-th channel of SSD300 is kept, see `model.SSD300`
-    :param lr: the highest learning rate
     :param sheet_path: where the sheet goes
     :param device: the torch.device to train on
     :return: the last loss, and how many of the objects were found after the last step

@@ -18,11 +18,8 @@ from files import UserError
 
 
 def join_processes():
-    """Join the other processes, if torchrun started this one.
-
-    :return: the device of this process: a GPU of its own, or the CPU
-    :raises UserError: there are more processes than GPUs
-    """
+    """Join the other processes, if torchrun started this one. Returns the device of this process: a GPU of its own, or
+    the CPU. Raises UserError if there are more processes than GPUs."""
     gpu = torch.cuda.is_available()
     if 'LOCAL_RANK' not in os.environ:
         return torch.device('cuda' if gpu else 'cpu')
@@ -74,11 +71,8 @@ def share_gradients(model):
 
 
 def gather_images(tensors):
-    """Exchange what each process found in its part of the images, see `eval.make_test_loader`.
-
-    :param tensors: list with a tensor (n, ...) for each image of this process
-    :return: list with a tensor for each image of all processes, in order, the same in each process
-    """
+    """Turn a list with a tensor (n, ...) for each image of this process (see `eval.make_test_loader`) into a list with
+    those of all processes, in order, the same in each."""
     if n_processes() == 1:
         return tensors
     # One large tensor is much faster to exchange than many small ones. With few images, a process may have none.
@@ -89,13 +83,8 @@ def gather_images(tensors):
 
 
 def download_weights(weights, remedy):
-    """Download weights once for each machine: its first process downloads, while the others wait for the file.
-
-    :param weights: torchvision's published weights
-    :param remedy: text for the error: what else to do than to put the file in its place
-    :return: their state_dict
-    :raises UserError: they can't be downloaded or read
-    """
+    """The state_dict of weights that torchvision publishes. The first process of each machine downloads them, while the
+    others wait. Raises UserError if that fails, with `remedy`: what else to do than to put the file in its place."""
     first, several = os.environ.get('LOCAL_RANK', '0') == '0', n_processes() > 1
     try:
         if several and not first:

@@ -30,10 +30,8 @@ layers = {'features.0': 'base.conv1_1', 'features.2': 'base.conv1_2',
 
 
 def coco_detector(labels=None):
-    """:param labels: names of the classes to detect, VOC's or COCO's; None for all 80 of COCO
-    :return: SSD300 trained on COCO, on the CPU, and its dict of label -> index
-    :raises UserError: the weights can't be downloaded, or COCO lacks a label
-    """
+    """SSD300 trained on COCO, on the CPU, and its dict of label -> index. `labels` are VOC's or COCO's names of the
+    classes to detect; None for all 80. Raises UserError if the weights can't be downloaded, or COCO lacks a label."""
     if labels is None:
         labels = [name for name in coco_categories[1:] if name != 'N/A']
     unknown = [label for label in labels if coco_index(label) is None]
@@ -43,14 +41,9 @@ def coco_detector(labels=None):
 
 
 def start_from_coco(label_map, thin=1):
-    """A detector for other classes to train on from COCO's weights. Only the class scores of labels that COCO lacks
-    start from random weights.
-
-    :param label_map: dict of label -> index of the classes to learn
-    :param thin: keep only every thin-th channel, see `model.thin_out`
-    :return: SSD300 on the CPU; and the list of the labels that COCO lacks
-    :raises UserError: the weights can't be downloaded
-    """
+    """SSD300 with COCO's weights, on the CPU, to train on for the classes of a dict of label -> index; and the list of
+    the labels that COCO lacks, whose class scores start from random weights. `thin` is that of `model.thin_out`. Raises
+    UserError if the weights can't be downloaded."""
     known = {index: coco_index(label) for label, index in label_map.items() if coco_index(label) is not None}
     coco = from_torchvision(download_coco(), [0, *known.values()], thin)
     model = SSD300(n_classes=len(label_map), thin=thin)
@@ -77,12 +70,11 @@ def download_coco():
 
 
 def from_torchvision(state_dict, classes=None, thin=1):
-    """Build our SSD300 with the weights and priors of torchvision's. With thin = 1, both predict the same.
+    """Build our SSD300, on the CPU, with the weights and priors of torchvision's. With thin = 1, both predict the same.
 
     :param state_dict: of a `torchvision.models.detection.ssd300_vgg16`
     :param classes: indices of the classes to keep, 0 (background) first; None for all
     :param thin: keep only every thin-th channel, see `model.thin_out`
-    :return: SSD300 on the CPU
     :raises UserError: the weights are not those of such a model
     """
     try:

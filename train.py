@@ -63,13 +63,8 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
-    """:param model: SSD300
-    :param kind: 'sgd' as in the paper, or 'adamw', which needs far fewer steps from random weights
-    :param lr: peak learning rate; with 'sgd', that of biases is twice this, as in the paper's code
-    :param weight_decay: L2 penalty with 'sgd', decoupled with 'adamw'
-    :param momentum: for 'sgd'
-    :return: the optimizer
-    """
+    """Make the optimizer of an SSD300: 'sgd' as in the paper, where biases have twice the learning rate, as in its
+    authors' code; or 'adamw', which needs far fewer steps from random weights, and does not use `momentum`."""
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
@@ -84,9 +79,8 @@ def one_cycle(step, n_steps):
 
 
 def warm_up_and_decay(step, steps_per_epoch, warm_up, decay_lr_at, decay_lr_to):
-    """:return: the factor of the learning rate in a step, from 0: it rises to 1 in the first `warm_up` steps, because
-        the full rate could wreck the weights; at each epoch of `decay_lr_at`, it is multiplied by `decay_lr_to`
-    """
+    """The factor of the learning rate in a step, from 0: it rises to 1 in the first `warm_up` steps, because the full
+    rate could wreck the weights; at each epoch of `decay_lr_at`, it is multiplied by `decay_lr_to`."""
     factor = (step + 1) / warm_up if step < warm_up else 1
     for epoch in decay_lr_at:
         if step >= epoch * steps_per_epoch:
@@ -105,20 +99,17 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     """Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; with evaluations, also one of the
     epoch with the highest mAP.
 
-    :param model: SSD300, on the device to train on
-    :param optimizer: its optimizer, see `make_optimizer`
+    :param model: SSD300, on the device to train on; with its optimizer, see `make_optimizer`
     :param train_set: PascalVOCDataset
     :param checkpoint_path: where to save the checkpoint; the log is saved beside it
-    :param epochs: number of epochs of the whole training
+    :param epochs: number of epochs of the whole training; start_epoch is the first to train, from 0
     :param batch_size: images in a batch, of each process
-    :param start_epoch: the first epoch to train, from 0
     :param seed: for the order of the images and their augmentation
     :param workers: processes that load images
     :param warm_up: see `warm_up_and_decay`, like `decay_lr_at` and `decay_lr_to`
     :param rise_and_fall: let the learning rate follow `one_cycle` instead
     :param min_negatives: see `MultiBoxLoss`
-    :param test_set: PascalVOCDataset to evaluate on
-    :param evaluate_every: epochs between two evaluations; 0 for none
+    :param test_set: PascalVOCDataset to evaluate on after every `evaluate_every` epochs; 0 for never
     :param options: the other arguments of `train`
     """
     criterion = MultiBoxLoss(model.priors_cxcy, min_negatives=min_negatives)
@@ -306,8 +297,7 @@ def standardize(model, images):
 
 def restore(optimizer, saved):
     """Restore the optimizer's state, such as the momentum, from what `load_checkpoint` returns. The learning rates stay
-    as they are, because they follow from the parameters at the top of this file, which may have changed.
-    """
+    as they are, because they follow from the parameters at the top of this file, which may have changed."""
     kind, saved_kind = type(optimizer).__name__, saved.get('optimizer_kind', 'SGD')
     if kind != saved_kind:
         raise UserError(f'the checkpoint was trained with {saved_kind}, whose state does not fit {kind}: set '

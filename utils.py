@@ -54,26 +54,18 @@ mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB pi
 # -------------------------------------------------------------------------------------- Box coordinates and overlaps
 
 def xy_to_cxcy(xy):
-    """:param xy: boxes in boundary coordinates, a tensor (..., 4)
-    :return: the boxes in center-size coordinates, (..., 4)
-    """
+    """Turn boxes, a tensor (..., 4), from boundary into center-size coordinates."""
     return torch.cat([(xy[..., 2:] + xy[..., :2]) / 2, xy[..., 2:] - xy[..., :2]], dim=-1)
 
 
 def cxcy_to_xy(cxcy):
-    """:param cxcy: boxes in center-size coordinates, a tensor (..., 4)
-    :return: the boxes in boundary coordinates, (..., 4)
-    """
+    """Turn boxes, a tensor (..., 4), from center-size into boundary coordinates."""
     return torch.cat([cxcy[..., :2] - cxcy[..., 2:] / 2, cxcy[..., :2] + cxcy[..., 2:] / 2], dim=-1)
 
 
 def find_intersection(set_1, set_2):
-    """Areas of the intersections of every box of one set with every box of another.
-
-    :param set_1: boxes in boundary coordinates, a tensor (..., n1, 4)
-    :param set_2: boxes in boundary coordinates, a tensor (..., n2, 4)
-    :return: areas, (..., n1, n2)
-    """
+    """Areas (..., n1, n2) of the intersections of every box of one set with every box of another. The sets are tensors
+    (..., n1, 4) and (..., n2, 4) in boundary coordinates."""
     set_1, set_2 = set_1.unsqueeze(-2), set_2.unsqueeze(-3)  # (..., n1, 1, 4), (..., 1, n2, 4)
     lower = torch.max(set_1[..., :2], set_2[..., :2])  # (..., n1, n2, 2)
     upper = torch.min(set_1[..., 2:], set_2[..., 2:])  # (..., n1, n2, 2)
@@ -81,12 +73,8 @@ def find_intersection(set_1, set_2):
 
 
 def find_jaccard_overlap(set_1, set_2):
-    """Jaccard overlaps of every box of one set with every box of another. See "Jaccard index".
-
-    :param set_1: boxes in boundary coordinates, a tensor (..., n1, 4)
-    :param set_2: boxes in boundary coordinates, a tensor (..., n2, 4)
-    :return: overlaps from 0 to 1, (..., n1, n2)
-    """
+    """Jaccard overlaps (..., n1, n2), from 0 to 1, of every box of one set with every box of another. The sets are
+    tensors (..., n1, 4) and (..., n2, 4) in boundary coordinates. See "Jaccard index"."""
     intersection = find_intersection(set_1, set_2)  # (..., n1, n2)
     areas_1 = (set_1[..., 2:] - set_1[..., :2]).prod(dim=-1)  # (..., n1)
     areas_2 = (set_2[..., 2:] - set_2[..., :2]).prod(dim=-1)  # (..., n2)
@@ -133,34 +121,21 @@ def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
     """Encode boxes as offsets from priors (the paper's equation 2, with the factors 10 and 5 of its authors' code). See
-    "Predictions are relative to priors".
-
-    :param cxcy: boxes in center-size coordinates, a tensor (..., 4)
-    :param priors_cxcy: a prior for each box, in center-size coordinates, (..., 4)
-    :return: offsets, (..., 4)
-    """
+    "Predictions are relative to priors". Boxes and priors are in center-size coordinates, one prior for each box; these
+    and the offsets are tensors (..., 4)."""
     return torch.cat([(cxcy[..., :2] - priors_cxcy[..., :2]) / (priors_cxcy[..., 2:] / 10),
                       torch.log(cxcy[..., 2:] / priors_cxcy[..., 2:]) * 5], dim=-1)
 
 
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """Decode offsets from priors into boxes: the inverse of `cxcy_to_gcxgcy`.
-
-    :param gcxgcy: offsets, a tensor (..., 4)
-    :param priors_cxcy: a prior for each offset, in center-size coordinates, (..., 4)
-    :return: boxes in center-size coordinates, (..., 4)
-    """
+    """Decode offsets from priors, a tensor (..., 4), into boxes in center-size coordinates, (..., 4): the inverse of
+    `cxcy_to_gcxgcy`."""
     return torch.cat([gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2],
                       torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]], dim=-1)
 
 
 def decimate(tensor, m):
-    """Keep every m-th value along each dimension.
-
-    :param tensor: of any shape
-    :param m: a step for each dimension; None keeps the dimension whole
-    :return: the smaller tensor
-    """
+    """Keep every m-th value of a tensor. `m` has a step for each dimension; None keeps the dimension whole."""
     return tensor[tuple(slice(None, None, step) for step in m)]
 
 
@@ -170,8 +145,7 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     """From the highest score down, keep each box unless it overlaps a kept box of its class too much: then it is
     suppressed. See "Processing predictions".
 
-    :param boxes_xy: boxes in fractional boundary coordinates, a tensor (n, 4)
-    :param scores: (n)
+    :param boxes_xy: boxes in fractional boundary coordinates, a tensor (n, 4), with their scores (n)
     :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score
@@ -190,12 +164,10 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     x_max - x_min, without the last pixel that VOC's own code includes. See "Evaluation". The arguments are lists with
     a tensor for each image. Boxes are in boundary coordinates, fractional or in pixels.
 
-    :param det_boxes: detections, (n, 4) each
-    :param det_labels: (n) each; label 0, the placeholder for no detection, does not count
-    :param det_scores: (n) each
-    :param true_boxes: ground truth, (n_objects, 4) each
-    :param true_labels: (n_objects) each
-    :param true_difficulties: (n_objects) each, 1 if the object is marked as difficult
+    :param det_boxes: detections, (n, 4) each; with det_labels (n), where label 0, the placeholder for no detection,
+        does not count, and det_scores (n)
+    :param true_boxes: ground truth, (n_objects, 4) each; with true_labels (n_objects) and true_difficulties
+        (n_objects), 1 if the object is marked as difficult
     :param label_map: dict of label -> index
     :return: dict of label -> average precision, and their mean. A class without objects has no average precision
         and is in neither; without any objects the mean is NaN.
@@ -225,12 +197,9 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     it overlaps most, if by more than 0.5. Of an object's detections, the one with the highest score is a true positive,
     the others are false positives, as are detections of no object. Detections of difficult objects are ignored.
 
-    :param det_boxes: detections, boundary coordinates, (n, 4)
-    :param det_labels: (n)
-    :param det_scores: (n)
-    :param true_boxes: ground truth, boundary coordinates, (n_objects, 4)
-    :param true_labels: (n_objects)
-    :param true_difficulties: (n_objects)
+    :param det_boxes: detections in boundary coordinates, (n, 4); with det_labels (n) and det_scores (n)
+    :param true_boxes: ground truth in boundary coordinates, (n_objects, 4); with true_labels (n_objects) and
+        true_difficulties (n_objects)
     :return: whether each detection is a true positive, bool (n); whether it is ignored, bool (n); and the index of its
         object, of equal overlaps the first, -1 for none, (n); all on the CPU
     """
@@ -262,7 +231,6 @@ def average_precision(true_positives, n_objects):
 
     :param true_positives: whether each detection of a class is a true positive, by decreasing score, a bool tensor (n)
     :param n_objects: number of objects of the class that are not difficult
-    :return: the average precision, from 0 to 1
     """
     n_found = true_positives.cpu().cumsum(0)  # (n)
     precisions = n_found.double() / torch.arange(1, len(n_found) + 1)  # (n)
@@ -276,20 +244,12 @@ def average_precision(true_positives, n_objects):
 # ------------------------------------------------------------------------------------------------- Training helpers
 
 def adjust_learning_rate(optimizer, scale):
-    """For training loops of your own; train.py takes PyTorch's LambdaLR.
-
-    :param optimizer: its learning rates are changed in place
-    :param scale: the factor to multiply them by
-    """
+    """Multiply all learning rates by `scale`. For training loops of your own; train.py takes PyTorch's LambdaLR."""
     for group in optimizer.param_groups:
         group['lr'] *= scale
 
 
 def clip_gradient(optimizer, max_norm):
-    """Scale the gradient down to a norm of at most `max_norm`, so that one bad batch can't wreck the weights.
-
-    :param optimizer: its parameters' gradients are changed in place
-    :param max_norm: the largest norm allowed
-    :return: the norm before, a scalar
-    """
+    """Scale the gradient of the optimizer's parameters down to a norm of at most `max_norm`, in place, so that one bad
+    batch can't wreck the weights. Returns the norm before, a scalar."""
     return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)

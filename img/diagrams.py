@@ -361,7 +361,7 @@ def draw_one_tile():
     priors = priors_by_map()['conv9_2'][examples.tile]  # (6, 4)
     prior, prior_row = priors[examples.tile_prior], len(priors) * examples.tile + examples.tile_prior  # (4)
     ratios = '1', 'extra 1', '2', '3', '1/2', '1/3'
-    colors = series[3], prior_color, series[2], series[5], series[1], series[4]
+    colors = series[3], prior_color, series[2], series[5], series[1], faint
     offset_names = '$g_{cx}$', '$g_{cy}$', '$g_w$', '$g_h$'
     decoded = gcxgcy_to_cxcy(examples.tile_offsets, prior)  # (4)
     convolutions = PredictionConvolutions(n_classes=len(examples.tile_classes))
@@ -391,6 +391,9 @@ def draw_one_tile():
     for i in range(size + 1):
         axes.plot([1 + 24 * i / size] * 2, [5.8, 29.8], [1, 25], [5.8 + 24 * i / size] * 2, color=paper, linewidth=1.5)
     draw_box(tile_xy, 1, 5.8, 24, ink, facecolor=to_rgba(paper, 0.6))
+    for i in range(size ** 2):
+        write(axes, 1.4 + 24 / size * (i % size), 6 + 24 / size * (i // size), f'{i}', ha='left', va='top', fontsize=9,
+              color=paper, zorder=4, path_effects=[withStroke(linewidth=2, foreground=ink)])
 
     for i, name in enumerate(ratios):
         write(axes, 32.2, 7.8 + 4 * i, name, ha='right')

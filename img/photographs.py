@@ -201,7 +201,7 @@ def draw_detections():
     fig, axes = panels(1, len(images), height + 0.36, column_widths=ratios)
     for ax, image, ratio in zip(axes, images, ratios):
         show(ax, image)
-        found = find_objects([image], min_score, 0.45, 200, *detector())[0]
+        found = find_objects(image, min_score, 0.45, 200, *detector())
         taken = fractional([box for _, _, box in found], image)  # (n, 4), and the scores written so far
         for label, score, box in found:
             outline(ax, fractional(box, image), colors[label], linewidth=1.5)
@@ -403,7 +403,7 @@ def draw_decoding():
         show(ax, image, f'{len(found)} scores above {threshold}')
         for box, label in zip(boxes[found], labels):
             outline(ax, box, colors[label], linewidth=0.8)
-    detections = find_objects([image], min_score, 0.45, 200, model, label_map)[0]
+    detections = find_objects(image, min_score, 0.45, 200, model, label_map)
     show(axes[3], image, f'{len(detections)} after suppression')
     for label, score, box in detections:
         outline(axes[3], fractional(box, image), class_colors()[label], f'{score:.2f}', 'above left', linewidth=1.5)

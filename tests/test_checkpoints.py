@@ -89,16 +89,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         content = file.read()
     damages = (content[:len(content) // 2], content[:100], bytes(4096) + content[4096:],
                content.replace(b'OrderedDict', b'OrderedEict'), content.replace(b'}q', b'\xfdq', 1))
-    reasons = ('', '', 'it is one of files', 'it calls collections.OrderedEict, which could be harmful',
-               'Unsupported operand 253')
+    reasons = ('RuntimeError', 'RuntimeError', 'RuntimeError',
+               'it calls collections.OrderedEict, which could be harmful', 'UnpicklingError')
     for damaged, reason in zip(damages, reasons, strict=True):
         with open(path, 'wb') as file:
             file.write(damaged)
         with pytest.raises(UserError) as error:
             load_checkpoint(path)
         message = str(error.value)
-        assert message.startswith(f'{path} is damaged or no checkpoint: {reason}') and '\n' not in message
-        assert message.endswith('; take one that train.py wrote') and 'weights_only' not in message
+        assert message == f'{path} is damaged or no checkpoint ({reason}): take one that train.py wrote'
 
 
 def test_a_missing_checkpoint_says_how_to_make_it(tmp_path):

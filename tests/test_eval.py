@@ -140,7 +140,7 @@ def test_eval_and_detect_find_the_same(images, monkeypatch):
     n_found = 0
     for path, boxes, labels, scores in zip(dataset.images, *found):
         image = open_image(path)
-        [detections] = detect.find_objects([image], 0.5, 0.45, 50, model, label_map)
+        detections = detect.find_objects(image, 0.5, 0.45, 50, model, label_map)
         assert [label_map[label] for label, _, _ in detections] == [label for label in labels.tolist() if label > 0]
         assert [score for _, score, _ in detections] == scores[labels > 0].tolist()
         pixels = (boxes[labels > 0].clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().tolist()

@@ -64,7 +64,7 @@ def test_training_evaluation_and_detection_as_on_a_cpu(folder, tmp_path, bfloat1
     for device in ('cpu', 'cuda'):
         model = load_detector(tmp_path / 'gpu.pth')[0].to(device).eval()
         _, mAP = evaluate(DataLoader(test_set, 4, collate_fn=collate_fn), model)
-        detections = find_objects(images, 0.05, 0.45, 5, model, saved['label_map'])
+        detections = [find_objects(image, 0.05, 0.45, 5, model, saved['label_map']) for image in images]
         found[device] = mAP, [[score for _, score, _ in of_image] for of_image in detections]
     assert found['cuda'][0] == pytest.approx(found['cpu'][0], abs=0.02)
     for on_gpu, on_cpu in zip(found['cuda'][1], found['cpu'][1]):
