@@ -80,7 +80,7 @@ def save_sheet(path, images, columns, label_map):
             found = zip(labels.tolist(), scores.tolist(), boxes.round().int().tolist())
             detections = [(names[label], score, box) for label, score, box in found if label > 0]  # no placeholder
             row.append((draw_objects(image, detections, label_map), f'{heading}: {len(detections)} boxes'))
-    save_tiles(path, rows, 350, 270)
+    save_tiles(path, rows, 480, 360)
 
 
 def main():

@@ -69,14 +69,15 @@ def draw_cells():
 
 @figure('mistakes.png')
 def draw_mistakes():
-    """As the sheet that eval.py draws, with three of each in a row."""
+    """As the sheet that eval.py draws, with two of each in a row, and larger."""
     test_set, lists = evaluated()
     _, false_positives, missed = find_mistakes(lists, test_set.label_map, mistakes_min_score)
     with tempfile.TemporaryDirectory() as temporary:
         path = os.path.join(temporary, 'mistakes.png')
-        worst = [{label: of_label[:3] for label, of_label in of_all.items()} for of_all in (false_positives, missed)]
+        worst = [{label: of_label[:2] for label, of_label in of_all.items()} for of_all in (false_positives, missed)]
         save_sheet(path, *worst, test_set.images)
-        return Image.open(path).convert('RGB')
+        sheet = Image.open(path).convert('RGB')
+        return sheet.resize((round(1.5 * sheet.width), round(1.5 * sheet.height)), Image.Resampling.LANCZOS)
 
 
 @figure('overfit.png')

@@ -177,11 +177,11 @@ def draw_vgg16():
 
 @figure('base.svg')
 def draw_base():
-    """VGGBase: its maps, the four changes to VGG-16, and the two maps that are taken out."""
+    """VGGBase: its maps, the changes to VGG-16, and the two maps that are taken out."""
     with torch.device('meta'):  # tensors that have a shape, but no numbers
         base, image = VGGBase(), torch.zeros(1, 3, 300, 300)
     shapes = output_shapes(dict(base.named_children()), base, image)
-    drawing, axes = canvas(47)
+    drawing, axes = canvas(49.7)
     places = draw_layers(axes, [['image'], *stages(shapes), ['conv6'], ['conv7']], shapes, 12,
                          {'image': paper, **map_colors})
     draw_legend(axes, ((33, convolution_color, 'convolution, ReLU'), (51, ink, 'max pool')))
@@ -194,10 +194,11 @@ def draw_base():
     changes = {'image': f'The image has {sides["image"]}×{sides["image"]} pixels, not 224×224.',
                'pool3': f'pool3 rounds {sides["conv3_3"] / 2} up to {sides["pool3"]}.',
                'pool5': f'pool5 (3×3, stride 1) does not halve: {sides["conv5_3"]} stays {sides["pool5"]}.',
-               'conv6': f'fc6 became conv6 ({conv6}), fc7 became conv7 (1×1). No fc8.'}
+               'conv6': f'fc6 became conv6 ({conv6}), fc7 became conv7 (1×1). No fc8.',
+               'conv4_3': 'To predict, conv4_3 is divided by its L2 norm, times 20.'}
     for i, (name, change) in enumerate(changes.items()):
         x, top = places[name]
-        beside = (x + 2.2, top + 1) if name == 'image' else (x + 0.5, top - 2)
+        beside = {'image': (x + 2.2, top + 1), 'conv4_3': (x + 2, top - 2)}.get(name, (x + 0.5, top - 2))
         for x, y in (beside, (2.5, 37 + 2.7 * i)):
             write(axes, x, y, str(i + 1), color=paper, weight='bold',
                   bbox={'boxstyle': 'circle,pad=0.15', 'facecolor': wrong_color, 'edgecolor': 'none'})

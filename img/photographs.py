@@ -422,7 +422,7 @@ def draw_nms():
     names = [f'{label} {score:.2f}' for label, score in zip(labels, scores)]
     of_class = {'person': series[0], 'rocket': series[2], 'helmet': series[4]}
     colors = [of_class[label] for label in labels]
-    corners = ('bottom left', 'bottom left', 'bottom left', 'below right', 'below right', 'bottom right')
+    corners = ('bottom left', 'bottom left', 'bottom left', 'top right', 'below right', 'bottom right')
 
     fig, axes = panels(2, 2, 6.8)
     for ax, title in zip(axes, (f'{len(boxes)} detections', f'Best: {names[kept[0]]}', f'Next: {names[kept[1]]}',

@@ -14,7 +14,7 @@ from files import UserError, open_image
 from model import SSD300
 from utils import make_label_map
 
-tile = 360, 304  # width and height in the sheet, with the caption
+tile = 490, 394  # width and height in the sheet, with the caption
 
 
 def learn(folder, tmp_path, n_images, steps, lr=3e-3):
@@ -62,9 +62,9 @@ def test_the_sheet_shows_each_image_and_what_was_found(tmp_path):
     overfit.save_sheet(str(tmp_path / 's.png'), images, columns, label_map)
     drawn = draw_objects(images[0], [('a', 0.625, [20, 22, 100, 100])], label_map)
     large = draw_objects(images[1], [('a', 0.625, [100, 111, 500, 500])], label_map)
-    large.thumbnail((350, 270))
+    large.thumbnail((480, 360))
     small = images[1].copy()
-    small.thumbnail((350, 270))
+    small.thumbnail((480, 360))
     with Image.open(tmp_path / 's.png') as sheet:
         assert sheet.size == (2 * tile[0], 2 * tile[1])
         for column, (heading, *of_column) in enumerate([('first', images[0], large), ('second', drawn, small)]):
@@ -74,10 +74,10 @@ def test_the_sheet_shows_each_image_and_what_was_found(tmp_path):
                 around = sheet.crop((x, y, x + tile[0], y + tile[1]))
                 around.paste('white', (0, 0, expected.width, expected.height))
                 caption = Image.new('RGB', tile, 'white')
-                ImageDraw.Draw(caption).text((2, 272), f'{heading}: {int(row != column)} boxes', 'black', font_size=24)
+                ImageDraw.Draw(caption).text((2, 362), f'{heading}: {int(row != column)} boxes', 'black', font_size=24)
                 assert around.tobytes() == caption.tobytes()
                 left, top, right, bottom = ImageChops.invert(caption).getbbox()
-                assert left <= 9 and 270 < top and bottom < 304 and 100 < right < 350  # nothing is cut off
+                assert left <= 9 and 360 < top and bottom < 394 and 100 < right < 480  # nothing is cut off
 
 
 def test_what_it_trains_and_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch):
