@@ -28,8 +28,7 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
     :param label_map: dict of label -> index
     :param seed: the seed of the training
     :param more: numbers to keep with it, such as mAP=0.7
-    :raises UserError: the file can't be written; an older file at `path` is unchanged
-    """
+    :raises UserError: the file can't be written; an older file at `path` is unchanged"""
     content = {'version': checkpoint_version, 'epoch': epoch, 'label_map': label_map, 'seed': seed,
                'model': model.state_dict(), **more}
     if optimizer is not None:
@@ -43,8 +42,7 @@ def load_checkpoint(path):
 
     :return: dict of version, epoch, label_map, seed, model (its state_dict, priors included), and what
         `save_checkpoint` was given in `more`; also of optimizer and optimizer_kind, unless only the model was saved
-    :raises UserError: the file is missing, damaged, or not a checkpoint of train.py
-    """
+    :raises UserError: the file is missing, damaged, or not a checkpoint of train.py"""
     if not os.path.isfile(path):
         raise UserError(f'no checkpoint at {path}: train one with "python train.py", or set the right path')
     content = read_saved(path)
@@ -92,8 +90,7 @@ def load_detector(checkpoint, labels=None):
     :param checkpoint: path of a checkpoint, or None for torchvision's SSD300, trained on COCO
     :param labels: only for torchvision's SSD300: the classes to detect, see `coco_detector`
     :raises UserError: see `load_checkpoint` and `coco_detector`; or the weights do not fit SSD300 with the checkpoint's
-        classes and this project's `feature_maps`
-    """
+        classes and this project's `feature_maps`"""
     if checkpoint is None:
         return coco_detector(labels)
     saved = load_checkpoint(checkpoint)

@@ -56,14 +56,14 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     :param labels: names of the classes to detect, others are dropped; or None for all that occur, in alphabetical order
     :param test_fraction: share of the first folder's images used for the test if it does not say which, from 0 to 1
     :param keep_empty: keep training images without objects
-    :raises UserError: there is no object of these classes for training, or no test image, or see `read_split`
-    """
-    if isinstance(labels, str) or not 0 <= test_fraction <= 1:
+    :raises UserError: there is no object of these classes for training, or no test image, a label occurs twice, or see
+        `find_images` and `read_split`"""
+    if isinstance(labels, str) or not isinstance(test_fraction, (int, float)) or not 0 <= test_fraction <= 1:
         raise UserError(f"labels = {labels!r}, test_fraction = {test_fraction} in create_data_lists.py: set labels to "
                         "None, or a list such as ['cat'], and test_fraction to a number from 0 to 1")
     label_map = None if labels is None else make_label_map(labels)
     splits, left_out = {'TRAIN': [], 'TEST': []}, []
-    for folder, fraction in [(voc07_path, test_fraction)] + ([(voc12_path, None)] if voc12_path else []):
+    for folder, fraction in [(str(voc07_path), test_fraction)] + ([(voc12_path, None)] if voc12_path else []):
         found = find_images(folder)
         train, test = choose_split(folder, found, fraction)
         for split, annotation_paths in (('TRAIN', train), ('TEST', test)):
@@ -145,8 +145,7 @@ def find_images(folder):
     or in the folder that corresponds (see `files.folders_of`), or anywhere, if just one has that name.
 
     :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
-    :raises UserError: the folder is missing, or has no annotation
-    """
+    :raises UserError: the folder is missing, or has no annotation"""
     images, unknown, found = {}, {}, {}
     paths = list_files(folder)
     for path in paths:
@@ -175,8 +174,7 @@ def read_image_sets(folder, found):
     """Read the lists in ImageSets/Main. A line is the name of an image, perhaps with folder and extension. A flag may
     follow, as in VOC's lists of one class; here it does not matter.
 
-    :return: dict of a list's name -> paths of annotations; a name without annotation or image stays as it is
-    """
+    :return: dict of a list's name -> paths of annotations; a name without annotation or image stays as it is"""
     by_name, image_sets = {}, {}
     for path in found:
         by_name.setdefault(name_of(path), []).append(path)
@@ -205,8 +203,7 @@ def choose_split(folder, found, test_fraction):
     test.
 
     :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None if all are for training
-    :return: paths of annotations for training, and for the test, see `find_images`
-    """
+    :return: paths of annotations for training, and for the test, see `find_images`"""
     sets, where = read_image_sets(folder, found), 'lists in ImageSets/Main:'
     if not sets:
         where = 'folders:'
@@ -240,8 +237,7 @@ def read_split(folder, split, annotation_paths, found, labels=None):
 
     :param annotation_paths: paths relative to the folder, see `find_images` for `found`
     :param labels: the labels of objects to keep, or a dict of them; or None to keep all
-    :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out
-    """
+    :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out"""
     def read(annotation_path):
         """:return: an image's path and annotation; or the reason why they can't be read, a string"""
         image_paths = [os.path.join(os.path.abspath(folder), path) for path in found.get(annotation_path, [])]
@@ -271,8 +267,8 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     """Read the objects from an XML file in Pascal VOC's format, and drop those whose box or label is invalid.
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may extend one pixel beyond the image, because some tools
-    count from 0 or round up: it is clipped. A box that extends further, or is narrower or lower than a tenth of a
-    pixel, is dropped: in the network's coordinates it would have no area. Rotated images: see `files.turn_box`.
+    count from 0 or round up: it is clipped. A box that extends further is dropped, and so is one of less than a tenth
+    of a pixel in width or height, which has next to no area. Rotated images: see `files.turn_box`.
 
     :param annotation_path: path of the XML file
     :param labels: the labels of objects to keep; or None to keep all, except background
@@ -281,8 +277,7 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     :return: dict of boxes (boundary coordinates in pixels, from 0), labels (strings) and difficulties (0 or 1), a list
         each, with one element for each object; dropped, a list of reasons, one for each dropped object; n_swapped, the
         number of boxes with swapped edges, which were put in order; and size
-    :raises UserError: the annotation can't be read, is for an image of another size, or has boxes in fractions
-    """
+    :raises UserError: the annotation can't be read, is for an image of another size, or has boxes in fractions"""
     stated_size, objects = read_objects(annotation_path)
     known = min(stated_size) > 0  # some tools write 0 for a size they don't know
     as_stored = orientation >= 5 and size == stated_size[::-1] and size != stated_size
@@ -327,8 +322,7 @@ def read_objects(annotation_path):
 
     :return: the (width, height) that it states, 0 if missing; and a list of (label, difficult, box), one for each
         object, with boundary coordinates in pixels from 1, or None if it has no bndbox but, say, a polygon
-    :raises UserError: the file is not XML, or an object lacks a name or an edge
-    """
+    :raises UserError: the file is not XML, or an object lacks a name or an edge"""
     content = Path(annotation_path).read_bytes()
     try:
         root = ET.fromstring(content)
@@ -349,7 +343,7 @@ def read_objects(annotation_path):
             raise ValueError(f'it has {len(objects)} objects, more than there are priors')
     except (ET.ParseError, LookupError, ValueError) as error:
         reason = one_line(error)
-        if 'invalid token' in reason:
+        if 'invalid token' in reason and isinstance(error, ET.ParseError):
             line, column = error.position
             reason = f'text at line {line}, column {column} has < or &, or another encoding than the file declares'
         raise UserError(f'{annotation_path} is not an annotation in VOC format ({reason}): an object needs a name, a '

@@ -24,8 +24,7 @@ class PascalVOCDataset(Dataset):
     :param data_folder: the folder with the lists
     :param split: 'TRAIN' for the training images, with augmentation, or 'TEST'; upper or lower case
     :param keep_difficult: keep objects that are marked as difficult
-    :raises UserError: there is no such split; a list is missing, or is not from the same run as the others
-    """
+    :raises UserError: there is no such split; a list is missing, or is not from the same run as the others"""
 
     def __init__(self, data_folder, split, keep_difficult=False):
         self.split = split = standard_split(split)
@@ -33,8 +32,13 @@ class PascalVOCDataset(Dataset):
         self.images = read_list(data_folder, f'{split}_images.json')
         self.objects = read_list(data_folder, f'{split}_objects.json')
         self.label_map = read_list(data_folder, 'label_map.json')
-        largest = max((max(objects['labels'], default=0) for objects in self.objects), default=0)
-        if len(self.images) != len(self.objects) or largest >= len(self.label_map):
+        try:
+            largest = max((max(objects['labels'], default=0) for objects in self.objects), default=0)
+            complete = all(len(objects[key]) == len(objects['labels']) for objects in self.objects
+                           for key in ('boxes', 'difficulties'))
+        except (KeyError, TypeError):
+            complete = False
+        if not complete or len(self.images) != len(self.objects) or largest >= len(self.label_map):
             raise UserError(f'the lists of {split} in {data_folder} do not belong together: '
                             'run "python create_data_lists.py" again')
 
@@ -45,8 +49,7 @@ class PascalVOCDataset(Dataset):
         """:param i: an image's index; or (index, seed), where the same seed gives the same augmentation (see
             EpochSampler)
         :return: image (3, 300, 300), boxes in fractional boundary coordinates (n_objects, 4), labels (n_objects),
-            difficulties (n_objects) byte
-        """
+            difficulties (n_objects) byte"""
         rng = random
         if isinstance(i, tuple):
             i, seed = i
@@ -83,13 +86,12 @@ def read_list(data_folder, name):
 # -------------------------------------------------------------------------------------------------------------- Batches
 
 class EpochSampler(Sampler):
-    """Shuffles the images in each epoch, and adds a random seed to each. Order and augmentation depend only on `seed`
-    and the epoch: not on the number of workers, nor on whether training was interrupted before. See "Inputs".
+    """Yields (index, random seed) of each image, in an order shuffled in each epoch. Order and augmentation depend only
+    on `seed` and the epoch: not on the number of workers, nor on whether training was interrupted. See "Inputs".
 
     :param n: number of images; seed is that of the training
-    :param process: number of this process, from 0; each takes every n_processes-th image. As all get equally many
-        images, a few may be left out of an epoch.
-    """
+    :param process: number of this process, from 0; each of n_processes takes every n_processes-th image. As all get
+        equally many images, a few may be left out of an epoch."""
 
     def __init__(self, n, seed, process=0, n_processes=1):
         self.n, self.seed, self.epoch, self.process, self.n_processes = n, seed, 0, process, n_processes
@@ -120,7 +122,8 @@ mean_color = tuple(round(255 * value) for value in mean)
 
 
 def to_input(image):
-    """Turn a PIL image in RGB, 300x300, into the network's input: a tensor (3, 300, 300), normalized."""
+    """Turn a PIL image in RGB, 300x300, into the network's input: a float tensor (3, 300, 300), from 0 to 1, minus
+    `mean` and divided by `std`."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 300, 300), from 0 to 255
     # Pixels are not divided by 255; mean and std are multiplied instead, which is faster.
     return FT.normalize(pixels.float().contiguous(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
@@ -160,8 +163,7 @@ def crop_window(window, boxes, rng=random):
 
     :param window: boundary coordinates in pixels
     :param boxes: ground truth, boundary coordinates in pixels, a tensor (n_objects, 4)
-    :return: the smaller window; or the given one, if no crop is drawn or there is no object
-    """
+    :return: the smaller window; or the given one, if no crop is drawn or there is no object"""
     x_min, y_min, x_max, y_max = window
     while len(boxes) > 0:
         min_overlap = rng.choice([0., .1, .3, .5, .7, .9, None])  # None: no crop
@@ -201,8 +203,7 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     :param window: boundary coordinates in pixels; it must overlap the image
     :param dims: width and height of the result
     :param distort: a function from PIL image to PIL image, applied to the part of the image, not to the mean; or None
-    :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)
-    """
+    :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)"""
     x_min, y_min, x_max, y_max = window
     scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)
     # The part of the image inside the window, and the pixels of the result in which it is drawn
@@ -237,8 +238,7 @@ def transform(image, boxes, labels, difficulties, split, rng=random):
     :param split: 'TRAIN', or 'TEST' to only resize and normalize; upper or lower case
     :return: the input (3, 300, 300), boxes in fractional boundary coordinates (n, 4), labels (n), difficulties (n);
         in training, without the objects whose center is outside the crop
-    :raises UserError: there is no such split
-    """
+    :raises UserError: there is no such split"""
     training = standard_split(split) == 'TRAIN'
     window, distort = (0., 0., float(image.width), float(image.height)), None
     if training:

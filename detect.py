@@ -33,8 +33,7 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
     :param min_score: see `SSD300.detect_objects`, like max_overlap and top_k
     :param suppress: labels to leave out
     :param detector: (model, label_map), see `kept_detector`; None for the checkpoint at the top of this file
-    :return: a copy of the image, in RGB and upright, with boxes, labels and scores
-    """
+    :return: a copy of the image, in RGB and upright, with boxes, labels and scores"""
     model, label_map = detector or kept_detector(checkpoint)
     image = to_rgb(original_image)
     detections = find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress)
@@ -46,10 +45,10 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
 def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress=None):
     """:param image: a PIL image in RGB
     :param model: SSD300, and its `label_map`; the other parameters are those of `detect`
-    :return: list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole pixels
-    """
+    :return: list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole pixels"""
     names = list(label_map)
-    unwanted = {'background', *(suppress or ())}  # 'background' is the label of the placeholder for no detection
+    suppress = [suppress] if isinstance(suppress, str) else suppress or ()
+    unwanted = {'background', *suppress}  # 'background' is the label of the placeholder for no detection
     no_objects = torch.empty(0, 4), torch.empty(0), torch.empty(0)  # boxes, labels, difficulties
     tensor, *_ = transform(image, *no_objects, 'TEST')  # (3, 300, 300)
     predictions = model(tensor.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
@@ -63,8 +62,7 @@ def draw_objects(image, detections, label_map):
     """:param image: a PIL image in RGB, which stays as it is
     :param detections: list of (label, score, box) by decreasing score, see `find_objects`
     :param label_map: dict of label -> index, which chooses the colors
-    :return: a copy of the image with boxes, labels and scores
-    """
+    :return: a copy of the image with boxes, labels and scores"""
     image = image.copy()
     draw = ImageDraw.Draw(image)
     colors = make_color_map(label_map)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from checkpoints import load_detector
 from datasets import PascalVOCDataset, collate_fn
-from files import UserError, run
+from files import UserError, check_image_path, check_numbers, run
 from mistakes import find_mistakes, print_counts, save_sheet
 from processes import gather_images, join_processes, leave_processes, n_processes, process_number
 from utils import calculate_mAP
@@ -43,8 +43,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does
     :param mistakes_path: where to save a sheet of the worst mistakes; None not to count them either
     :param mistakes_min_score: count mistakes among detections with a score above this
-    :return: dict of label -> AP, and mAP, see `utils.calculate_mAP`
-    """
+    :return: dict of label -> AP, and mAP, see `utils.calculate_mAP`"""
     model.eval()
     device = model.priors_cxcy.device
     # For each image: boxes, labels, scores of the detections; boxes, labels, difficulties of the ground truth
@@ -88,6 +87,10 @@ def make_test_loader(test_set, batch_size, workers, device):
 
 def main():
     """Evaluate with the parameters at the top of this file."""
+    check_numbers('eval.py', 1, batch_size=batch_size)
+    check_numbers('eval.py', 0, workers=workers)
+    if mistakes_path is not None:
+        check_image_path('eval.py', 'mistakes_path', mistakes_path)
     device = join_processes()
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
     model, label_map = load_detector(checkpoint, list(test_set.label_map)[1:])

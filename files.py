@@ -27,7 +27,7 @@ runtime_errors = {
     'Pin memory thread exited': None,
     'Too many open files': None,
     'received 0 items of ancdata': 'there are too many open files: raise the limit with "ulimit -n", or lower workers',
-    'out of memory': 'the GPU ran out of memory: lower batch_size',
+    'out of memory': 'the GPU ran out of memory: lower batch_size, or end what else uses this GPU',
     "can't allocate memory": not_enough_memory,
     'not enough memory': not_enough_memory,  # on Windows
     'onnection': 'another process ended or was killed: start all of them again, from the last checkpoint'}
@@ -36,6 +36,8 @@ runtime_errors = {
 def run(main):
     """Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback."""
     try:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors='backslashreplace')  # a name with letters that the console lacks
         main()
     except (EOFError, ConnectionError):  # from the data loader, if its worker died while it was passing on images
         sys.exit('Error: a worker that loads images was killed, perhaps for lack of memory: lower workers or '
@@ -57,6 +59,19 @@ def run(main):
         sys.exit(f'Stopped. {stop}'.strip())
 
 
+def check_numbers(script, least, **parameters):
+    """Raise UserError unless these parameters at the top of a script are whole numbers of at least `least`."""
+    for name, value in parameters.items():
+        if not isinstance(value, int) or value < least:
+            raise UserError(f'{name} = {value!r} in {script}: set it to a whole number, at least {least}')
+
+
+def check_image_path(script, name, path):
+    """Raise UserError unless Pillow can write an image with the extension of this path."""
+    if not is_image(path):
+        raise UserError(f'{name} = {path!r} in {script}: end it in .png or .jpg')
+
+
 def one_line(error):
     """:return: the message of an error, in one line of at most 300 characters"""
     return ' '.join(str(error).split())[:300]
@@ -66,9 +81,9 @@ def one_line(error):
 
 @contextmanager
 def write_whole(*paths, mode='wb'):
-    """Open files for writing, a list, that replace `paths` only when all are complete: if writing is interrupted, each
-    path is still the old file, or already the new one, but never half a file. Raises UserError if it is not possible.
-    `mode` is 'wb' for bytes or 'w' for text."""
+    """Yield a list of files, open for writing, that replace `paths` only when all are complete: if writing is
+    interrupted, each path is still the old file, or already the new one, but never half a file. Raises UserError if it
+    is not possible. `mode` is 'wb' for bytes or 'w' for text."""
     temporaries = [f'{path}.tmp' for path in paths]
     try:
         with ExitStack() as stack:
@@ -162,8 +177,7 @@ def opened_image(path):
 
     :raises UserError: the file is missing, or is not an image that Pillow can read whole
     :raises OSError: the file may be good, but the system can't read it: too many open files, no permission, ...
-    :raises MemoryError: there is not enough memory for its pixels
-    """
+    :raises MemoryError: there is not enough memory for its pixels"""
     try:
         with Image.open(path) as image:
             yield image
@@ -198,10 +212,10 @@ def turn_box(box, size, orientation):
     must be turned. If both sizes are the same (square images, orientations 2 to 4) or none is stated, boxes are taken
     to be upright.
 
-    :param box: boundary coordinates in the stored image, in pixels from 1; returned are those in the upright image
+    :param box: boundary coordinates in the stored image, in pixels from 1
     :param size: (width, height) of the upright image in pixels
     :param orientation: EXIF orientation from 5 to 8: rows of the stored image are columns of the upright one
-    """
+    :return: the box in the upright image, in the same form"""
     y_min, x_min, y_max, x_max = box  # rows become columns
     if orientation in (6, 7):  # mirrored left to right
         x_min, x_max = size[0] + 1 - x_max, size[0] + 1 - x_min

@@ -26,9 +26,9 @@ def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_diffi
 
     Where two apply, it is the first in this order, as in TIDE's code; but detections are matched as VOC does.
 
-    :param det_boxes: and all other arguments: see `utils.match_detections`
-    :return: for each detection, its kind and the index of the object that it is about, or None; a list of pairs
-    """
+    The arguments are those of `utils.match_detections`.
+
+    :return: for each detection, its kind and the index of the object that it is about, or None; a list of pairs"""
     true_positive, ignored, target = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                                                       true_difficulties)
     overlap = find_jaccard_overlap(det_boxes, true_boxes)  # (n, n_objects)
@@ -50,16 +50,15 @@ def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_diffi
 
 
 def find_mistakes(lists, label_map, min_score):
-    """As in TIDE, an object is missed if it has no true positive, and no classification or localization error is about
-    it, whose correction would find it.
+    """Count and list the mistakes of each class. As in TIDE, an object is missed if it has no true positive, and no
+    classification or localization error is about it, whose correction would find it.
 
-    :param lists: the first six arguments of `calculate_mAP`
+    :param lists: the first six arguments of `calculate_mAP`, with fractional boxes
     :param label_map: dict of label -> index
     :param min_score: detections with a lower score do not count
     :return: dict of label -> a Counter of `kinds` and of 'missed'; dict of label -> false positives by decreasing
         score, tuples of (score, index of the image, box, true box or None, caption); dict of label -> missed objects
-        by decreasing area, tuples of (area, index of the image, None, true box, caption)
-    """
+        by decreasing area, as a fraction of the image, tuples of (area, index of the image, None, true box, caption)"""
     labels = list(label_map)
     counts, false_positives, missed = {}, {}, {}
     for label in labels[1:]:
@@ -104,7 +103,8 @@ def save_sheet(path, false_positives, missed, image_paths):
 
 
 def draw_mistake(image, box, true_box):
-    """The box of a detection in orange, that of an object in green, and what is around; one of them may be None."""
+    """The box of a detection in orange, that of an object in green, and what is around, as a PIL image of `tile` pixels
+    a side. One of the boxes (4), in fractional boundary coordinates, may be None."""
     size = torch.tensor([image.width, image.height] * 2)  # (4)
     boxes = [(b.cpu().clamp(0, 1) * size, color) for b, color in ((true_box, 'lime'), (box, 'orange')) if b is not None]
     corners = torch.stack([b for b, _ in boxes])  # (1 or 2, 4)
@@ -119,8 +119,8 @@ def draw_mistake(image, box, true_box):
 
 
 def save_tiles(path, rows, width, height, font_size=24):
-    """Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to this width and height. Below
-    each are 34 pixels, for one line in font size 24 or two in 10."""
+    """Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to at most this width and
+    height in pixels. Below each are 34 pixels, for one line in font size 24 or two in 10."""
     columns = max(1, *map(len, rows))
     sheet = Image.new('RGB', (columns * (width + 10), len(rows) * (height + 34)), 'white')
     for y, row in enumerate(rows):

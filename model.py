@@ -27,8 +27,7 @@ class VGGBase(nn.Module):
     """The backbone: VGG-16 up to its last convolution, and its fully connected layers fc6 and fc7 as convolutions. See
     "Base convolutions".
 
-    :param pretrained: start from torchvision's ImageNet weights instead of random ones
-    """
+    :param pretrained: start from torchvision's ImageNet weights instead of random ones"""
 
     def __init__(self, pretrained=False):
         super().__init__()
@@ -72,8 +71,7 @@ class VGGBase(nn.Module):
 
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
-        :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)
-        """
+        :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
         # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. ReLU and max pooling
         # commute, so the first three pools come first: this leaves ReLU a quarter of the work. (conv4_3's features are
         # needed after ReLU, and pool5 does not shrink the map.)
@@ -109,9 +107,9 @@ class VGGBase(nn.Module):
         """Load torchvision's VGG-16 weights, trained on ImageNet. Raises UserError if they can't be downloaded."""
         vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, 'set pretrained = None to start from random weights')
 
-        # torchvision numbers its layers, including ReLUs and pools; its convolutions are in the same order as ours.
+        # torchvision numbers its layers, ReLUs and pools included. These are its convolutions, in the order of ours.
         names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)][:13]
-        indices = sorted({int(key.split('.')[1]) for key in vgg if key.startswith('features.')})
+        indices = 0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28
         state_dict = {f'{name}.{kind}': vgg[f'features.{index}.{kind}']
                       for name, index in zip(names, indices, strict=True) for kind in ('weight', 'bias')}
         # fc6 (4096, 512 * 7 * 7) -> conv6 (1024, 512, 3, 3); fc7 (4096, 4096) -> conv7 (1024, 1024, 1, 1)
@@ -126,11 +124,12 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
     """Turn a fully connected layer into the convolution that computes the same values, then decimate it. See "A fully
     connected layer is a convolution", and "Decimation, and a kernel with holes".
 
-    :param weight: (n_outputs, channels * size * size); with bias (n_outputs)
-    :param channels: channels of the layer's input before it was flattened; size is the width and height of that input
+    :param weight: (n_outputs, channels * size * size)
+    :param bias: (n_outputs)
+    :param channels: channels of the layer's input before it was flattened
+    :param size: width and height of that input
     :param m: keep every m-th of the filters, channels, rows and columns, a tuple of four; None keeps all
-    :return: the convolution's weight (n_filters, n_channels, n_rows, n_columns) and bias (n_filters)
-    """
+    :return: the convolution's weight (n_filters, n_channels, n_rows, n_columns) and bias (n_filters)"""
     return decimate(weight.view(-1, channels, size, size), m), decimate(bias, m[:1])
 
 
@@ -157,8 +156,7 @@ class AuxiliaryConvolutions(nn.Module):
     def forward(self, conv7_feats):
         """:param conv7_feats: (N, 1024, 19, 19)
         :return: conv8_2_feats (N, 512, 10, 10), conv9_2_feats (N, 256, 5, 5), conv10_2_feats (N, 256, 3, 3),
-            conv11_2_feats (N, 256, 1, 1)
-        """
+            conv11_2_feats (N, 256, 1, 1)"""
         out = self.conv8_1(conv7_feats).relu_()  # (N, 256, 19, 19)
         conv8_2_feats = self.conv8_2(out).relu_()  # (N, 512, 10, 10)
 
@@ -186,8 +184,7 @@ class PredictionConvolutions(nn.Module):
     (cl_...). At each tile, the channels of the first are 4 offsets for each of the tile's priors, those of the second
     n_classes scores for each. See "Prediction convolutions".
 
-    :param n_classes: number of classes, background included
-    """
+    :param n_classes: number of classes, background included"""
 
     def __init__(self, n_classes):
         super().__init__()
@@ -200,8 +197,7 @@ class PredictionConvolutions(nn.Module):
 
     def forward(self, conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats):
         """:param conv4_3_feats: (N, 512, 38, 38), and so on, see `utils.feature_maps`
-        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits
-        """
+        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits"""
         feats = (conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats)
         locs, classes_scores = [], []
         for name, feat in zip(feature_maps, feats, strict=True):
@@ -222,8 +218,7 @@ class SSD300(nn.Module):
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
     :param thin: keep only every thin-th channel of each layer, for a network that a laptop can train: see `thin_out`
-    :raises ValueError: thin is not one of `possible_thin`
-    """
+    :raises ValueError: thin is not one of `possible_thin`"""
 
     def __init__(self, n_classes, pretrained=False, thin=1):
         super().__init__()
@@ -260,8 +255,7 @@ class SSD300(nn.Module):
 
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
-        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits
-        """
+        :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits"""
         conv4_3_feats, conv7_feats = self.base(image)  # (N, 512, 38, 38), (N, 1024, 19, 19)
         aux_feats = self.aux_convs(conv7_feats)  # (N, 512, 10, 10), (N, 256, 5, 5), (N, 256, 3, 3), (N, 256, 1, 1)
 
@@ -281,8 +275,7 @@ class SSD300(nn.Module):
         :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
         :param top_k: keep at most this many detections of an image
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
-            long, scores (n). An image without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0.
-        """
+            long, scores (n). An image without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0."""
         all_boxes, all_labels, all_scores = [], [], []
         for locs, scores in zip(predicted_locs.float(), predicted_scores.float()):
             boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, self.priors_cxcy))  # (8732, 4)
@@ -314,8 +307,7 @@ def thin_out(model, thin):
 
     :param model: SSD300, whose layers are changed in place
     :param thin: one of `possible_thin`
-    :raises ValueError: thin is another number
-    """
+    :raises ValueError: thin is another number"""
     if thin not in possible_thin:
         raise ValueError(f'thin is {thin!r}, not one of {possible_thin}')
     for layer in model.modules():
@@ -342,8 +334,7 @@ class MultiBoxLoss(nn.Module):
     :param threshold: a prior that overlaps no object by at least this is background
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
-    :param min_negatives: least number of hard negatives in each image; with 0, images without objects teach nothing
-    """
+    :param min_negatives: least number of hard negatives in each image; with 0, images without objects teach nothing"""
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1., min_negatives=0):
         super().__init__()
@@ -358,8 +349,7 @@ class MultiBoxLoss(nn.Module):
         :param predicted_scores: logits, (N, 8732, n_classes)
         :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
         :param labels: the objects' labels, a list of N tensors (n_objects)
-        :return: the loss, a scalar; 0 if there is no object in the batch, unless `min_negatives` is larger than 0
-        """
+        :return: the loss, a scalar; 0 if there is no object in the batch, unless `min_negatives` is larger than 0"""
         loc_loss, conf_loss = self.losses(predicted_locs, predicted_scores, boxes, labels)
         return conf_loss + self.alpha * loc_loss
 
@@ -391,10 +381,9 @@ class MultiBoxLoss(nn.Module):
     def match(self, boxes, labels):
         """Assign an object, or background, to each prior (the paper's section 2.2). See "Matching".
 
-        :param boxes: ground truth as in `forward`, like labels
-        :return: true_boxes (N, 8732, 4), the box of each prior's object in boundary coordinates, or for background the
-            prior itself; true_classes (N, 8732), the object's label, or 0
-        """
+        :param boxes: as in `forward`, like labels
+        :return: true_boxes (N, 8732, 4), the box of each prior's object in fractional boundary coordinates, or for
+            background the prior itself; true_classes (N, 8732), the object's label, or 0"""
         priors_xy = cxcy_to_xy(self.priors_cxcy)  # (8732, 4)
         n_objects = [len(of_image) for of_image in boxes]
 
@@ -434,8 +423,7 @@ def own_priors(overlap):
     until there are no conflicts.
 
     :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732); -1 for padding
-    :return: the index of each object's prior, all different within an image, (N, n_objects); 0 for padding
-    """
+    :return: the index of each object's prior, all different within an image, (N, n_objects); 0 for padding"""
     overlap = overlap.clone()
     n = overlap.size(1)
     earlier = torch.ones(n, n, dtype=torch.bool, device=overlap.device).tril(-1)  # (n_objects, n_objects)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datasets import PascalVOCDataset, collate_fn
 from detect import draw_objects, max_overlap, min_score, top_k
-from files import UserError, open_image, run
+from files import UserError, check_image_path, check_numbers, open_image, run
 from mistakes import find_mistakes, save_tiles
 from model import SSD300, MultiBoxLoss, possible_thin
 from train import make_optimizer, one_cycle, standardize, update
@@ -20,7 +20,7 @@ from train import make_optimizer, one_cycle, standardize, update
 data_folder = './'  # where create_data_lists.py wrote the lists
 n_images = 4  # how many of the first training images to learn
 steps = 100  # each with all of these images in a batch
-thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes fifteen times as long
+thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes a dozen times as long
 lr = 1e-3  # the highest learning rate of AdamW, from random weights
 sheet_path = 'overfit.png'  # where a sheet goes: the ground truth, and the detections at four steps
 
@@ -35,8 +35,7 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
     :param sheet_path: where the sheet goes
     :param device: the torch.device to train on
     :return: the last loss, and how many of the objects were found after the last step
-    :raises UserError: the loss or the gradient was not finite
-    """
+    :raises UserError: the loss or the gradient was not finite"""
     train_set.split = 'TEST'
     images, boxes, labels, difficulties = collate_fn([train_set[i] for i in range(min(n_images, len(train_set)))])
     images = images.to(device)  # (N, 3, 300, 300)
@@ -85,9 +84,10 @@ def save_sheet(path, images, columns, label_map):
 
 def main():
     """Overfit with the parameters at the top of this file."""
-    if min(n_images, steps) < 1 or thin not in possible_thin:
-        raise UserError(f'n_images = {n_images}, steps = {steps}, thin = {thin} in overfit.py: set the first two '
-                        f'to at least 1, and thin to one of {possible_thin}')
+    check_numbers('overfit.py', 1, n_images=n_images, steps=steps)
+    check_image_path('overfit.py', 'sheet_path', sheet_path)
+    if thin not in possible_thin:
+        raise UserError(f'thin = {thin!r} in overfit.py: set it to one of {possible_thin}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)

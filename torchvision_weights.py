@@ -75,8 +75,7 @@ def from_torchvision(state_dict, classes=None, thin=1):
     :param state_dict: of a `torchvision.models.detection.ssd300_vgg16`
     :param classes: indices of the classes to keep, 0 (background) first; None for all
     :param thin: keep only every thin-th channel, see `model.thin_out`
-    :raises UserError: the weights are not those of such a model
-    """
+    :raises UserError: the weights are not those of such a model"""
     try:
         state_dict = {key: values.cpu() for key, values in state_dict.items()}
         n_all = len(state_dict['head.classification_head.module_list.5.bias']) // 4

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from checkpoints import load_checkpoint, load_detector, save_checkpoint
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from eval import evaluate, make_test_loader
-from files import UserError, run, write_whole
+from files import UserError, check_numbers, run, write_whole
 from model import SSD300, MultiBoxLoss, possible_thin
 from processes import (join_processes, leave_processes, mean_over_processes, n_processes, process_number,
                        share_gradients)
@@ -53,7 +53,7 @@ weight_decay = 5e-4  # L2 penalty with 'sgd', decoupled with 'adamw'
 grad_clip = None  # largest norm of the gradient; set it, say to 10, if the loss explodes
 min_negatives = 0  # hard negatives of each image at least; set it, say to 30, if the lists have images without objects
 bfloat16 = False  # compute in 16 bits: faster on recent GPUs; its effect on the mAP has not been measured
-seed = 0  # the same seed gives the same weights on the same processor; on a GPU, nearly the same
+seed = 0  # the same seed gives the same weights on the same processor; on a GPU, they drift apart
 print_freq = 200  # batches between two lines of the log
 evaluate_every = 0  # epochs between two evaluations; 0 for none, so that no checkpoint is selected on the test set
 
@@ -64,7 +64,8 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """Make the optimizer of an SSD300: 'sgd' as in the paper, where biases have twice the learning rate, as in its
-    authors' code; or 'adamw', which needs far fewer steps from random weights, and does not use `momentum`."""
+    authors' code; or 'adamw', which needs far fewer steps from random weights, and does not use `momentum`. `lr` is the
+    peak rate."""
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
@@ -109,9 +110,8 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     :param warm_up: see `warm_up_and_decay`, like `decay_lr_at` and `decay_lr_to`
     :param rise_and_fall: let the learning rate follow `one_cycle` instead
     :param min_negatives: see `MultiBoxLoss`
-    :param test_set: PascalVOCDataset to evaluate on after every `evaluate_every` epochs; 0 for never
-    :param options: the other arguments of `train`
-    """
+    :param test_set: PascalVOCDataset to evaluate on every `evaluate_every` epochs and after the last; 0 for never
+    :param options: the other arguments of `train`"""
     criterion = MultiBoxLoss(model.priors_cxcy, min_negatives=min_negatives)
     sampler = EpochSampler(len(train_set), seed, process_number(), n_processes())
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
@@ -179,8 +179,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     :param bfloat16: compute in 16 bits, and only the loss in 32
     :param log_path: CSV file of the log; None for none
     :param schedule: PyTorch's LRScheduler, which sets the learning rate of the next step; None to keep it
-    :raises UserError: the loss or the gradient was not finite; the weights are as they were before that batch
-    """
+    :raises UserError: the loss or the gradient was not finite; the weights are as they were before that batch"""
     model.train()
     device = criterion.priors_cxcy.device
     n_batches = len(train_loader)
@@ -262,7 +261,8 @@ def make_model(label_map, checkpoint, pretrained, thin):
     if pretrained == 'coco':
         model, new_labels = start_from_coco(label_map, thin)
         if process_number() == 0:
-            print(f'Starting from weights trained on COCO; the class scores of {new_labels or "no class"} are random.')
+            print(f'Starting from weights trained on COCO; the class scores of {new_labels or "no class"} are random. '
+                  'The priors are those of these weights, not of feature_maps in utils.py.')
         return model
     return SSD300(len(label_map), pretrained == 'imagenet', thin)
 
@@ -275,8 +275,7 @@ def standardize(model, images):
     2016). And scale the layers of the predictions by 0.1, so that these start near 0.
 
     :param model: SSD300 with random weights, which are changed in place
-    :param images: some images, a tensor (N, 3, 300, 300)
-    """
+    :param images: some images, a tensor (N, 3, 300, 300)"""
     def shift_and_scale(layer, _, output):
         """Change a layer's weights and biases, and its output, which is the next layer's input."""
         n_values = output[:, 0].numel()  # of each channel; 1 for conv11_2 with a single image
@@ -312,13 +311,18 @@ def main():
                                   ('pretrained', pretrained, ('imagenet', 'coco', None))):
         if value not in possible:
             raise UserError(f'{name} = {value!r} in train.py: set it to one of {possible}')
-    for name, value in (('evaluate_every', evaluate_every), ('warm_up', warm_up), ('min_negatives', min_negatives)):
-        if not isinstance(value, int) or value < 0:
-            raise UserError(f'{name} = {value!r} in train.py: set it to a whole number, at least 0')
+    check_numbers('train.py', 1, batch_size=batch_size, epochs=epochs, print_freq=print_freq)
+    check_numbers('train.py', 0, workers=workers, warm_up=warm_up, min_negatives=min_negatives, seed=seed,
+                  evaluate_every=evaluate_every)
+    if not isinstance(lr, (int, float)) or lr <= 0 or not isinstance(decay_lr_at, (list, tuple)):
+        raise UserError(f'lr = {lr!r}, decay_lr_at = {decay_lr_at!r} in train.py: set lr to a number above 0, and '
+                        'decay_lr_at to a list of epochs, such as [20] or [154, 193]')
     device = join_processes()
     torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try algorithms, take the fastest
     torch.manual_seed(seed)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
+    if len(train_set) < n_processes():
+        raise UserError(f'{len(train_set)} training images are too few for {n_processes()} process(es): list more')
     saved = {} if checkpoint is None else load_checkpoint(checkpoint)
     resumes = saved.get('optimizer') is not None  # convert_checkpoint.py writes only weights, to start from
     existing = [path for path in (checkpoint_path, best_of(checkpoint_path)) if os.path.exists(path)]

@@ -27,8 +27,7 @@ voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'c
 def make_label_map(labels):
     """:param labels: names of the classes, without the background
     :return: dict of label -> index; 'background' is 0, the labels follow in their order
-    :raises UserError: a label occurs twice, or is 'background' itself
-    """
+    :raises UserError: a label occurs twice, or is 'background' itself"""
     names = ['background', *labels]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated or not labels:
@@ -103,8 +102,7 @@ def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
 
     :param maps: dict of name -> FeatureMap
     :param last_extra_scale: scale of the extra prior on the last map, which has no next one
-    :return: priors in fractional center-size coordinates, a tensor (8732, 4)
-    """
+    :return: priors in fractional center-size coordinates, a tensor (8732, 4)"""
     scales = [feature_map.scale for feature_map in maps.values()]
     extra_scales = [math.sqrt(scale * next_scale) for scale, next_scale in zip(scales, scales[1:])] + [last_extra_scale]
     priors = []
@@ -114,7 +112,7 @@ def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
                 c_x, c_y = (column + 0.5) / size, (row + 0.5) / size
                 for ratio in ratios:
                     priors.append([c_x, c_y, scale * math.sqrt(ratio), scale / math.sqrt(ratio)])
-                    if ratio == 1:
+                    if ratio == ratios[0]:  # the extra prior is the second
                         priors.append([c_x, c_y, extra_scale, extra_scale])
     return torch.tensor(priors).clamp(0, 1)  # (8732, 4)
 
@@ -128,8 +126,8 @@ def cxcy_to_gcxgcy(cxcy, priors_cxcy):
 
 
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """Decode offsets from priors, a tensor (..., 4), into boxes in center-size coordinates, (..., 4): the inverse of
-    `cxcy_to_gcxgcy`."""
+    """Decode offsets from priors into boxes, tensors (..., 4): the inverse of `cxcy_to_gcxgcy`. Boxes and priors are in
+    center-size coordinates."""
     return torch.cat([gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2],
                       torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]], dim=-1)
 
@@ -148,8 +146,7 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param boxes_xy: boxes in fractional boundary coordinates, a tensor (n, 4), with their scores (n)
     :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
-    :return: indices of the boxes that are kept, by decreasing score
-    """
+    :return: indices of the boxes that are kept, by decreasing score"""
     # With few boxes, batched_nms keeps classes apart by shifting the boxes of each by (largest coordinate + 1). A box
     # left of 0 could then overlap boxes of another class; and beside an enormous box, or in float32, rounding would
     # erase small ones. So the boxes are shifted and clamped to a range that is wide, but not too wide for float64.
@@ -164,14 +161,13 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     x_max - x_min, without the last pixel that VOC's own code includes. See "Evaluation". The arguments are lists with
     a tensor for each image. Boxes are in boundary coordinates, fractional or in pixels.
 
-    :param det_boxes: detections, (n, 4) each; with det_labels (n), where label 0, the placeholder for no detection,
-        does not count, and det_scores (n)
+    :param det_boxes: detections, (n, 4) each; with det_labels (n) and det_scores (n). Label 0, the placeholder for no
+        detection, does not count.
     :param true_boxes: ground truth, (n_objects, 4) each; with true_labels (n_objects) and true_difficulties
         (n_objects), 1 if the object is marked as difficult
     :param label_map: dict of label -> index
     :return: dict of label -> average precision, and their mean. A class without objects has no average precision
-        and is in neither; without any objects the mean is NaN.
-    """
+        and is in neither; without any objects the mean is NaN."""
     matches = [match_detections(*of_image) for of_image in zip(det_boxes, det_labels, det_scores, true_boxes,
                                                                true_labels, true_difficulties)]
     true_positive = torch.cat([of_image[0] for of_image in matches])  # of all detections, (n_all)
@@ -198,11 +194,10 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     the others are false positives, as are detections of no object. Detections of difficult objects are ignored.
 
     :param det_boxes: detections in boundary coordinates, (n, 4); with det_labels (n) and det_scores (n)
-    :param true_boxes: ground truth in boundary coordinates, (n_objects, 4); with true_labels (n_objects) and
-        true_difficulties (n_objects)
+    :param true_boxes: ground truth in the same coordinates, (n_objects, 4); with true_labels (n_objects) and
+        true_difficulties (n_objects), 1 for difficult
     :return: whether each detection is a true positive, bool (n); whether it is ignored, bool (n); and the index of its
-        object, of equal overlaps the first, -1 for none, (n); all on the CPU
-    """
+        object, of equal overlaps the first, -1 for none, (n); all on the CPU"""
     n = len(det_boxes)
     true_positive, ignored = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)  # (n), (n)
     target = torch.full((n,), -1)  # (n)
@@ -227,11 +222,10 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
 
 
 def average_precision(true_positives, n_objects):
-    """Mean of the best precision at recalls of at least 0, 0.1, ... 1 (the 11-point measure of VOC 2007).
+    """Mean, from 0 to 1, of the best precision at recalls of at least 0, 0.1, ... 1 (VOC 2007's 11-point measure).
 
     :param true_positives: whether each detection of a class is a true positive, by decreasing score, a bool tensor (n)
-    :param n_objects: number of objects of the class that are not difficult
-    """
+    :param n_objects: number of objects of the class that are not difficult"""
     n_found = true_positives.cpu().cumsum(0)  # (n)
     precisions = n_found.double() / torch.arange(1, len(n_found) + 1)  # (n)
     total = 0.

@@ -39,6 +39,18 @@ def parse(tmp_path, text, labels=voc_labels, **options):
     return parse_annotation(str(path), labels, **options)
 
 
+def test_a_word_of_the_parser_as_a_number_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"VOC format \(could not convert string to float: 'invalid token'\): an object"):
+        parse(tmp_path, annotation(('dog', ('invalid token', 2, 3, 4), '')))
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    with pytest.raises(UserError, match='^None is no folder: set the paths in create_data_lists.py'):
+        create_data_lists(None, None, tmp_path)
+    with pytest.raises(UserError, match='test_fraction = None in create_data_lists.py: set'):
+        create_data_lists(str(tmp_path), None, tmp_path, test_fraction=None)
+
+
 def test_annotation(tmp_path):
     part = '<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>'
     parsed = parse(tmp_path, annotation(('dog', (1, 1, 100, 80), '<difficult>1</difficult>'),

@@ -119,7 +119,12 @@ def test_lists_that_do_not_belong_together_are_refused(folder, tmp_path):
 
 @pytest.mark.parametrize('name, change', [
     ('TRAIN_images.json', lambda images: images[1:]), ('TRAIN_images.json', lambda images: images + images[:1]),
-    ('label_map.json', lambda label_map: dict(list(label_map.items())[:-1]))], ids=['fewer', 'more', 'label'])
+    ('label_map.json', lambda label_map: dict(list(label_map.items())[:-1])),
+    ('TRAIN_objects.json', lambda objects: [{'boxes': of_image['boxes'], 'labels': of_image['labels']}
+                                            for of_image in objects]),
+    ('TRAIN_objects.json', lambda objects: [{**objects[0], 'boxes': []}, *objects[1:]]),
+    ('TRAIN_objects.json', lambda objects: [[] for _ in objects])],
+    ids=['fewer', 'more', 'label', 'no difficulties', 'fewer boxes', 'no dict'])
 def test_each_list_that_does_not_belong_to_the_others_is_noticed(folder, tmp_path, name, change):
     copy_lists(folder, tmp_path)
     (tmp_path / name).write_text(json.dumps(change(json.loads((tmp_path / name).read_text()))))

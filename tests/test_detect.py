@@ -220,6 +220,8 @@ def test_boxes_are_in_pixels_of_each_image():
     assert asked[0][0] > 2 and asked[1][0] < -1.5  # the white image, then the black one
     left = detect.find_objects(images[0], 0.3, 0.6, 7, model, label_map, suppress=['circle', 'square'])
     assert [label for label, _, _ in left] == ['triangle']
+    left = detect.find_objects(images[0], 0.3, 0.6, 7, model, label_map, suppress='circle')
+    assert [label for label, _, _ in left] == ['triangle', 'square']
 
 
 def test_the_best_is_drawn_on_top():

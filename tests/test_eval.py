@@ -15,7 +15,7 @@ import eval as eval_script
 import train
 from datasets import PascalVOCDataset, collate_fn
 from demo import shapes
-from files import open_image
+from files import UserError, open_image
 from utils import make_label_map
 
 
@@ -74,6 +74,13 @@ def test_eval_runs_with_its_own_parameters(voc_folder, monkeypatch, capsys):
     monkeypatch.setattr(eval_script, 'load_detector', lambda *_: (TinyDetector(len(label_map)), label_map))
     eval_script.main()
     assert '2 images' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name, value', [('batch_size', 0), ('workers', -1), ('mistakes_path', 'mistakes')])
+def test_parameters_that_cannot_be_are_named(monkeypatch, name, value):
+    monkeypatch.setattr(eval_script, name, value)
+    with pytest.raises(UserError, match=f'^{name} = {value!r} in eval.py: '):
+        eval_script.main()
 
 
 @pytest.mark.parametrize('bfloat16', [False, True])

@@ -85,6 +85,13 @@ def test_errors_of_pytorch_that_a_user_can_cause(error, line):
     assert last_line(fail).startswith('Error: ') and line in last_line(fail) and '\n' not in last_line(fail)
 
 
+def test_names_that_the_console_lacks_are_printed(tmp_path):
+    code = r"from files import run; run(lambda: print('\u732b', '\udcff'))"
+    done = subprocess.run([sys.executable, '-c', code], cwd=root, env={**os.environ, 'PYTHONIOENCODING': 'cp1252'},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, r'\u732b \udcff'), done.stderr
+
+
 def test_an_error_without_a_message_is_still_a_line():
     def fail():
         raise OSError

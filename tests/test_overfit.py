@@ -124,8 +124,12 @@ def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, caps
     for name in 'n_images', 'steps', 'thin':
         with monkeypatch.context() as wrong:
             wrong.setattr(overfit, name, 0)
-            with pytest.raises(UserError, match=f'{name} = 0.* in overfit.py'):
+            with pytest.raises(UserError, match=f'^{name} = 0 in overfit.py: set it to'):
                 overfit.main()
+    with monkeypatch.context() as wrong:
+        wrong.setattr(overfit, 'sheet_path', 'sheet')
+        with pytest.raises(UserError, match="^sheet_path = 'sheet' in overfit.py: end it in .png"):
+            overfit.main()
     monkeypatch.setattr(overfit, 'data_folder', str(tmp_path))
     with pytest.raises(UserError, match='create_data_lists.py'):
         overfit.main()

@@ -848,8 +848,25 @@ def test_the_map_while_it_trains_is_eval_pys(voc_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('name, value', [('optimizer_kind', 'adam'), ('evaluate_every', -1), ('evaluate_every', 0.5),
-                                         ('warm_up', -1), ('warm_up', 'x')])
+                                         ('warm_up', -1), ('warm_up', 'x'), ('batch_size', 0), ('epochs', 0),
+                                         ('epochs', 1.5), ('print_freq', 0), ('workers', -1), ('seed', None)])
 def test_parameters_that_cannot_be_are_named(monkeypatch, name, value):
     monkeypatch.setattr(train, name, value)
     with pytest.raises(UserError, match=f'^{name} = {value!r} in train.py: set it to .*$'):
+        train.main()
+
+
+@pytest.mark.parametrize('name, value', [('lr', 0), ('lr', '1e-3'), ('decay_lr_at', 20), ('decay_lr_at', None)])
+def test_a_rate_that_cannot_be_is_named(monkeypatch, name, value):
+    monkeypatch.setattr(train, name, value)
+    with pytest.raises(UserError, match=f'^lr = .* in train.py: set lr to a number above 0, and decay_lr_at to a list'):
+        train.main()
+    assert f'{name} = {value!r}' in str(pytest.raises(UserError, train.main).value)
+
+
+def test_too_few_images_for_the_processes_are_named(voc_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, 'data_folder', voc_folder)
+    monkeypatch.setattr(train, 'n_processes', lambda: 100)
+    with pytest.raises(UserError, match='training images are too few for 100 process'):
         train.main()

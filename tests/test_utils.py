@@ -141,6 +141,11 @@ def test_extra_priors_have_the_papers_scales():
         first += feature_map.size ** 2 * (len(feature_map.ratios) + 1)
 
 
+def test_each_tile_has_an_extra_prior_even_without_the_ratio_1():
+    priors = create_prior_boxes({'only': FeatureMap(1, 1, 0.5, (4, 1 / 4))}, last_extra_scale=.9)
+    torch.testing.assert_close(priors, torch.tensor([[.5, .5, 1., .25], [.5, .5, .9, .9], [.5, .5, .25, 1.]]))
+
+
 def test_decimate():
     tensor = torch.arange(24).view(4, 6)
     assert decimate(tensor, (3, 2)).tolist() == [[0, 2, 4], [18, 20, 22]]
