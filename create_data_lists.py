@@ -56,11 +56,11 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     :param labels: names of the classes to detect, others are dropped; or None for all that occur, in alphabetical order
     :param test_fraction: share of the first folder's images used for the test if it does not say which, from 0 to 1
     :param keep_empty: keep training images without objects
-    :raises UserError: there is no object of these classes for training, or no test image, a label occurs twice, or see
-        `find_images` and `read_split`"""
+    :raises UserError: no training image has an object of these classes, there is no test image, a label occurs twice,
+        or one of the reasons of `find_images` and `read_split`"""
     if isinstance(labels, str) or not isinstance(test_fraction, (int, float)) or not 0 <= test_fraction <= 1:
-        raise UserError(f"labels = {labels!r}, test_fraction = {test_fraction} in create_data_lists.py: set labels to "
-                        "None, or a list such as ['cat'], and test_fraction to a number from 0 to 1")
+        raise UserError(f"labels = {labels!r}, test_fraction = {test_fraction!r} in create_data_lists.py: set labels "
+                        "to None, or a list such as ['cat'], and test_fraction to a number from 0 to 1")
     label_map = None if labels is None else make_label_map(labels)
     splits, left_out = {'TRAIN': [], 'TEST': []}, []
     for folder, fraction in [(str(voc07_path), test_fraction)] + ([(voc12_path, None)] if voc12_path else []):
@@ -77,11 +77,11 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     if not splits['TEST']:
         raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or raise test_fraction')
     if labels is None:
-        found = {label for images in splits.values() for _, annotation in images for label in annotation['labels']}
-        label_map = make_label_map(sorted(found))
+        occurring = {label for images in splits.values() for _, annotation in images for label in annotation['labels']}
+        label_map = make_label_map(sorted(occurring))
 
     n_train = len(splits['TRAIN'])
-    splits['TRAIN'] = [image for image in splits['TRAIN'] if keep_empty or image[1]['boxes']]
+    splits['TRAIN'] = [(path, annotation) for path, annotation in splits['TRAIN'] if keep_empty or annotation['boxes']]
     write_lists(splits, label_map, output_folder)
     print_summary(splits, label_map, left_out, n_empty=n_train - len(splits['TRAIN']))
     print(f'The lists are in {os.path.abspath(output_folder)}.')
@@ -107,10 +107,9 @@ def print_summary(splits, label_map, left_out, n_empty):
     counts = {split: Counter(label for _, annotation in images for label in annotation['labels'])
               for split, images in splits.items()}
     print(f'{"":20}{"train":>10}{"test":>10}')
-    for row, count in (('images', lambda split: len(splits[split])),
-                       ('objects', lambda split: sum(counts[split].values())),
-                       ('of which difficult', lambda split: sum(sum(a['difficulties']) for _, a in splits[split]))):
-        print(f'{row:20}{count("TRAIN"):10}{count("TEST"):10}')
+    for row, count in (('images', len), ('objects', lambda images: sum(len(a['boxes']) for _, a in images)),
+                       ('of which difficult', lambda images: sum(sum(a['difficulties']) for _, a in images))):
+        print(f'{row:20}{count(splits["TRAIN"]):10}{count(splits["TEST"]):10}')
     for label in list(label_map)[1:]:
         print(f'  {label:18}{counts["TRAIN"][label]:10}{counts["TEST"][label]:10}')
     images = [*splits['TRAIN'], *splits['TEST']]
@@ -159,10 +158,10 @@ def find_images(folder):
             beside = [image for image in same_name if os.path.dirname(image) == os.path.dirname(path)]
             corresponding = [image for image in same_name if folders_of(image) == folders_of(path)]
             image_paths = beside or corresponding or same_name or unknown.get(name_of(path), [])
-            if image_paths or b'<annotation>' in Path(folder, path).read_bytes()[:1000]:  # else it is another program's
+            if image_paths or b'<annotation>' in Path(folder, path).read_bytes()[:1000]:  # others are not annotations
                 found[path] = image_paths
     if not found:
-        what = 'has no annotations in VOC format (.xml)' if os.path.isdir(folder) else 'is no folder'
+        what = 'has no annotations in VOC format (.xml)' if os.path.isdir(folder) else 'is not a folder'
         raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and '
                         'annotations, or download = True')
     n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
@@ -183,7 +182,7 @@ def read_image_sets(folder, found):
         if folders_of(path)[-2:] != ['imagesets', 'main'] or extension != '.txt':
             continue
         try:
-            with open(os.path.join(folder, path), encoding='utf-8-sig') as file:  # some editors begin with a mark
+            with open(os.path.join(folder, path), encoding='utf-8-sig') as file:  # sig: skip a byte order mark
                 lines = [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]
         except ValueError as error:
             raise UserError(f'{os.path.join(folder, path)} is not a list in UTF-8 ({error}): save it as that') from None
@@ -192,15 +191,15 @@ def read_image_sets(folder, found):
                 line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
             same_name = by_name.get(name_of(line), [name_of(line)])
             # The line's path may begin with folders of another computer, so compare only its end.
-            in_folder = [path for path in same_name if folders_of(line)[-len(folders_of(path)):] == folders_of(path)]
+            in_folder = [name for name in same_name if folders_of(line)[-len(folders_of(name)):] == folders_of(name)]
             image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
     return image_sets
 
 
 def choose_split(folder, found, test_fraction):
     """Choose the images for training and for the test: by the lists in ImageSets/Main called trainval, train, val or
-    test; without lists, by folders called so; else at random, in the same way each time. Without a test, val is the
-    test.
+    test; without lists, by folders with these names; else at random, in the same way each time. Without a test, val
+    is the test.
 
     :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None if all are for training
     :return: paths of annotations for training, and for the test, see `find_images`"""
@@ -280,7 +279,7 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     :raises UserError: the annotation can't be read, is for an image of another size, or has boxes in fractions"""
     stated_size, objects = read_objects(annotation_path)
     known = min(stated_size) > 0  # some tools write 0 for a size they don't know
-    as_stored = orientation >= 5 and size == stated_size[::-1] and size != stated_size
+    as_stored = orientation >= 5 and size == stated_size[::-1] and size != stated_size  # its boxes must be turned
     if known and size not in (None, stated_size) and not as_stored:
         raise UserError(f'{annotation_path} is for an image of {stated_size[0]:g}x{stated_size[1]:g} pixels, '
                         f'but the image has {size[0]}x{size[1]}: annotate it again, or remove it')
@@ -297,7 +296,7 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
         elif not all(map(math.isfinite, box)):
             annotation['dropped'].append(f'{label} {box} is not finite')
         else:
-            ordered = [*map(min, box[:2], box[2:]), *map(max, box[:2], box[2:])]
+            ordered = [min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])]
             upright = turn_box(ordered, size, orientation) if as_stored else ordered
             x_min, y_min, x_max, y_max = (edge - 1 for edge in upright)
             clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
@@ -333,12 +332,12 @@ def read_objects(annotation_path):
         for node in root.findall('object'):  # not VOC 2012's nested 'part' boxes
             texts = [' '.join(node.findtext(path, '').split()) for path in ('name', *edges)]
             has_box = node.find('bndbox') is not None
-            if '' in texts[:5 if has_box else 1]:
+            if '' in (texts if has_box else texts[:1]):
                 raise ValueError(f'an object has no {("name", *edges)[texts.index("")]}')
-            label, box = texts[0], [float(text) for text in texts[1:]] if has_box else None
+            box = [float(text) for text in texts[1:]] if has_box else None
             difficult = node.findtext('difficult', '').strip().lower()
             difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
-            objects.append((label, difficult, box))
+            objects.append((texts[0], difficult, box))
         if len(objects) > 8732:
             raise ValueError(f'it has {len(objects)} objects, more than there are priors')
     except (ET.ParseError, LookupError, ValueError) as error:

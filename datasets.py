@@ -49,7 +49,7 @@ class PascalVOCDataset(Dataset):
         """:param i: an image's index; or (index, seed), where the same seed gives the same augmentation (see
             EpochSampler)
         :return: image (3, 300, 300), boxes in fractional boundary coordinates (n_objects, 4), labels (n_objects),
-            difficulties (n_objects) byte"""
+            difficulties (n_objects) uint8, 1 for difficult"""
         rng = random
         if isinstance(i, tuple):
             i, seed = i
@@ -65,7 +65,7 @@ class PascalVOCDataset(Dataset):
 
 
 def standard_split(split):
-    """:return: 'TRAIN' or 'TEST'; another word is an error, because it would mean training without augmentation"""
+    """:return: 'TRAIN' or 'TEST'; raises UserError for any other, which would silently turn off the augmentation"""
     if str(split).upper() not in ('TRAIN', 'TEST'):
         raise UserError(f"the split {split!r} is unknown: take 'TRAIN' or 'TEST'")
     return split.upper()
@@ -89,7 +89,8 @@ class EpochSampler(Sampler):
     """Yields (index, random seed) of each image, in an order shuffled in each epoch. Order and augmentation depend only
     on `seed` and the epoch: not on the number of workers, nor on whether training was interrupted. See "Inputs".
 
-    :param n: number of images; seed is that of the training
+    :param n: number of images
+    :param seed: the seed of the whole training
     :param process: number of this process, from 0; each of n_processes takes every n_processes-th image. As all get
         equally many images, a few may be left out of an epoch."""
 
@@ -104,7 +105,7 @@ class EpochSampler(Sampler):
         return self.n // self.n_processes
 
     def __iter__(self):
-        rng = random.Random(f'{self.seed} {self.epoch}')  # a string, because seed 0, epoch 1 is not seed 1, epoch 0
+        rng = random.Random(f'{self.seed} {self.epoch}')  # a sum would make seed 0, epoch 1 equal seed 1, epoch 0
         images = [(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)]
         return iter(images[self.process::self.n_processes][:len(self)])
 
@@ -131,7 +132,7 @@ def to_input(image):
 
 def photometric_distort(image, rng=random):
     """Change brightness, contrast, saturation and hue of a PIL image in RGB, each with a chance of 0.5, in random
-    order. `rng`, here and below, is a random.Random, or the module."""
+    order. Here and in the functions below, `rng` is a random.Random or the module random."""
     distortions = [(FT.adjust_brightness, 0.5, 1.5), (FT.adjust_contrast, 0.5, 1.5), (FT.adjust_saturation, 0.5, 1.5),
                    (FT.adjust_hue, -18 / 255, 18 / 255)]  # hue: as a fraction of the color wheel
     rng.shuffle(distortions)
@@ -181,7 +182,7 @@ def crop_window(window, boxes, rng=random):
         good &= find_jaccard_overlap(crops, boxes).max(dim=1).values >= min_overlap
         good &= centers_inside(boxes, crops.unsqueeze(1)).any(dim=1)
         if good.any():
-            return tuple(crops[good.nonzero()[0, 0]].tolist())  # the first that is good
+            return tuple(crops[good][0].tolist())
     return window
 
 
@@ -196,7 +197,7 @@ def centers_inside(boxes, window):
 
 
 def draw_window(image, boxes, window, dims=(300, 300), distort=None):
-    """Draw the content of a window: the part of the image inside it, and the ImageNet mean beyond the image.
+    """Draw the content of a window: the part of the image inside it, and ImageNet's mean color beyond the image.
 
     :param image: a PIL image in RGB
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
@@ -218,8 +219,8 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     canvas = Image.new('RGB', dims, mean_color)
     canvas.paste(drawn, (left, top))
 
-    # The scale of whole pixels keeps the boxes aligned with the image.
-    scales = torch.tensor([(right - left) / (part[2] - part[0]), (bottom - top) / (part[3] - part[1])]).repeat(2)  # (4)
+    # Scale the boxes as the part was drawn, which is rounded to whole pixels. (* 2 repeats: x, y, x, y.)
+    scales = torch.tensor([(right - left) / (part[2] - part[0]), (bottom - top) / (part[3] - part[1])] * 2)  # (4)
     boxes = (boxes - torch.tensor(part[:2] * 2)) * scales + torch.tensor([left, top] * 2)  # (n_objects, 4)
     return canvas, (boxes / torch.tensor(dims * 2)).clamp(0, 1)
 

@@ -29,11 +29,11 @@ load_font = cache(ImageFont.load_default)  # loading a size takes longer than dr
 
 
 def detect(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
-    """:param original_image: a PIL image of any mode, which stays as it is
-    :param min_score: see `SSD300.detect_objects`, like max_overlap and top_k
-    :param suppress: labels to leave out
-    :param detector: (model, label_map), see `kept_detector`; None for the checkpoint at the top of this file
-    :return: a copy of the image, in RGB and upright, with boxes, labels and scores"""
+    """Detect objects in a PIL image of any mode. Returns a copy, in RGB and upright, with boxes, labels and scores.
+
+    :param min_score: with max_overlap and top_k, see `SSD300.detect_objects`
+    :param suppress: a label, or a list of labels, to leave out
+    :param detector: (model, label_map), see `kept_detector`; None for the checkpoint at the top of this file"""
     model, label_map = detector or kept_detector(checkpoint)
     image = to_rgb(original_image)
     detections = find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress)
@@ -82,9 +82,9 @@ def draw_objects(image, detections, label_map):
 
 @cache
 def kept_detector(checkpoint):
-    """:return: SSD300 on the GPU, if there is one, and its dict of label -> index; loaded once for each checkpoint"""
+    """SSD300, on the GPU if there is one, and its dict of label -> index. Each checkpoint is loaded only once."""
     if checkpoint is not None and not os.path.exists(checkpoint):
-        print(f"There is no {checkpoint}: torchvision's weights, trained on COCO, are taken instead. For weights of "
+        print(f"There is no {checkpoint}: using torchvision's weights, trained on COCO, instead. For weights of "
               'your own, set checkpoint in detect.py, or train some with "python train.py".', file=sys.stderr)
         checkpoint = None
     model, label_map = load_detector(checkpoint)

@@ -39,9 +39,9 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
         ignored
     :param model: SSD300
     :param min_score: keep detections with a score above this; low, because AP needs all levels of confidence
-    :param max_overlap: see `SSD300.detect_objects`, like top_k
+    :param max_overlap: and top_k: see `SSD300.detect_objects`
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does
-    :param mistakes_path: where to save a sheet of the worst mistakes; None not to count them either
+    :param mistakes_path: where to save a sheet of the worst mistakes; None to neither count nor draw them
     :param mistakes_min_score: count mistakes among detections with a score above this
     :return: dict of label -> AP, and mAP, see `utils.calculate_mAP`"""
     model.eval()
@@ -57,7 +57,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
             values.extend(of_image.cpu() for of_image in of_batch)
     lists = [gather_images(values) for values in lists]
     seconds = time.time() - start
-    true_labels, difficulties = torch.cat(lists[4]), torch.cat(lists[5])
+    true_labels, difficulties = torch.cat(lists[4]), torch.cat(lists[5])  # of all objects, (n_all), (n_all)
 
     label_map = test_loader.dataset.label_map
     average_precisions, mean_average_precision = calculate_mAP(*lists, label_map)
@@ -79,7 +79,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
 
 
 def make_test_loader(test_set, batch_size, workers, device):
-    """:return: DataLoader for `evaluate` on `device`; process i of n has the i-th of n parts of the images"""
+    """A DataLoader for `evaluate` on `device`. Process i of n has the i-th of n parts of the images."""
     first, end = (len(test_set) * i // n_processes() for i in (process_number(), process_number() + 1))
     return DataLoader(test_set, batch_size, sampler=range(first, end), collate_fn=collate_fn, num_workers=workers,
                       pin_memory=device.type == 'cuda')

@@ -133,7 +133,7 @@ def list_images(paths):
         inside = [path]
         if os.path.isdir(path):
             inside = [os.path.join(path, name) for name in sorted(os.listdir(path))
-                      if is_image(name) and not name.startswith('.')]  # hidden files of a Mac are no images
+                      if is_image(name) and not name.startswith('.')]  # macOS's hidden files are not images
         if not inside:
             raise UserError(f'{path} has no images in it: give an image, or a folder with images')
         files += inside
@@ -200,7 +200,7 @@ def decode_once(path):
     if it is upside down or mirrored, 5 to 8 if its rows are the upright image's columns."""
     with opened_image(path) as image:
         orientation = image.getexif().get(0x0112)
-        orientation = orientation if orientation in range(1, 9) else 1  # anything can stand there
+        orientation = orientation if orientation in range(1, 9) else 1  # files can have any value
         turned = orientation >= 5 and image.format != 'TIFF'  # Pillow turns a TIFF upright by itself
         image.load()
         return image.size[::-1] if turned else image.size, orientation
@@ -208,7 +208,7 @@ def decode_once(path):
 
 def turn_box(box, size, orientation):
     """Turn a box upright. Cameras store some images rotated, with an EXIF orientation by which viewers (and
-    `open_image`) turn them upright. An annotation made without it states the size of the stored image, and its boxes
+    `open_image`) turn them upright. A tool that ignores it writes the size and boxes of the stored image, and the boxes
     must be turned. If both sizes are the same (square images, orientations 2 to 4) or none is stated, boxes are taken
     to be upright.
 

@@ -28,7 +28,7 @@ def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_diffi
 
     The arguments are those of `utils.match_detections`.
 
-    :return: for each detection, its kind and the index of the object that it is about, or None; a list of pairs"""
+    :return: list of (kind, index of the object that it is about, or None for background), one for each detection"""
     true_positive, ignored, target = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                                                       true_difficulties)
     overlap = find_jaccard_overlap(det_boxes, true_boxes)  # (n, n_objects)
@@ -50,12 +50,12 @@ def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_diffi
 
 
 def find_mistakes(lists, label_map, min_score):
-    """Count and list the mistakes of each class. As in TIDE, an object is missed if it has no true positive, and no
-    classification or localization error is about it, whose correction would find it.
+    """Count and list the mistakes of each class. As in TIDE, an object is missed if it has neither a true positive nor
+    a classification or localization error, because correcting such an error would find it.
 
     :param lists: the first six arguments of `calculate_mAP`, with fractional boxes
     :param label_map: dict of label -> index
-    :param min_score: detections with a lower score do not count
+    :param min_score: only detections with a score above this count
     :return: dict of label -> a Counter of `kinds` and of 'missed'; dict of label -> false positives by decreasing
         score, tuples of (score, index of the image, box, true box or None, caption); dict of label -> missed objects
         by decreasing area, as a fraction of the image, tuples of (area, index of the image, None, true box, caption)"""
@@ -63,24 +63,24 @@ def find_mistakes(lists, label_map, min_score):
     counts, false_positives, missed = {}, {}, {}
     for label in labels[1:]:
         counts[label], false_positives[label], missed[label] = Counter(), [], []
-    for image, tensors in enumerate(zip(*lists)):
+    for i, tensors in enumerate(zip(*lists)):
         det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties = (t.cpu() for t in tensors)
         shown = (det_scores > min_score) & (det_labels > 0)  # (n)
         det_boxes, det_labels, det_scores = det_boxes[shown], det_labels[shown], det_scores[shown]
         verdicts = judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties)
-        true_labels = [labels[index] for index in true_labels]
+        true_names = [labels[index] for index in true_labels]
         for (kind, target), box, index, score in zip(verdicts, det_boxes, det_labels, det_scores.tolist()):
             label = labels[index]
             counts[label][kind] += 1
             if kind not in ('true positive', 'ignored'):
                 true_box = None if target is None else true_boxes[target]
-                what = f'{kind}: {true_labels[target]}' if kind in ('classification', 'both') else kind
-                false_positives[label].append((score, image, box, true_box, f'{label} {score:.2f}\n{what}'))
+                what = f'{kind}: {true_names[target]}' if kind in ('classification', 'both') else kind
+                false_positives[label].append((score, i, box, true_box, f'{label} {score:.2f}\n{what}'))
         found = {target for kind, target in verdicts if kind in ('true positive', 'classification', 'localization')}
-        for target, (box, label) in enumerate(zip(true_boxes, true_labels)):
+        for target, (box, label) in enumerate(zip(true_boxes, true_names)):
             if target not in found and not true_difficulties[target]:
                 counts[label]['missed'] += 1
-                missed[label].append(((box[2:] - box[:2]).prod().item(), image, None, box, f'{label}\nmissed'))
+                missed[label].append(((box[2:] - box[:2]).prod().item(), i, None, box, f'{label}\nmissed'))
     for of_label in (*false_positives.values(), *missed.values()):
         of_label.sort(key=lambda mistake: mistake[0], reverse=True)
     return counts, false_positives, missed
@@ -96,15 +96,15 @@ def print_counts(counts, min_score):
 
 def save_sheet(path, false_positives, missed, image_paths):
     """Save a row for each class of `find_mistakes`: the false positives with the highest scores, the largest missed."""
-    rows = [[(draw_mistake(open_image(image_paths[image]), box, true_box), caption)
-             for _, image, box, true_box, caption in false_positives[label][:n_shown] + missed[label][:n_shown]]
+    rows = [[(draw_mistake(open_image(image_paths[i]), box, true_box), caption)
+             for _, i, box, true_box, caption in false_positives[label][:n_shown] + missed[label][:n_shown]]
             for label in missed]
     save_tiles(path, rows, tile, tile, font_size=10)
 
 
 def draw_mistake(image, box, true_box):
-    """The box of a detection in orange, that of an object in green, and what is around, as a PIL image of `tile` pixels
-    a side. One of the boxes (4), in fractional boundary coordinates, may be None."""
+    """Draw the box of a detection in orange and that of an object in green, on the part of the image around them, a PIL
+    image of side `tile`. The boxes are tensors (4) in fractional boundary coordinates; one may be None."""
     size = torch.tensor([image.width, image.height] * 2)  # (4)
     boxes = [(b.cpu().clamp(0, 1) * size, color) for b, color in ((true_box, 'lime'), (box, 'orange')) if b is not None]
     corners = torch.stack([b for b, _ in boxes])  # (1 or 2, 4)

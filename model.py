@@ -134,7 +134,7 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
 
 
 class AuxiliaryConvolutions(nn.Module):
-    """Four pairs of convolutions, each of which shrinks the map, for larger objects. See "Auxiliary convolutions"."""
+    """Four pairs of convolutions. Each pair shrinks the map, for larger objects. See "Auxiliary convolutions"."""
 
     def __init__(self):
         super().__init__()
@@ -180,9 +180,9 @@ def xavier_initialization(module):
 
 
 class PredictionConvolutions(nn.Module):
-    """The heads: two convolutions over each of the six feature maps. One predicts offsets (loc_...), one class scores
-    (cl_...). At each tile, the channels of the first are 4 offsets for each of the tile's priors, those of the second
-    n_classes scores for each. See "Prediction convolutions".
+    """The heads: two convolutions over each of the six feature maps. One predicts offsets (loc_...), the other class
+    scores (cl_...). For each of a tile's priors, the first has 4 output channels, and the second has n_classes. See
+    "Prediction convolutions".
 
     :param n_classes: number of classes, background included"""
 
@@ -228,12 +228,11 @@ class SSD300(nn.Module):
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
 
-        # conv4_3's features are of another magnitude than the other maps'. They are divided by their L2 norm, then
-        # multiplied by these factors, one for each channel, which are learned and start at 20 (Liu et al., "ParseNet",
-        # 2015).
+        # conv4_3's features have another scale than those of the other maps. They are divided by their L2 norm, then
+        # multiplied by learned factors, one for each channel, which start at 20 (Liu et al., "ParseNet", 2015).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.))
 
-        # A buffer moves to the GPU and is saved with the weights, which fit only these priors, but is not learned.
+        # A buffer is not learned, but moves to the GPU and is saved with the weights, which fit only these priors.
         self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (8732, 4)
 
         if thin != 1:
@@ -249,8 +248,8 @@ class SSD300(nn.Module):
         return create_prior_boxes()
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As in nn.Module. Priors in the state_dict replace those of `feature_maps`; without, as in the earlier
-        implementation's, the network keeps its own."""
+        """As in nn.Module. Priors in the state_dict replace the network's own; a state_dict without priors, such as the
+        earlier implementation's, leaves these as they are."""
         return super().load_state_dict({'priors_cxcy': self.priors_cxcy, **state_dict}, *args, **kwargs)
 
     def forward(self, image):
@@ -282,11 +281,11 @@ class SSD300(nn.Module):
             scores = scores.softmax(dim=1)[:, 1:]  # (8732, n_classes - 1), without the background
             scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0).nan_to_num(0)  # exp can overflow
 
-            # Only the 400 highest scores of each class, as in the authors' code: this limits the time of suppression,
-            # but in crowds of dozens of objects of a class it also drops some of them.
-            scores, priors = scores.topk(min(400, len(scores)), dim=0)  # (400, n_classes - 1), (400, n_classes - 1)
+            # Keep the 400 highest scores of each class, as in the authors' code. This makes suppression faster, but an
+            # image with dozens of objects of a class can lose some of them.
+            scores, indices = scores.topk(min(400, len(scores)), dim=0)  # (400, n_classes - 1), (400, n_classes - 1)
             ranks, classes = torch.where(scores > min_score)  # of each candidate: row and column, (n), (n)
-            boxes = boxes[priors[ranks, classes]]  # (n, 4)
+            boxes = boxes[indices[ranks, classes]]  # (n, 4)
             scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
             kept = non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
             boxes, labels, scores = boxes[kept], labels[kept], scores[kept]  # (n_kept, 4), (n_kept), (n_kept)
@@ -312,16 +311,15 @@ def thin_out(model, thin):
         raise ValueError(f'thin is {thin!r}, not one of {possible_thin}')
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
-            n_inputs = layer.in_channels
             keeps_inputs = layer is model.base.conv1_1  # red, green and blue
             keeps_outputs = layer in model.pred_convs.children()
             m = (None if keeps_outputs else thin, None if keeps_inputs else thin, None, None)
             weight, bias = decimate(layer.weight.detach(), m), decimate(layer.bias.detach(), m[:1])
-            layer.out_channels, layer.in_channels = weight.shape[:2]
-            # A sum over a quarter of the inputs has a quarter of the variance, and over fifteen layers the signal
-            # would vanish. So multiply the weights by the square root of the ratio of the numbers of inputs.
-            layer.weight = nn.Parameter(weight * math.sqrt(n_inputs / layer.in_channels))
+            # With thin = 4, a sum over a quarter of the inputs has a quarter of the variance, and over fifteen layers
+            # the signal would vanish. So multiply the weights by the square root of the ratio of the numbers of inputs.
+            layer.weight = nn.Parameter(weight * math.sqrt(layer.in_channels / weight.size(1)))
             layer.bias = nn.Parameter(bias.clone())
+            layer.out_channels, layer.in_channels = weight.shape[:2]
     model.rescale_factors = nn.Parameter(decimate(model.rescale_factors.detach(), (None, thin, None, None)).clone())
 
 
@@ -331,7 +329,7 @@ class MultiBoxLoss(nn.Module):
     "Multibox loss". Several processes must compute it at the same time, because they exchange the number of positives.
 
     :param priors_cxcy: priors in center-size coordinates, (8732, 4)
-    :param threshold: a prior that overlaps no object by at least this is background
+    :param threshold: a prior that overlaps no object by at least this is background, unless it is an object's own prior
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
     :param min_negatives: least number of hard negatives in each image; with 0, images without objects teach nothing"""
@@ -358,7 +356,7 @@ class MultiBoxLoss(nn.Module):
         true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        if self.min_negatives > 0:  # 30 negatives go with 10 positives, so count each image as if it had at least 10
+        if self.min_negatives > 0:  # 30 go with 10 positives, so count at least 10 in each image, also below
             n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
         # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.
@@ -370,28 +368,28 @@ class MultiBoxLoss(nn.Module):
         loc_loss = loc_loss.where(positive, 0).sum() / divisor
 
         # Confidence: cross entropy (equation 3) over the positives, and over the hard negatives: in each image, the
-        # negatives with the highest loss, three times as many as its positives
+        # negatives with the highest loss, `neg_pos_ratio` times as many as its positives
         conf_loss = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
                                     reduction='none').view_as(true_classes)  # (N, 8732)
-        negatives = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
-        hard = torch.arange(negatives.size(1), device=negatives.device) < self.neg_pos_ratio * n_positive  # (N, 8732)
-        conf_loss = (conf_loss.where(positive, 0).sum() + negatives.where(hard, 0).sum()) / divisor
+        negative_losses = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
+        hard = torch.arange(conf_loss.size(1), device=conf_loss.device) < self.neg_pos_ratio * n_positive  # (N, 8732)
+        conf_loss = (conf_loss.where(positive, 0).sum() + negative_losses.where(hard, 0).sum()) / divisor
         return loc_loss, conf_loss
 
     def match(self, boxes, labels):
         """Assign an object, or background, to each prior (the paper's section 2.2). See "Matching".
 
-        :param boxes: as in `forward`, like labels
+        :param boxes: a list of N tensors (n_objects, 4), with labels (n_objects), as in `forward`
         :return: true_boxes (N, 8732, 4), the box of each prior's object in fractional boundary coordinates, or for
             background the prior itself; true_classes (N, 8732), the object's label, or 0"""
         priors_xy = cxcy_to_xy(self.priors_cxcy)  # (8732, 4)
-        n_objects = [len(of_image) for of_image in boxes]
+        counts = [len(image_boxes) for image_boxes in boxes]
 
-        # To treat all images at once, pad their objects with zeros to the largest number. An extra image with one
-        # object, cut off again, makes this number at least 1, because there is no maximum of nothing.
-        boxes = pad_sequence([*boxes, boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]  # (N, n_objects, 4)
-        labels = pad_sequence([*labels, labels[0].new_zeros(1)], batch_first=True)[:-1]  # (N, n_objects)
-        boxes, labels = (padded.to(priors_xy.device, non_blocking=True) for padded in (boxes, labels))
+        # To treat all images at once, pad their objects with zeros to the same number: one more than the largest, so
+        # that there is something to take the maximum of even if no image has an object.
+        boxes, labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True)
+        boxes = F.pad(boxes, (0, 0, 0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects, 4)
+        labels = F.pad(labels, (0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects)
         # Four images at a time: the corners of the intersections take several times the memory of the overlaps, which
         # is a lot when an image has hundreds of objects.
         overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(4)])  # (N, n_objects, 8732)
@@ -403,7 +401,7 @@ class MultiBoxLoss(nn.Module):
         # Then each object gets one prior of its own, whatever their overlap. Otherwise an object would be lost that
         # overlaps no prior by the threshold, or whose priors all overlap another object more.
         prior_of_object = own_priors(overlap)  # (N, n_objects)
-        for i, n in enumerate(n_objects):
+        for i, n in enumerate(counts):
             object_of_prior[i, prior_of_object[i, :n]] = torch.arange(n, device=priors_xy.device)
             overlap_of_prior[i, prior_of_object[i, :n]] = 1.
 

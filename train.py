@@ -3,7 +3,7 @@
     python train.py
 
 Edit the parameters below first. After each epoch the weights are saved at `checkpoint_path`, and the log in a .csv file
-beside it. To go on after an interruption, set `checkpoint` to that file. With several GPUs (see processes.py):
+beside it. To go on after an interruption, set `checkpoint` to the same path. With several GPUs (see processes.py):
 
     torchrun --nproc_per_node=8 train.py
 """
@@ -46,12 +46,12 @@ epochs = 232  # passes over the training images
 optimizer_kind = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for few images or random weights
 lr = 1e-3  # peak learning rate; with 'sgd', that of biases is twice this
 warm_up = 500  # with 'sgd', steps in which the learning rate rises from near 0 to lr; 0 for none
-decay_lr_at = (154, 193)  # with 'sgd', epochs at which the learning rate is multiplied ...
-decay_lr_to = 0.1  # ... by this factor; with 'adamw', it follows `one_cycle`
+decay_lr_at = (154, 193)  # with 'sgd', epochs at which the learning rate is multiplied by decay_lr_to
+decay_lr_to = 0.1  # with 'sgd'; with 'adamw', the learning rate follows `one_cycle`
 momentum = 0.9  # with 'sgd'
 weight_decay = 5e-4  # L2 penalty with 'sgd', decoupled with 'adamw'
 grad_clip = None  # largest norm of the gradient; set it, say to 10, if the loss explodes
-min_negatives = 0  # hard negatives of each image at least; set it, say to 30, if the lists have images without objects
+min_negatives = 0  # least number of hard negatives in an image; set it, say to 30, if the lists have empty images
 bfloat16 = False  # compute in 16 bits: faster on recent GPUs; its effect on the mAP has not been measured
 seed = 0  # the same seed gives the same weights on the same processor; on a GPU, they drift apart
 print_freq = 200  # batches between two lines of the log
@@ -70,7 +70,7 @@ def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
     others = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
-    return torch.optim.SGD([{'params': biases, 'lr': 2 * lr}, {'params': others}],
+    return torch.optim.SGD([{'params': biases, 'lr': 2 * lr}, {'params': others}],  # others last: the log has their lr
                            lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
@@ -80,8 +80,8 @@ def one_cycle(step, n_steps):
 
 
 def warm_up_and_decay(step, steps_per_epoch, warm_up, decay_lr_at, decay_lr_to):
-    """The factor of the learning rate in a step, from 0: it rises to 1 in the first `warm_up` steps, because the full
-    rate could wreck the weights; at each epoch of `decay_lr_at`, it is multiplied by `decay_lr_to`."""
+    """The factor of the learning rate in a step (the first is 0). It rises to 1 in the first `warm_up` steps, because
+    the full rate could wreck the weights; at each epoch of `decay_lr_at`, it is multiplied by `decay_lr_to`."""
     factor = (step + 1) / warm_up if step < warm_up else 1
     for epoch in decay_lr_at:
         if step >= epoch * steps_per_epoch:
@@ -90,7 +90,7 @@ def warm_up_and_decay(step, steps_per_epoch, warm_up, decay_lr_at, decay_lr_to):
 
 
 def best_of(checkpoint_path):
-    """:return: the path of the best checkpoint: `checkpoint_path` with "_best" before its extension"""
+    """The path of the best checkpoint: `checkpoint_path` with "_best" before its extension."""
     return '{}_best{}'.format(*os.path.splitext(checkpoint_path))
 
 
@@ -107,7 +107,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     :param batch_size: images in a batch, of each process
     :param seed: for the order of the images and their augmentation
     :param workers: processes that load images
-    :param warm_up: see `warm_up_and_decay`, like `decay_lr_at` and `decay_lr_to`
+    :param warm_up: with `decay_lr_at` and `decay_lr_to`, see `warm_up_and_decay`
     :param rise_and_fall: let the learning rate follow `one_cycle` instead
     :param min_negatives: see `MultiBoxLoss`
     :param test_set: PascalVOCDataset to evaluate on every `evaluate_every` epochs and after the last; 0 for never
@@ -130,7 +130,7 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     n_batches = len(train_loader)
 
     def factor(step):
-        """:return: that of the learning rate; it depends only on the step, so an interruption changes nothing"""
+        """The factor of the learning rate. It depends only on the step, so an interruption changes nothing."""
         step += start_epoch * n_batches  # LambdaLR counts from 0 in every run
         if rise_and_fall:
             return one_cycle(step, epochs * n_batches)
@@ -138,8 +138,8 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
 
     schedule = LambdaLR(optimizer, factor)
 
-    def save(path, **more):
-        """Whether a checkpoint was saved. If another program has the file open, the next epoch may succeed."""
+    def save(path, epoch, **more):
+        """Save a checkpoint. Returns whether it worked: if another program has the file open, the next epoch's may."""
         try:
             save_checkpoint(path, epoch, model, optimizer, train_set.label_map, seed, **more)
         except UserError as error:
@@ -154,12 +154,12 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
         train(train_loader, network, criterion, optimizer, epoch, epochs, log_path=log_path, schedule=schedule,
               **options)
         if first:
-            save(checkpoint_path)
+            save(checkpoint_path, epoch)
         if evaluate_every > 0 and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs):
             _, mean_average_precision = evaluate(test_loader, model)
             if first:
                 write_log(log_path, epoch=epoch, batch=n_batches, mAP=mean_average_precision)
-                if mean_average_precision > best and save(best_path, mAP=mean_average_precision):
+                if mean_average_precision > best and save(best_path, epoch, mAP=mean_average_precision):
                     best = mean_average_precision
                 print(f'epoch {epoch}  mAP {mean_average_precision:.4f}  best {best:.4f}', flush=True)
 
@@ -218,7 +218,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
 
 def update(optimizer, loss, grad_clip=None):
-    """:return: whether a step was taken: not if loss or gradient are not finite, in this process or another"""
+    """Take a step, unless the loss or the gradient is not finite in any process. Returns whether it was taken."""
     optimizer.zero_grad()
     loss.backward()
     norm = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
@@ -251,7 +251,7 @@ def write_log(log_path, **row):
 
 
 def make_model(label_map, checkpoint, pretrained, thin):
-    """:return: SSD300 to start from, on the CPU, for the parameters at the top of this file"""
+    """The SSD300 to start from, on the CPU, for the parameters of these names at the top of this file."""
     if checkpoint is not None:
         model, saved_label_map = load_detector(checkpoint)
         if saved_label_map != label_map:

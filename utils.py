@@ -2,11 +2,11 @@
 non-maximum suppression, mean average precision, and two helpers for training. Read it beside README.md, from top to
 bottom; the sections named here are those of README.md.
 
-Boxes come in three forms, and names say which:
+Boxes come in three forms, and the name or the docstring says which:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
     cxcy    center-size coordinates: (c_x, c_y, w, h)
-    gcxgcy  a box as an offset from a prior: what the network predicts
-They are in fractions of the image's width and height (0 to 1), unless a function says otherwise. See "Boxes".
+    gcxgcy  four offsets from a prior: what the network predicts
+The first two are in fractions of the image's width and height (0 to 1), unless a function says otherwise. See "Boxes".
 """
 import math
 from collections import Counter, namedtuple
@@ -25,19 +25,18 @@ voc_labels = ('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'c
 
 
 def make_label_map(labels):
-    """:param labels: names of the classes, without the background
-    :return: dict of label -> index; 'background' is 0, the labels follow in their order
-    :raises UserError: a label occurs twice, or is 'background' itself"""
+    """Make a dict of label -> index: 'background' is 0, and `labels`, the names of the classes without the background,
+    follow in order. Raises UserError if a label occurs twice, or is 'background' itself."""
     names = ['background', *labels]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated or not labels:
         raise UserError(f"labels {list(labels)} must name each class once, and not 'background': "
-                        + (f'{repeated} occurs twice' if repeated else 'there is none'))
+                        + (f'{repeated} are repeated' if repeated else 'there is none'))
     return {name: index for index, name in enumerate(names)}
 
 
 def make_color_map(label_map):
-    """:return: dict of label -> color '#rrggbb' for a label map; hues in steps of 0.618, so that neighbors differ"""
+    """:return: dict of label -> color '#rrggbb'; hues are 0.618 of the color wheel apart, so that neighbors differ"""
     colors = {label: hsv_to_rgb(index * 0.618 % 1, 1, 1) for label, index in label_map.items()}
     colors['background'] = (1, 1, 1)
     return {label: '#' + ''.join(f'{int(255 * value):02x}' for value in color) for label, color in colors.items()}
@@ -47,7 +46,7 @@ label_map = make_label_map(voc_labels)
 rev_label_map = {index: label for label, index in label_map.items()}
 label_color_map = make_color_map(label_map)
 
-mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB pixels, on which VGG-16 was trained
+mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet's RGB values, scaled to 0 to 1, as for VGG-16
 
 
 # -------------------------------------------------------------------------------------- Box coordinates and overlaps
@@ -102,7 +101,7 @@ def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
 
     :param maps: dict of name -> FeatureMap
     :param last_extra_scale: scale of the extra prior on the last map, which has no next one
-    :return: priors in fractional center-size coordinates, a tensor (8732, 4)"""
+    :return: priors in fractional center-size coordinates, a tensor (8732, 4); with other maps, (n_priors, 4)"""
     scales = [feature_map.scale for feature_map in maps.values()]
     extra_scales = [math.sqrt(scale * next_scale) for scale, next_scale in zip(scales, scales[1:])] + [last_extra_scale]
     priors = []
@@ -168,10 +167,10 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     :param label_map: dict of label -> index
     :return: dict of label -> average precision, and their mean. A class without objects has no average precision
         and is in neither; without any objects the mean is NaN."""
-    matches = [match_detections(*of_image) for of_image in zip(det_boxes, det_labels, det_scores, true_boxes,
-                                                               true_labels, true_difficulties)]
-    true_positive = torch.cat([of_image[0] for of_image in matches])  # of all detections, (n_all)
-    ignored = torch.cat([of_image[1] for of_image in matches])  # (n_all)
+    matches = [match_detections(*image) for image in zip(det_boxes, det_labels, det_scores, true_boxes, true_labels,
+                                                         true_difficulties)]
+    true_positive = torch.cat([match[0] for match in matches])  # of all detections, bool (n_all)
+    ignored = torch.cat([match[1] for match in matches])  # bool (n_all)
     det_labels, det_scores = torch.cat(det_labels).cpu(), torch.cat(det_scores).cpu()  # (n_all), (n_all)
     true_labels, difficult = torch.cat(true_labels).cpu(), torch.cat(true_difficulties).cpu() > 0  # of all objects
 
@@ -197,7 +196,7 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     :param true_boxes: ground truth in the same coordinates, (n_objects, 4); with true_labels (n_objects) and
         true_difficulties (n_objects), 1 for difficult
     :return: whether each detection is a true positive, bool (n); whether it is ignored, bool (n); and the index of its
-        object, of equal overlaps the first, -1 for none, (n); all on the CPU"""
+        object, or -1 for none, (n). All are on the CPU. Of objects with equal overlaps, the first counts."""
     n = len(det_boxes)
     true_positive, ignored = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)  # (n), (n)
     target = torch.full((n,), -1)  # (n)
@@ -238,12 +237,12 @@ def average_precision(true_positives, n_objects):
 # ------------------------------------------------------------------------------------------------- Training helpers
 
 def adjust_learning_rate(optimizer, scale):
-    """Multiply all learning rates by `scale`. For training loops of your own; train.py takes PyTorch's LambdaLR."""
+    """Multiply all learning rates by `scale`. For your own training loops; train.py uses PyTorch's LambdaLR."""
     for group in optimizer.param_groups:
         group['lr'] *= scale
 
 
 def clip_gradient(optimizer, max_norm):
     """Scale the gradient of the optimizer's parameters down to a norm of at most `max_norm`, in place, so that one bad
-    batch can't wreck the weights. Returns the norm before, a scalar."""
+    batch can't wreck the weights. Returns the norm before scaling, a scalar tensor."""
     return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)

@@ -45,7 +45,7 @@ def test_a_word_of_the_parser_as_a_number_is_named(tmp_path):
 
 
 def test_a_folder_that_is_none_is_named(tmp_path):
-    with pytest.raises(UserError, match='^None is no folder: set the paths in create_data_lists.py'):
+    with pytest.raises(UserError, match='^None is not a folder: set the paths in create_data_lists.py'):
         create_data_lists(None, None, tmp_path)
     with pytest.raises(UserError, match='test_fraction = None in create_data_lists.py: set'):
         create_data_lists(str(tmp_path), None, tmp_path, test_fraction=None)
@@ -367,7 +367,7 @@ def test_a_missing_folder_is_named_with_the_remedy(tmp_path):
     missing = str(tmp_path / 'missing')
     make_voc_folder(tmp_path / '07', 1, 1)
     for folders in ((missing, None), (str(tmp_path / '07'), missing)):
-        with pytest.raises(UserError, match='missing.*is no folder: set the paths .* or download = True'):
+        with pytest.raises(UserError, match='missing.*is not a folder: set the paths .* or download = True'):
             create_data_lists(*folders, str(tmp_path))
 
 
