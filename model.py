@@ -383,7 +383,6 @@ class MultiBoxLoss(nn.Module):
         :return: true_boxes (N, 8732, 4), the box of each prior's object in fractional boundary coordinates, or for
             background the prior itself; true_classes (N, 8732), the object's label, or 0"""
         priors_xy = cxcy_to_xy(self.priors_cxcy)  # (8732, 4)
-        counts = [len(image_boxes) for image_boxes in boxes]
 
         # To treat all images at once, pad their objects with zeros to the same number: one more than the largest, so
         # that there is something to take the maximum of even if no image has an object.
@@ -395,16 +394,15 @@ class MultiBoxLoss(nn.Module):
         overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(4)])  # (N, n_objects, 8732)
         overlap.masked_fill_((labels == 0).unsqueeze(2), -1)  # -1 for padding
 
-        # Each prior gets the object that it overlaps most.
-        overlap_of_prior, object_of_prior = overlap.max(dim=1)  # (N, 8732), (N, 8732)
-
-        # Then each object gets one prior of its own, whatever their overlap. Otherwise an object would be lost that
-        # overlaps no prior by the threshold, or whose priors all overlap another object more.
+        # Each object gets one prior of its own, whatever their overlap. Otherwise an object would be lost that overlaps
+        # no prior by the threshold, or whose priors all overlap another object more. So count this overlap as 2, more
+        # than any other.
         prior_of_object = own_priors(overlap)  # (N, n_objects)
-        for i, n in enumerate(counts):
-            object_of_prior[i, prior_of_object[i, :n]] = torch.arange(n, device=priors_xy.device)
-            overlap_of_prior[i, prior_of_object[i, :n]] = 1.
+        two = overlap.new_full(labels.shape, 2.).masked_fill(labels == 0, -1)  # (N, n_objects); still -1 for padding
+        overlap.scatter_(2, prior_of_object.unsqueeze(2), two.unsqueeze(2))  # (N, n_objects, 8732)
 
+        # Then each prior gets the object that it overlaps most.
+        overlap_of_prior, object_of_prior = overlap.max(dim=1)  # (N, 8732), (N, 8732)
         positive = overlap_of_prior >= self.threshold  # (N, 8732)
         true_classes = labels.gather(1, object_of_prior).where(positive, 0)  # (N, 8732)
         true_boxes = boxes.gather(1, object_of_prior.unsqueeze(2).expand(-1, -1, 4))  # (N, 8732, 4)

@@ -7,7 +7,8 @@ import torch
 from conftest import draw_and_list, random_boxes
 from torch.utils.data import DataLoader
 
-from checkpoints import load_checkpoint, load_detector
+import train
+from checkpoints import load_checkpoint, load_detector, save_checkpoint
 from datasets import PascalVOCDataset, collate_fn
 from detect import find_objects
 from eval import evaluate
@@ -25,8 +26,14 @@ def folder(tmp_path_factory):
     return draw_and_list(tmp_path_factory.mktemp('gpu'), 12, 6)
 
 
+def save_without_counting(*args, **more):
+    """Save a checkpoint, for which each tensor is waited for, without counting these waits."""
+    torch.cuda.set_sync_debug_mode('default')
+    save_checkpoint(*args, **more)
+
+
 def train_two_epochs(folder, path, device, bfloat16):
-    """The second epoch goes on from the first one's checkpoint; the losses, and how often we waited for the GPU."""
+    """The second epoch goes on from the first one's checkpoint. Returns the losses, and how often its steps waited."""
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     torch.manual_seed(0)
     model, saved = SSD300(n_classes=4, thin=16).to(device), None
@@ -50,12 +57,13 @@ def train_two_epochs(folder, path, device, bfloat16):
 
 
 @pytest.mark.parametrize('bfloat16, tolerance', [(False, 1e-3), (True, 0.05)])
-def test_training_evaluation_and_detection_as_on_a_cpu(folder, tmp_path, bfloat16, tolerance):
+def test_training_evaluation_and_detection_as_on_a_cpu(folder, tmp_path, monkeypatch, bfloat16, tolerance):
+    monkeypatch.setattr(train, 'save_checkpoint', save_without_counting)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected, _ = train_two_epochs(folder, str(tmp_path / 'cpu.pth'), 'cpu', False)
         losses, n_waits = train_two_epochs(folder, str(tmp_path / 'gpu.pth'), 'cuda', bfloat16)
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0)
-    assert 0 < n_waits <= 6 * 12  # a step asks whether it is finite, and matching in each of its few rounds
+    assert 0 < n_waits <= 6 * 4  # a step asks whether it is finite, and matching in each of its few rounds
 
     found = {}
     test_set = PascalVOCDataset(folder, 'TEST', keep_difficult=True)
