@@ -348,12 +348,12 @@ class MultiBoxLoss(nn.Module):
         :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
         :param labels: the objects' labels, a list of N tensors (n_objects)
         :return: the loss, a scalar; 0 if there is no object in the batch, unless `min_negatives` is larger than 0"""
-        loc_loss, conf_loss = self.losses(predicted_locs, predicted_scores, boxes, labels)
+        loc_loss, conf_loss = self.losses(predicted_locs, predicted_scores, *self.match(boxes, labels))
         return conf_loss + self.alpha * loc_loss
 
-    def losses(self, predicted_locs, predicted_scores, boxes, labels):
-        """Localization loss and confidence loss, scalars, for the arguments of `forward`."""
-        true_boxes, true_classes = self.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
+    def losses(self, predicted_locs, predicted_scores, true_boxes, true_classes):
+        """Localization loss and confidence loss, scalars, of what the network predicts (see `forward`) and what there
+        is to find: true_boxes (N, 8732, 4) and true_classes (N, 8732), see `match`."""
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
         if self.min_negatives > 0:  # 30 go with 10 positives, so count at least 10 in each image, also below

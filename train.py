@@ -189,10 +189,12 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     for i, (images, boxes, labels, _) in enumerate(train_loader):
         loading += time.time() - end
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
+        # Matching waits for the GPU, so it comes before the network: while the GPU computes that, Python can go ahead.
+        true_boxes, true_classes = criterion.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
-        loc_loss, conf_loss = criterion.losses(predicted_locs, predicted_scores, boxes, labels)
+        loc_loss, conf_loss = criterion.losses(predicted_locs, predicted_scores, true_boxes, true_classes)
         loss = conf_loss + criterion.alpha * loc_loss
         if not update(optimizer, loss, grad_clip):
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
@@ -318,7 +320,6 @@ def main():
         raise UserError(f'lr = {lr!r}, decay_lr_at = {decay_lr_at!r} in train.py: set lr to a number above 0, and '
                         'decay_lr_at to a list of epochs, such as [20] or [154, 193]')
     device = join_processes()
-    torch.backends.cudnn.benchmark = True  # nearly all batches have one shape: try algorithms, take the fastest
     torch.manual_seed(seed)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
     if len(train_set) < n_processes():

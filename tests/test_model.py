@@ -286,10 +286,10 @@ def test_losses_by_hand():
     chances = torch.tensor([[.1, .2, .5, .4], [.9, .9, .9, .9], [.6, .7, .8, .8]])  # what softmax gives to the object
     locs = torch.full((3, 4, 4), 9.)
     locs[0, 0], locs[2, 1] = torch.tensor([.2, 1., -3., 0.]), torch.tensor([0., 0., -.2, 0.])
-    loc_loss, conf_loss = MultiBoxLoss(quarters, neg_pos_ratio=2).losses(
-        locs, torch.stack([1 - chances, chances], dim=2).log(),
-        [cxcy_to_xy(quarters[:1]), torch.empty(0, 4), cxcy_to_xy(quarters[1:2])],
-        [torch.tensor([1]), torch.empty(0, dtype=torch.long), torch.tensor([1])])
+    criterion = MultiBoxLoss(quarters, neg_pos_ratio=2)
+    matched = criterion.match([cxcy_to_xy(quarters[:1]), torch.empty(0, 4), cxcy_to_xy(quarters[1:2])],
+                              [torch.tensor([1]), torch.empty(0, dtype=torch.long), torch.tensor([1])])
+    loc_loss, conf_loss = criterion.losses(locs, torch.stack([1 - chances, chances], dim=2).log(), *matched)
     assert loc_loss.item() == pytest.approx((.02 + .5 + 2.5 + .02) / 2)
     # What softmax gives to the true class: of the positives .1 and .7, of the hard negatives .5, .6, .2 and .2
     assert conf_loss.item() == pytest.approx(-math.log(.1 * .5 * .6 * .7 * .2 * .2) / 2)
@@ -308,7 +308,8 @@ def test_loss_and_gradients_equal_torchvisions():
     for name in ('ours', 'theirs'):
         locs, scores = (v.clone().requires_grad_() for v in values)
         if name == 'ours':
-            loc_loss, conf_loss = MultiBoxLoss(create_prior_boxes()).losses(locs, scores, boxes, labels)
+            criterion = MultiBoxLoss(create_prior_boxes())
+            loc_loss, conf_loss = criterion.losses(locs, scores, *criterion.match(boxes, labels))
         else:
             losses = theirs.compute_loss([{'boxes': b, 'labels': of_image} for b, of_image in zip(boxes, labels)],
                                          {'bbox_regression': locs, 'cls_logits': scores}, [priors_xy] * 7, matches)
@@ -435,7 +436,8 @@ def test_confidence_loss_of_small_objects_equals_a_plain_computation():
         n = (classes > 0).sum().item()
         total += losses[classes > 0].sum() + losses[classes == 0].sort(descending=True).values[:3 * n].sum()
         n_positive += n
-    _, conf_loss = MultiBoxLoss(create_prior_boxes()).losses(torch.zeros(5, 8732, 4), scores, boxes, labels)
+    criterion = MultiBoxLoss(create_prior_boxes())
+    _, conf_loss = criterion.losses(torch.zeros(5, 8732, 4), scores, *criterion.match(boxes, labels))
     torch.testing.assert_close(conf_loss, total / n_positive)
 
 
@@ -508,7 +510,7 @@ def test_images_without_objects_teach_min_negatives(n_images, n_hard):
     losses = F.cross_entropy(scores.flatten(0, 1), torch.zeros(n_images * 8732, dtype=torch.long), reduction='none')
     hardest = losses.view(n_images, 8732).topk(30, dim=1).values
     assert hardest.numel() == n_hard
-    loc_loss, conf_loss = criterion.losses(locs, scores, no_boxes, no_labels)
+    loc_loss, conf_loss = criterion.losses(locs, scores, *criterion.match(no_boxes, no_labels))
     assert loc_loss == 0 and conf_loss.item() == pytest.approx(hardest.sum().item() / (n_hard / 3), rel=1e-5)
 
 
@@ -517,11 +519,12 @@ def test_min_negatives_change_only_images_with_few_positives():
     priors = create_prior_boxes()
     boxes, labels = [cxcy_to_xy(priors[7000:7001]), random_boxes(60)], [torch.tensor([2]), torch.ones(60).long()]
     locs, scores = torch.randn(2, 8732, 4), torch.randn(2, 8732, 5)
-    n_positive = (MultiBoxLoss(priors).match(boxes, labels)[1] > 0).sum(dim=1).tolist()
+    matches = MultiBoxLoss(priors).match(boxes, labels)
+    n_positive = (matches[1] > 0).sum(dim=1).tolist()
     assert n_positive[0] < 50 < n_positive[1]
-    plain, at_least = (MultiBoxLoss(priors, min_negatives=n).losses(locs, scores, boxes, labels) for n in (0, 150))
+    plain, at_least = (MultiBoxLoss(priors, min_negatives=n).losses(locs, scores, *matches) for n in (0, 150))
     assert at_least[0].item() == pytest.approx(plain[0].item() * sum(n_positive) / (50 + n_positive[1]), rel=1e-5)
-    unchanged = MultiBoxLoss(priors, min_negatives=3 * min(n_positive)).losses(locs, scores, boxes, labels)
+    unchanged = MultiBoxLoss(priors, min_negatives=3 * min(n_positive)).losses(locs, scores, *matches)
     assert [loss.item() for loss in unchanged] == pytest.approx([loss.item() for loss in plain], rel=1e-6)
 
 
@@ -537,9 +540,10 @@ def test_no_object_in_the_batch_means_no_loss(n_images):
 def test_hard_negatives_are_three_times_the_positives_and_the_hardest():
     boxes, labels = scenes_without_conflicts(2)
     criterion, scores = MultiBoxLoss(create_prior_boxes()), torch.randn(2, 8732, 21, requires_grad=True)
-    _, conf_loss = criterion.losses(torch.zeros(2, 8732, 4), scores, boxes, labels)
+    matches = criterion.match(boxes, labels)
+    _, conf_loss = criterion.losses(torch.zeros(2, 8732, 4), scores, *matches)
     conf_loss.backward()
-    counted, positive = scores.grad.abs().sum(dim=2) > 0, criterion.match(boxes, labels)[1] > 0
+    counted, positive = scores.grad.abs().sum(dim=2) > 0, matches[1] > 0
     losses = -scores.log_softmax(dim=2)[:, :, 0]
     for i in range(2):
         n = 3 * positive[i].sum()
