@@ -357,17 +357,17 @@ def benchmark_loader():
         for name, content in contents.items():
             with open(os.path.join(folder, f'{name}.json'), 'w') as file:
                 json.dump(content, file)
-        for batch_size in (8, 32):
+        for batch_size, bfloat16 in ((8, False), (32, False), (32, True)):
             model = SSD300(n_classes).to(gpu)
             criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 'sgd', 1e-5, 5e-4)
             loader = DataLoader(PascalVOCDataset(folder, 'TRAIN'), batch_size, sampler=EpochSampler(6400, 0),
                                 collate_fn=collate_fn, num_workers=workers, pin_memory=True, persistent_workers=True)
             for epoch in range(2):  # the first is a warm-up
                 start = time.perf_counter()
-                train(loader, model, criterion, optimizer, epoch, print_freq=100)
+                train(loader, model, criterion, optimizer, epoch, print_freq=100, bfloat16=bfloat16)
                 torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
-            row(f'  batch {batch_size}, {workers} workers', f'{6400 / seconds:.0f} images/s',
+            row(f'  batch {batch_size}, {"bfloat16" if bfloat16 else "float32"}, {workers} workers', f'{6400 / seconds:.0f} images/s',
                 f'recipe: {recipe_images / (6400 / seconds) / 3600:.1f} hours')
 
 
