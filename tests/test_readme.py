@@ -314,7 +314,7 @@ def test_numbers_of_hard_negatives_are_those_of_the_image():
         row['negative_loss'] = row['hard_loss'] + row['ignored_loss']
     n_negatives = len(create_prior_boxes()) - before['positives']
     assert f"has {before['positives']:.0f} positive priors, and {n_negatives:.0f} negative ones" in words
-    assert f"total loss is {before['negative_loss'] / before['positive_loss']:.0f} times the positives'" in words
+    assert f"total loss was {before['negative_loss'] / before['positive_loss']:.0f} times the positives'" in words
     share = before['hard_negatives'] / n_negatives
     assert f"the {before['hard_negatives']:.0f} worst, {share:.0%} of all; the other {before['ignored']:.0f} " in words
     assert f"the {share:.0%} that the cut keeps have {before['hard_loss'] / before['negative_loss']:.0%} of" in words
