@@ -52,7 +52,7 @@ momentum = 0.9  # with 'sgd'
 weight_decay = 5e-4  # L2 penalty with 'sgd', decoupled with 'adamw'
 grad_clip = None  # largest norm of the gradient; set it, say to 10, if the loss explodes
 min_negatives = 0  # least number of hard negatives in an image; set it, say to 30, if the lists have empty images
-bfloat16 = False  # compute in 16 bits: faster on recent GPUs; its effect on the mAP has not been measured
+bfloat16 = False  # compute in 16 bits: faster on recent GPUs; see GUIDE.md for its effect on the mAP
 seed = 0  # the same seed gives the same weights on the same processor; on a GPU, they drift apart
 print_freq = 200  # batches between two lines of the log
 evaluate_every = 0  # epochs between two evaluations; 0 for none, so that no checkpoint is selected on the test set
@@ -189,7 +189,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     for i, (images, boxes, labels, _) in enumerate(train_loader):
         loading += time.time() - end
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
-        # Matching waits for the GPU, so it comes before the network: while the GPU computes that, Python can go ahead.
+        # Matching waits for the GPU. Before the network, there is little to wait for; after it, Python would wait for
+        # the whole network, instead of going ahead meanwhile.
         true_boxes, true_classes = criterion.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
