@@ -40,7 +40,8 @@ def parse(tmp_path, text, labels=voc_labels, **options):
 
 
 def test_a_word_of_the_parser_as_a_number_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"VOC format \(could not convert string to float: 'invalid token'\): an object"):
+    message = r"VOC format \(could not convert string to float: 'invalid token'\): an object"
+    with pytest.raises(UserError, match=message):
         parse(tmp_path, annotation(('dog', ('invalid token', 2, 3, 4), '')))
 
 

@@ -150,7 +150,7 @@ def test_images_drawn_and_kept_and_shown_are_the_same():
 def names_in_the_code():
     """What the scripts define or use: names, and words in quotes; and the files and folders that there are."""
     names = {'checkpoint_ssd300.csv', 'demo/detections.png', 'ImageSets/Main/trainval.txt', 'test.txt',  # put together
-             'ssd300_vgg16', 'compile', 'benchmark', 'OMP_NUM_THREADS', 'pip'}  # torchvision's and torch's, and a command
+             'ssd300_vgg16', 'compile', 'benchmark', 'OMP_NUM_THREADS', 'pip'}  # others' names
     for folder in ('', 'img', 'tests', 'tests/long'):
         names.update(os.path.join(folder, name).replace(os.sep, '/') for name in os.listdir(os.path.join(root, folder)))
     for name in os.listdir(root):

@@ -367,7 +367,8 @@ def benchmark_loader():
                 train(loader, model, criterion, optimizer, epoch, print_freq=100, bfloat16=bfloat16)
                 torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
-            row(f'  batch {batch_size}, {"bfloat16" if bfloat16 else "float32"}, {workers} workers', f'{6400 / seconds:.0f} images/s',
+            precision = 'bfloat16' if bfloat16 else 'float32'
+            row(f'  batch {batch_size}, {precision}, {workers} workers', f'{6400 / seconds:.0f} images/s',
                 f'recipe: {recipe_images / (6400 / seconds) / 3600:.1f} hours')
 
 
