@@ -114,7 +114,21 @@ def collate_fn(batch):
     """Make a batch of N items of PascalVOCDataset: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N
     tensors, because the number of objects differs from image to image."""
     images, boxes, labels, difficulties = zip(*batch)
-    return torch.stack(images), list(boxes), list(labels), list(difficulties)
+    return torch.stack(images), TensorList(boxes), TensorList(labels), TensorList(difficulties)
+
+
+class TensorList(list):
+    """A list of tensors that differ in the length of their first dimension. From a worker, it travels as one array.
+    PyTorch would open a file of shared memory for each tensor: 96 in a batch of 32 images, which takes longer than the
+    images, and many systems let a program open no more than 1,024."""
+
+    def __reduce__(self):
+        return to_tensor_list, (torch.cat(self).numpy(), [len(tensor) for tensor in self])
+
+
+def to_tensor_list(array, lengths):
+    """Undo what `TensorList.__reduce__` does."""
+    return TensorList(torch.from_numpy(array).split(lengths))
 
 
 # ----------------------------------------------------------------------------------------------------------- Transforms

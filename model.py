@@ -275,15 +275,16 @@ class SSD300(nn.Module):
         :param top_k: keep at most this many detections of an image
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
             long, scores (n). An image without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0."""
-        all_boxes, all_labels, all_scores = [], [], []
-        for locs, scores in zip(predicted_locs.float(), predicted_scores.float()):
-            boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, self.priors_cxcy))  # (8732, 4)
-            scores = scores.softmax(dim=1)[:, 1:]  # (8732, n_classes - 1), without the background
-            scores = scores.where(boxes.isfinite().all(dim=1, keepdim=True), 0).nan_to_num(0)  # exp can overflow
+        boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
+        scores = predicted_scores.float().softmax(dim=2)[:, :, 1:]  # (N, 8732, n_classes - 1), without the background
+        scores = scores.where(boxes.isfinite().all(dim=2, keepdim=True), 0).nan_to_num(0)  # exp can overflow
 
-            # Keep the 400 highest scores of each class, as in the authors' code. This makes suppression faster, but an
-            # image with dozens of objects of a class can lose some of them.
-            scores, indices = scores.topk(min(400, len(scores)), dim=0)  # (400, n_classes - 1), (400, n_classes - 1)
+        # Keep the 400 highest scores of each class, as in the authors' code. This makes suppression faster, but an image
+        # with dozens of objects of a class can lose some of them.
+        scores, indices = scores.topk(min(400, scores.size(1)), dim=1)  # (N, 400, n_classes - 1), (N, 400, n_classes - 1)
+
+        all_boxes, all_labels, all_scores = [], [], []
+        for boxes, scores, indices in zip(boxes, scores, indices):
             ranks, classes = torch.where(scores > min_score)  # of each candidate: row and column, (n), (n)
             boxes = boxes[indices[ranks, classes]]  # (n, 4)
             scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
