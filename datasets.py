@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torchvision.transforms.functional as FT
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from files import UserError, open_image
 from utils import find_jaccard_overlap, mean, std
@@ -114,7 +114,7 @@ def collate_fn(batch):
     """Make a batch of N items of PascalVOCDataset: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N
     tensors, because the number of objects differs from image to image."""
     images, boxes, labels, difficulties = zip(*batch)
-    return torch.stack(images), TensorList(boxes), TensorList(labels), TensorList(difficulties)
+    return default_collate(images), TensorList(boxes), TensorList(labels), TensorList(difficulties)
 
 
 class TensorList(list):

@@ -390,9 +390,9 @@ class MultiBoxLoss(nn.Module):
         boxes, labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True)
         boxes = F.pad(boxes, (0, 0, 0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects, 4)
         labels = F.pad(labels, (0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects)
-        # Four images at a time: the corners of the intersections take several times the memory of the overlaps, which
+        # Sixteen images at a time: the corners of the intersections take several times the memory of the overlaps, which
         # is a lot when an image has hundreds of objects.
-        overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(4)])  # (N, n_objects, 8732)
+        overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(16)])  # (N, n_objects, 8732)
         overlap.masked_fill_((labels == 0).unsqueeze(2), -1)  # -1 for padding
 
         # Each object gets one prior of its own, whatever their overlap. Otherwise an object would be lost that overlaps
