@@ -139,9 +139,9 @@ mean_color = tuple(round(255 * value) for value in mean)
 def to_input(image):
     """Turn a PIL image in RGB, 300x300, into the network's input: a float tensor (3, 300, 300), from 0 to 1, minus
     `mean` and divided by `std`."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, 300, 300), from 0 to 255
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, 300, 300), from 0 to 255
     # Pixels are not divided by 255; mean and std are multiplied instead, which is faster.
-    return FT.normalize(pixels.float().contiguous(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
+    return FT.normalize(pixels.float(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
 
 
 def photometric_distort(image, rng=random):

@@ -275,16 +275,17 @@ class SSD300(nn.Module):
         :param top_k: keep at most this many detections of an image
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
             long, scores (n). An image without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0."""
-        boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
-        scores = predicted_scores.float().softmax(dim=2)[:, :, 1:]  # (N, 8732, n_classes - 1), without the background
-        scores = scores.where(boxes.isfinite().all(dim=2, keepdim=True), 0).nan_to_num(0)  # exp can overflow
+        batch_boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
+        batch_scores = predicted_scores.float().softmax(dim=2)[:, :, 1:]  # (N, 8732, n_classes - 1), no background
+        finite = batch_boxes.isfinite().all(dim=2, keepdim=True)  # (N, 8732, 1); exp can overflow
+        batch_scores = batch_scores.where(finite, 0).nan_to_num(0)
 
-        # Keep the 400 highest scores of each class, as in the authors' code. This makes suppression faster, but an image
-        # with dozens of objects of a class can lose some of them.
-        scores, indices = scores.topk(min(400, scores.size(1)), dim=1)  # (N, 400, n_classes - 1), (N, 400, n_classes - 1)
+        # Keep the 400 highest scores of each class, as in the authors' code. This makes suppression faster, but an
+        # image with dozens of objects of a class can lose some of them. Both are (N, 400, n_classes - 1).
+        batch_scores, batch_indices = batch_scores.topk(min(400, batch_scores.size(1)), dim=1)
 
         all_boxes, all_labels, all_scores = [], [], []
-        for boxes, scores, indices in zip(boxes, scores, indices):
+        for boxes, scores, indices in zip(batch_boxes, batch_scores, batch_indices):
             ranks, classes = torch.where(scores > min_score)  # of each candidate: row and column, (n), (n)
             boxes = boxes[indices[ranks, classes]]  # (n, 4)
             scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
@@ -390,8 +391,8 @@ class MultiBoxLoss(nn.Module):
         boxes, labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True)
         boxes = F.pad(boxes, (0, 0, 0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects, 4)
         labels = F.pad(labels, (0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects)
-        # Sixteen images at a time: the corners of the intersections take several times the memory of the overlaps, which
-        # is a lot when an image has hundreds of objects.
+        # Sixteen images at a time: the intersections' corners take several times the memory of the overlaps, which is a
+        # lot when an image has hundreds of objects.
         overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(16)])  # (N, n_objects, 8732)
         overlap.masked_fill_((labels == 0).unsqueeze(2), -1)  # -1 for padding
 

@@ -1,5 +1,6 @@
 """The data set and its batches; and the transforms: boxes stay on their objects, the random choices are the paper's."""
 import json
+import pickle
 import random
 import shutil
 
@@ -85,6 +86,22 @@ def test_batches_do_not_depend_on_the_number_of_workers(voc_folder):
         assert not torch.equal(epochs[0][0], epochs[1][0])
         batches.append(torch.cat(epochs[0] + epochs[1]))
     assert batches[0].shape == (6, 3, 300, 300) and torch.equal(*batches)
+
+
+@pytest.mark.parametrize('n_objects', [(2, 0, 1), (0, 3), (0, 0), (1,)])
+def test_a_batch_is_the_same_after_its_way_from_a_worker(n_objects):
+    """Boxes, labels and difficulties are lists of tensors with a tensor for each image, whose lengths differ."""
+    items = [(torch.rand(3, 4, 4), torch.rand(n, 4), torch.randint(1, 9, (n,)), torch.randint(2, (n,)).byte())
+             for n in n_objects]
+    expected = [[item[i] for item in items] for i in range(4)]
+    batch = collate_fn(items)
+    [sent] = DataLoader(items, len(items), collate_fn=collate_fn, num_workers=1)
+    for images, *objects in (batch, sent, pickle.loads(pickle.dumps(batch))):
+        assert torch.equal(images, torch.stack(expected[0]))
+        for values, of_images in zip(objects, expected[1:]):
+            assert isinstance(values, list) and len(values) == len(of_images)
+            for value, of_image in zip(values, of_images):
+                assert value.dtype == of_image.dtype and value.shape == of_image.shape and value.equal(of_image)
 
 
 def test_sampler_visits_each_image_once_in_a_new_order():

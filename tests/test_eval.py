@@ -1,5 +1,6 @@
 """Evaluation."""
 import json
+import os
 import re
 import shutil
 
@@ -93,6 +94,21 @@ def test_main_evaluates_in_16_bits_only_if_its_parameter_says_so(voc_folder, mon
     eval_script.main()
     assert asked == [{'bfloat16': bfloat16, 'mistakes_path': eval_script.mistakes_path,
                       'mistakes_min_score': eval_script.mistakes_min_score}]
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs Linux, to know how many files are open')
+def test_an_evaluation_keeps_no_files_open(voc_folder, capsys):
+    """A worker sends tensors as files in shared memory, which are open as long as a tensor lives."""
+    import resource
+    dataset = PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
+    loader = DataLoader(dataset, 20, sampler=[0, 1] * 50, collate_fn=collate_fn, num_workers=1, timeout=60)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 60, limits[1]))
+    try:
+        eval_script.evaluate(loader, TinyDetector(len(label_map)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert '100 images, ' in capsys.readouterr().out
 
 
 def test_the_first_process_shows_how_far_an_evaluation_is(voc_folder, capsys):
