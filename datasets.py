@@ -137,8 +137,7 @@ mean_color = tuple(round(255 * value) for value in mean)
 
 
 def to_input(image):
-    """Turn a PIL image in RGB, 300x300, into the network's input: a float tensor (3, 300, 300), from 0 to 1, minus
-    `mean` and divided by `std`."""
+    """Turn a PIL image in RGB, 300x300, into the network's input: float (3, 300, 300), from 0 to 1, then normalized."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, 300, 300), from 0 to 255
     # Pixels are not divided by 255; mean and std are multiplied instead, which is faster.
     return FT.normalize(pixels.float(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
@@ -202,8 +201,7 @@ def crop_window(window, boxes, rng=random):
 
 def centers_inside(boxes, window):
     """Whether each box's center is inside a window, a bool tensor (n_objects). Both are boundary coordinates in the
-    same units: boxes (n_objects, 4) and 4 numbers; or many windows (n_windows, 1, 4), with (n_windows, n_objects) as
-    the result."""
+    same units: boxes (n_objects, 4) and 4 numbers; or windows (n_windows, 1, 4), which give (n_windows, n_objects)."""
     window = torch.as_tensor(window)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n_objects, 2)
     inside = (centers > window[..., :2]) & (centers < window[..., 2:])  # (n_objects, 2) or (n_windows, n_objects, 2)
