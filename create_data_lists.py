@@ -1,5 +1,4 @@
-"""List the images and objects of Pascal VOC 2007 and 2012, or of any folder with images and annotations in VOC's
-format:
+"""List the images and objects of Pascal VOC 2007 and 2012, or of any folder with images and VOC annotations:
 
     python create_data_lists.py
 

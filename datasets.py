@@ -118,17 +118,22 @@ def collate_fn(batch):
 
 
 class TensorList(list):
-    """A list of tensors that differ in the length of their first dimension. From a worker, it travels as one array.
-    PyTorch would open a file of shared memory for each tensor: 96 in a batch of 32 images, which takes longer than the
-    images, and many systems let a program open no more than 1,024."""
+    """A list of tensors that a worker, another process, sends as numpy arrays. By default on Linux, PyTorch would open
+    a file of shared memory for each tensor, 96 in a batch of 32 images. That takes longer than the images, and many
+    systems let a program open only 1,024."""
 
     def __reduce__(self):
-        return to_tensor_list, (torch.cat(self).numpy(), [len(tensor) for tensor in self])
+        """What pickle sends: a function, and the arguments from which it makes this list again."""
+        return to_tensor_list, ([np.asarray(tensor) for tensor in self],)
+
+    def pin_memory(self):
+        """Called by a DataLoader for a GPU. These tensors go there padded, in new ones: see `MultiBoxLoss.match`."""
+        return self
 
 
-def to_tensor_list(array, lengths):
+def to_tensor_list(arrays):
     """Undo what `TensorList.__reduce__` does."""
-    return TensorList(torch.from_numpy(array).split(lengths))
+    return TensorList(map(torch.from_numpy, arrays))
 
 
 # ----------------------------------------------------------------------------------------------------------- Transforms

@@ -75,8 +75,7 @@ def draw_shape(image, shape, box, difficult, rng):
 def draw_image(rng):
     """A PIL image, and a list of (shape, box, difficult). Boxes are in pixels from 0, the last ones included."""
     image = draw_background((rng.randint(280, 360), rng.randint(260, 340)), rng)
-    objects = []
-    n_objects = rng.randint(3, 8)
+    objects, n_objects = [], rng.randint(3, 8)
     for _ in range(60):  # tries
         width = round(math.exp(rng.uniform(*map(math.log, sides))))  # as many from 28 to 56 as from 56 to 112
         height = round(width * rng.uniform(0.8, 1.25))

@@ -17,16 +17,14 @@ tile = 150  # width and height of an image in the sheet, in pixels
 
 def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
     """Find the kind of each detection of an image. True positives, duplicates and ignored ones are those of
-    `utils.match_detections`. Of those that belong to no object,
-
+    `utils.match_detections`. Of those that belong to no object:
     - localization: overlaps an object of its class by more than 0.1;
     - classification: overlaps an object of another class by more than 0.5;
     - background: overlaps no object by more than 0.1;
     - both: overlaps an object of another class by more than 0.1: class and box are wrong.
 
-    Where two apply, it is the first in this order, as in TIDE's code; but detections are matched as VOC does.
-
-    The arguments are those of `utils.match_detections`.
+    Where two apply, it is the first in this order, as in TIDE's code; but detections are matched as VOC does. The
+    arguments are those of `utils.match_detections`.
 
     :return: list of (kind, index of the object that it is about, or None for background), one for each detection"""
     true_positive, ignored, target = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,

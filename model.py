@@ -281,7 +281,7 @@ class SSD300(nn.Module):
         batch_scores = batch_scores.where(finite, 0).nan_to_num(0)
 
         # Keep the 400 highest scores of each class, as in the authors' code. This makes suppression faster, but an
-        # image with dozens of objects of a class can lose some of them. Both are (N, 400, n_classes - 1).
+        # image with dozens of objects of a class can lose some of them. Scores and indices: (N, 400, n_classes - 1)
         batch_scores, batch_indices = batch_scores.topk(min(400, batch_scores.size(1)), dim=1)
 
         all_boxes, all_labels, all_scores = [], [], []
@@ -391,9 +391,9 @@ class MultiBoxLoss(nn.Module):
         boxes, labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True)
         boxes = F.pad(boxes, (0, 0, 0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects, 4)
         labels = F.pad(labels, (0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects)
-        # Sixteen images at a time: the intersections' corners take several times the memory of the overlaps, which is a
-        # lot when an image has hundreds of objects.
-        overlap = torch.cat([find_jaccard_overlap(few, priors_xy) for few in boxes.split(16)])  # (N, n_objects, 8732)
+        # About 160 objects at a time: the intersections' corners take several times the memory of the overlaps.
+        n = max(1, 160 // boxes.size(1))  # images
+        overlap = torch.cat([find_jaccard_overlap(some, priors_xy) for some in boxes.split(n)])  # (N, n_objects, 8732)
         overlap.masked_fill_((labels == 0).unsqueeze(2), -1)  # -1 for padding
 
         # Each object gets one prior of its own, whatever their overlap. Otherwise an object would be lost that overlaps

@@ -64,7 +64,7 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """Make the optimizer of an SSD300, `lr` being the peak rate: 'sgd' as in the paper, where biases have twice the
-    rate, as in its authors' code; or 'adamw', which needs far fewer steps from random weights, without `momentum`."""
+    rate, as in its authors' code; or 'adamw', which needs far fewer steps from random weights (`momentum` unused)."""
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]

@@ -125,8 +125,7 @@ def cxcy_to_gcxgcy(cxcy, priors_cxcy):
 
 
 def gcxgcy_to_cxcy(gcxgcy, priors_cxcy):
-    """Decode offsets from priors into boxes, tensors (..., 4): the inverse of `cxcy_to_gcxgcy`. Boxes and priors are in
-    center-size coordinates."""
+    """Decode offsets from priors into boxes, the inverse of `cxcy_to_gcxgcy`: the same shapes and coordinates."""
     return torch.cat([gcxgcy[..., :2] * priors_cxcy[..., 2:] / 10 + priors_cxcy[..., :2],
                       torch.exp(gcxgcy[..., 2:] / 5) * priors_cxcy[..., 2:]], dim=-1)
 

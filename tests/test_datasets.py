@@ -93,15 +93,25 @@ def test_a_batch_is_the_same_after_its_way_from_a_worker(n_objects):
     """Boxes, labels and difficulties are lists of tensors with a tensor for each image, whose lengths differ."""
     items = [(torch.rand(3, 4, 4), torch.rand(n, 4), torch.randint(1, 9, (n,)), torch.randint(2, (n,)).byte())
              for n in n_objects]
+    items[0] = (*items[0][:3], torch.tensor([0.] * n_objects[0]))  # not an integer as the others
     expected = [[item[i] for item in items] for i in range(4)]
     batch = collate_fn(items)
-    [sent] = DataLoader(items, len(items), collate_fn=collate_fn, num_workers=1)
+    [sent] = DataLoader(items, len(items), collate_fn=collate_fn, num_workers=1, timeout=20)
     for images, *objects in (batch, sent, pickle.loads(pickle.dumps(batch))):
         assert torch.equal(images, torch.stack(expected[0]))
         for values, of_images in zip(objects, expected[1:]):
             assert isinstance(values, list) and len(values) == len(of_images)
             for value, of_image in zip(values, of_images):
                 assert value.dtype == of_image.dtype and value.shape == of_image.shape and value.equal(of_image)
+
+
+def test_other_values_than_tensors_arrive_too(n_images=3):
+    """A data set of your own may yield arrays, or lists; an error on the way would leave training waiting forever."""
+    items = [(torch.rand(3, 4, 4), np.ones((i, 4)), [1] * i, torch.tensor(i)) for i in range(n_images)]
+    [(_, boxes, labels, numbers)] = DataLoader(items, n_images, collate_fn=collate_fn, num_workers=1, timeout=20)
+    assert [box.tolist() for box in boxes] == [[[1.] * 4] * i for i in range(n_images)]
+    assert [label.tolist() for label in labels] == [[1] * i for i in range(n_images)]
+    assert [number.item() for number in numbers] == list(range(n_images))
 
 
 def test_sampler_visits_each_image_once_in_a_new_order():

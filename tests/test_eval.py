@@ -99,9 +99,9 @@ def test_main_evaluates_in_16_bits_only_if_its_parameter_says_so(voc_folder, mon
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs Linux, to know how many files are open')
 def test_an_evaluation_keeps_no_files_open(voc_folder, capsys):
     """A worker sends tensors as files in shared memory, which are open as long as a tensor lives."""
-    import resource
+    import resource  # Windows has none
     dataset = PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
-    loader = DataLoader(dataset, 20, sampler=[0, 1] * 50, collate_fn=collate_fn, num_workers=1, timeout=60)
+    loader = DataLoader(dataset, 20, sampler=[0, 1] * 50, collate_fn=collate_fn, num_workers=1, timeout=20)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 60, limits[1]))
     try:
