@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from files import UserError, one_line, write_whole
+from errors import UserError, one_line, write_whole
 from model import SSD300
 from torchvision_weights import coco_detector
 

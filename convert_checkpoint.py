@@ -18,7 +18,7 @@ import warnings
 import torch
 
 from checkpoints import save_checkpoint
-from files import UserError, one_line, run
+from errors import UserError, one_line, run
 from model import SSD300
 from utils import label_map
 

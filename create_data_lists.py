@@ -7,8 +7,6 @@ writes five JSON files, which train.py and eval.py read. Edit the parameters bel
 import json
 import math
 import os
-import random
-import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -19,8 +17,9 @@ import torch
 from torchvision.datasets import VOCDetection
 from tqdm import tqdm
 
-from files import (UserError, decode_once, folders_of, is_image, list_files, name_of, one_line, run, turn_box,
-                   write_whole)
+from errors import UserError, one_line, run, write_whole
+from images import decode_once
+from own_images import choose_split, find_images, turn_box
 from utils import create_prior_boxes, cxcy_to_xy, find_jaccard_overlap, make_label_map, voc_labels
 
 voc07_path = 'VOCdevkit/VOC2007'  # folder with images and annotations, for training and for the test
@@ -132,102 +131,6 @@ def print_summary(splits, label_map, left_out, n_empty):
               'see "My objects are small" in README.md.')
 
 
-# -------------------------------------------------------------------------------------------------------------- Folders
-
-split_names = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val',
-               'test': 'test', 'testing': 'test'}
-
-
-def find_images(folder):
-    """Find all annotations under a folder, and their images. The image has the annotation's name, and lies beside it,
-    or in the folder that corresponds (see `files.folders_of`), or anywhere, if just one has that name.
-
-    :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
-    :raises UserError: the folder is missing, or has no annotation"""
-    images, unknown, found = {}, {}, {}
-    paths = list_files(folder)
-    for path in paths:
-        if is_image(path):
-            images.setdefault(name_of(path), []).append(path)
-        elif not path.lower().endswith(('.xml', '.txt', '.json')):  # it may be an image that must be converted first
-            unknown.setdefault(name_of(os.path.splitext(path)[0]), []).append(path)
-    for path in paths:
-        if path.lower().endswith('.xml'):
-            same_name = images.get(name_of(path), [])
-            beside = [image for image in same_name if os.path.dirname(image) == os.path.dirname(path)]
-            corresponding = [image for image in same_name if folders_of(image) == folders_of(path)]
-            image_paths = beside or corresponding or same_name or unknown.get(name_of(path), [])
-            if image_paths or b'<annotation>' in Path(folder, path).read_bytes()[:1000]:  # others are not annotations
-                found[path] = image_paths
-    if not found:
-        what = 'has no annotations in VOC format (.xml)' if os.path.isdir(folder) else 'is not a folder'
-        raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and '
-                        'annotations, or download = True')
-    n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
-    print(f'{folder}: {len(found)} annotations. Images without annotation, which are not listed: {n_images}.')
-    return found
-
-
-def read_image_sets(folder, found):
-    """Read the lists in ImageSets/Main. A line is the name of an image, perhaps with folder and extension. A flag may
-    follow, as in VOC's lists of one class; here it does not matter.
-
-    :return: dict of a list's name -> paths of annotations; a name without annotation or image stays as it is"""
-    by_name, image_sets = {}, {}
-    for path in found:
-        by_name.setdefault(name_of(path), []).append(path)
-    for path in list_files(folder):
-        list_name, extension = os.path.splitext(os.path.basename(path).lower())
-        if folders_of(path)[-2:] != ['imagesets', 'main'] or extension != '.txt':
-            continue
-        try:
-            with open(os.path.join(folder, path), encoding='utf-8-sig') as file:  # sig: skip a byte order mark
-                lines = [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]
-        except ValueError as error:
-            raise UserError(f'{os.path.join(folder, path)} is not a list in UTF-8 ({error}): save it as that') from None
-        for line in lines:
-            if name_of(line) not in by_name:
-                line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
-            same_name = by_name.get(name_of(line), [name_of(line)])
-            # The line's path may begin with folders of another computer, so compare only its end.
-            in_folder = [name for name in same_name if folders_of(line)[-len(folders_of(name)):] == folders_of(name)]
-            image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
-    return image_sets
-
-
-def choose_split(folder, found, test_fraction):
-    """Choose the images for training and for the test: by the lists in ImageSets/Main called trainval, train, val or
-    test; without lists, by folders with these names; else at random, in the same way each time. Without a test, val
-    is the test.
-
-    :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None if all are for training
-    :return: paths of annotations for training, and for the test, see `find_images`"""
-    sets, where = read_image_sets(folder, found), 'lists in ImageSets/Main:'
-    if not sets:
-        where = 'folders:'
-        for path, image_paths in found.items():
-            names = [name for either in (path, *image_paths) for name in folders_of(either) if name in split_names]
-            sets.setdefault(split_names[names[0]] if names else 'others', []).append(path)
-    trainval, train, val, test = (sets.get(name, []) for name in ('trainval', 'train', 'val', 'test'))
-    trainval = trainval or train + val or sorted(set(found).difference(test))
-    if test_fraction is None:
-        train, test, rule = trainval, [], 'all for training, by'
-    elif test:
-        train, rule = trainval, 'as given by'
-    elif train and val:
-        test, rule = val, 'val is the test, by'
-    else:
-        paths = sorted({path for of_set in sets.values() for path in of_set}, key=os.path.splitext)
-        random.Random(0).shuffle(paths)
-        n_test = round(test_fraction * len(paths))
-        train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
-        rule = 'at random, from'
-    known = [name for name in ('trainval', 'train', 'val', 'test', 'others') if name in sets] or list(sets)
-    print(f'{folder}: {len(train)} images for training, {len(test)} for the test: {rule} its {where} '
-          f'{", ".join(f"{name} ({len(sets[name])})" for name in known)}.')
-    return train, test
-
-
 # ---------------------------------------------------------------------------------------------- Images and annotations
 
 def read_split(folder, split, annotation_paths, found, labels=None):
@@ -266,12 +169,12 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
 
     Pascal VOC counts pixels from 1; we subtract 1. A box may extend one pixel beyond the image, because some tools
     count from 0 or round up: it is clipped. A box that extends further is dropped, and so is one of less than a tenth
-    of a pixel in width or height, which has next to no area. Rotated images: see `files.turn_box`.
+    of a pixel in width or height, which has next to no area. Rotated images: see `own_images.turn_box`.
 
     :param annotation_path: path of the XML file
     :param labels: the labels of objects to keep; or None to keep all, except background
     :param size: (width, height) of the upright image in pixels; or None if unknown
-    :param orientation: the image's EXIF orientation, 1 to 8, see `files.decode_once`
+    :param orientation: the image's EXIF orientation, 1 to 8, see `images.decode_once`
     :return: dict of boxes (boundary coordinates in pixels, from 0), labels (strings) and difficulties (0 or 1), a list
         each, with one element for each object; dropped, a list of reasons, one for each dropped object; n_swapped, the
         number of boxes with swapped edges, which were put in order; and size

@@ -12,9 +12,9 @@ import torchvision.transforms.functional as FT
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from files import UserError, open_image
+from errors import UserError
+from images import open_image
 from utils import find_jaccard_overlap, mean, std
-
 
 # --------------------------------------------------------------------------------------------------------- The data set
 
@@ -91,23 +91,23 @@ class EpochSampler(Sampler):
 
     :param n: number of images
     :param seed: the seed of the whole training
-    :param process: number of this process, from 0; each of n_processes takes every n_processes-th image. As all get
+    :param rank: number of this process, from 0, of `world_size`; each takes every world_size-th image. As all get
         equally many images, a few may be left out of an epoch."""
 
-    def __init__(self, n, seed, process=0, n_processes=1):
-        self.n, self.seed, self.epoch, self.process, self.n_processes = n, seed, 0, process, n_processes
+    def __init__(self, n, seed, rank=0, world_size=1):
+        self.n, self.seed, self.epoch, self.rank, self.world_size = n, seed, 0, rank, world_size
 
     def set_epoch(self, epoch):
         """:param epoch: number of the next epoch, from 0"""
         self.epoch = epoch
 
     def __len__(self):
-        return self.n // self.n_processes
+        return self.n // self.world_size
 
     def __iter__(self):
         rng = random.Random(f'{self.seed} {self.epoch}')  # a sum would make seed 0, epoch 1 equal seed 1, epoch 0
         images = [(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)]
-        return iter(images[self.process::self.n_processes][:len(self)])
+        return iter(images[self.rank::self.world_size][:len(self)])
 
 
 def collate_fn(batch):

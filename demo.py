@@ -19,9 +19,9 @@ from checkpoints import load_detector
 from create_data_lists import create_data_lists
 from datasets import PascalVOCDataset, collate_fn
 from detect import detect, max_overlap, min_score, top_k
+from errors import run
 from eval import evaluate
-from files import open_image, run
-from mistakes import save_tiles
+from images import open_image, save_tiles
 from model import SSD300
 from train import fit, make_optimizer, standardize, weight_decay
 

@@ -14,7 +14,8 @@ from PIL import ImageColor, ImageDraw, ImageFont
 
 from checkpoints import load_detector
 from datasets import transform
-from files import UserError, list_images, open_image, run, to_rgb
+from errors import UserError, run
+from images import list_images, open_image, to_rgb
 from utils import make_color_map
 
 img_path = 'photo.jpg'  # image or folder, if none is given on the command line

@@ -3,7 +3,7 @@
     python eval.py
 
 prints the average precision (AP) of each class, and their mean (mAP), counts the mistakes, and draws the worst. Edit
-the parameters below first. With several GPUs (see processes.py): torchrun --nproc_per_node=8 eval.py
+the parameters below first. With several GPUs (see distributed.py): torchrun --nproc_per_node=8 eval.py
 """
 import time
 
@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from checkpoints import load_detector
 from datasets import PascalVOCDataset, collate_fn
-from files import UserError, check_image_path, check_numbers, run
+from distributed import all_gather_images, destroy_process_group, get_rank, get_world_size, init_process_group
+from errors import UserError, check_numbers, run
+from images import check_image_path
 from mistakes import find_mistakes, print_counts, save_sheet
-from processes import gather_images, join_processes, leave_processes, n_processes, process_number
 from utils import calculate_mAP
 
 data_folder = './'  # where create_data_lists.py wrote the lists
@@ -49,19 +50,19 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     # For each image: boxes, labels, scores of the detections; boxes, labels, difficulties of the ground truth
     lists = [[] for _ in range(6)]
     start = time.time()
-    for images, *objects in tqdm(test_loader, 'Evaluating', unit='batch', disable=process_number() > 0):
+    for images, *objects in tqdm(test_loader, 'Evaluating', unit='batch', disable=get_rank() > 0):
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
         found = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
         for values, of_batch in zip(lists, (*found, *objects)):
             values.extend(of_image.cpu() for of_image in of_batch)
-    lists = [gather_images(values) for values in lists]
+    lists = [all_gather_images(values) for values in lists]
     seconds = time.time() - start
     true_labels, difficulties = torch.cat(lists[4]), torch.cat(lists[5])  # of all objects, (n_all), (n_all)
 
     label_map = test_loader.dataset.label_map
     average_precisions, mean_average_precision = calculate_mAP(*lists, label_map)
-    if process_number() > 0:
+    if get_rank() > 0:
         return average_precisions, mean_average_precision
     print(f'{"class":20}{"objects":>10}{"AP":>10}')
     for label, index in list(label_map.items())[1:]:
@@ -80,7 +81,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
 
 def make_test_loader(test_set, batch_size, workers, device):
     """A DataLoader for `evaluate` on `device`. Process i of n has the i-th of n parts of the images."""
-    first, end = (len(test_set) * i // n_processes() for i in (process_number(), process_number() + 1))
+    first, end = (len(test_set) * i // get_world_size() for i in (get_rank(), get_rank() + 1))
     return DataLoader(test_set, batch_size, sampler=range(first, end), collate_fn=collate_fn, num_workers=workers,
                       pin_memory=device.type == 'cuda')
 
@@ -91,7 +92,7 @@ def main():
     check_numbers('eval.py', 0, workers=workers)
     if mistakes_path is not None:
         check_image_path('eval.py', 'mistakes_path', mistakes_path)
-    device = join_processes()
+    device = init_process_group()
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
     model, label_map = load_detector(checkpoint, list(test_set.label_map)[1:])
     if label_map != test_set.label_map:
@@ -100,7 +101,7 @@ def main():
     model = model.to(device)
     evaluate(make_test_loader(test_set, batch_size, workers, device), model, bfloat16=bfloat16,
              mistakes_path=mistakes_path, mistakes_min_score=mistakes_min_score)
-    leave_processes()
+    destroy_process_group()
 
 
 if __name__ == '__main__':

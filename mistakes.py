@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from PIL import Image, ImageDraw
 
-from files import open_image
+from images import open_image, save_tiles
 from utils import find_jaccard_overlap, match_detections
 
 # What a detection can be. All but 'true positive' and 'ignored' are mistakes.
@@ -114,18 +114,3 @@ def draw_mistake(image, box, true_box):
         corners = (b - torch.tensor([left, top] * 2)) * tile / side  # (4)
         ImageDraw.Draw(drawn).rectangle(corners.tolist(), outline=color, width=2)
     return drawn
-
-
-def save_tiles(path, rows, width, height, font_size=24):
-    """Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to at most this width and
-    height in pixels. Below each are 34 pixels, for one line in font size 24 or two in 10."""
-    columns = max(1, *map(len, rows))
-    sheet = Image.new('RGB', (columns * (width + 10), len(rows) * (height + 34)), 'white')
-    for y, row in enumerate(rows):
-        for x, (image, caption) in enumerate(row):
-            drawn = Image.new('RGB', (width, height + 34), 'white')  # a tile, which cuts off long captions
-            image.thumbnail((width, height))
-            drawn.paste(image)
-            ImageDraw.Draw(drawn).text((2, height + 2), caption, fill='black', font_size=font_size, spacing=2)
-            sheet.paste(drawn, (x * (width + 10), y * (height + 34)))
-    sheet.save(path)

@@ -11,6 +11,8 @@ the batch; the numbers of channels are those of the whole network (a thin one ha
 priors, see utils.py.
 """
 import math
+import os
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,19 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import VGG16_Weights
 
-from processes import download_weights, mean_over_processes
-from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps, find_jaccard_overlap,
-                   gcxgcy_to_cxcy, non_maximum_suppression, xy_to_cxcy)
+from distributed import all_reduce_mean, local_rank_0_first
+from errors import UserError
+from utils import (
+    create_prior_boxes,
+    cxcy_to_gcxgcy,
+    cxcy_to_xy,
+    decimate,
+    feature_maps,
+    find_jaccard_overlap,
+    gcxgcy_to_cxcy,
+    non_maximum_suppression,
+    xy_to_cxcy,
+)
 
 
 class VGGBase(nn.Module):
@@ -131,6 +143,18 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
     :param m: keep every m-th of the filters, channels, rows and columns, a tuple of four; None keeps all
     :return: the convolution's weight (n_filters, n_channels, n_rows, n_columns) and bias (n_filters)"""
     return decimate(weight.view(-1, channels, size, size), m), decimate(bias, m[:1])
+
+
+def download_weights(weights, remedy):
+    """The state_dict of weights that torchvision publishes, from the file that an earlier download left, if there is one.
+    Raises UserError if that fails, with `remedy`, another way out than to put the file in its place."""
+    try:
+        with local_rank_0_first():
+            return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+        raise UserError(f'the download or reading of {weights.url} failed ({error}): put that file into {folder}, or '
+                        f'{remedy}') from error
 
 
 class AuxiliaryConvolutions(nn.Module):
@@ -362,7 +386,7 @@ class MultiBoxLoss(nn.Module):
             n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
         # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.
-        divisor = mean_over_processes(n_positive.sum().float()).clamp(min=1e-6)
+        divisor = all_reduce_mean(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)

@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datasets import PascalVOCDataset, collate_fn
 from detect import draw_objects, max_overlap, min_score, top_k
-from files import UserError, check_image_path, check_numbers, open_image, run
-from mistakes import find_mistakes, save_tiles
+from errors import UserError, check_numbers, run
+from images import check_image_path, open_image, save_tiles
+from mistakes import find_mistakes
 from model import SSD300, MultiBoxLoss, possible_thin
 from train import make_optimizer, one_cycle, standardize, update
 

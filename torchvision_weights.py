@@ -6,9 +6,8 @@ their order within a tile, and how an image is normalized. "Where the sources di
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
-from files import UserError, one_line
-from model import SSD300, thin_out
-from processes import download_weights
+from errors import UserError, one_line
+from model import SSD300, download_weights, thin_out
 from utils import create_prior_boxes, feature_maps, make_label_map, mean, std
 
 coco_weights = SSD300_VGG16_Weights.COCO_V1

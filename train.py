@@ -3,7 +3,7 @@
     python train.py
 
 Edit the parameters below first. After each epoch the weights are saved at `checkpoint_path`, and the log in a .csv file
-beside it. To go on after an interruption, set `checkpoint` to the same path. With several GPUs (see processes.py):
+beside it. To go on after an interruption, set `checkpoint` to the same path. With several GPUs (see distributed.py):
 
     torchrun --nproc_per_node=8 train.py
 """
@@ -21,11 +21,17 @@ from torch.utils.data import DataLoader
 
 from checkpoints import load_checkpoint, load_detector, save_checkpoint
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
+from distributed import (
+    all_reduce_mean,
+    data_parallel,
+    destroy_process_group,
+    get_rank,
+    get_world_size,
+    init_process_group,
+)
+from errors import UserError, check_numbers, run, write_whole
 from eval import evaluate, make_test_loader
-from files import UserError, check_numbers, run, write_whole
 from model import SSD300, MultiBoxLoss, possible_thin
-from processes import (join_processes, leave_processes, mean_over_processes, n_processes, process_number,
-                       share_gradients)
 from torchvision_weights import start_from_coco
 from utils import clip_gradient
 
@@ -112,11 +118,11 @@ def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_
     :param test_set: PascalVOCDataset to evaluate on every `evaluate_every` epochs and after the last; 0 for never
     :param options: the other arguments of `train`"""
     criterion = MultiBoxLoss(model.priors_cxcy, min_negatives=min_negatives)
-    sampler = EpochSampler(len(train_set), seed, process_number(), n_processes())
+    sampler = EpochSampler(len(train_set), seed, get_rank(), get_world_size())
     train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
                               pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0)
-    network = share_gradients(model)
-    first = process_number() == 0  # the only process that writes
+    network = data_parallel(model)
+    first = get_rank() == 0  # the only process that writes
     log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if first else None
     if first:
         start_log(log_path, start_epoch)
@@ -168,7 +174,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     """Train for one epoch.
 
     :param train_loader: DataLoader of PascalVOCDataset
-    :param model: SSD300, or what `processes.share_gradients` returns for it
+    :param model: SSD300, or what `distributed.data_parallel` returns for it
     :param criterion: MultiBoxLoss
     :param optimizer: optimizer of the model's parameters
     :param epoch: number of the epoch, from 0
@@ -202,15 +208,15 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
                             'is intact: go on from it with a lower lr, with grad_clip = 10, or with a longer warm_up')
 
         losses.append(torch.stack([loc_loss, conf_loss]).detach())  # stays on the GPU until a line is printed
-        n_images += len(images) * n_processes()
+        n_images += len(images) * get_world_size()
         if (i + 1) % print_freq == 0 or i + 1 == n_batches:
-            loc, conf = mean_over_processes(torch.stack(losses).mean(dim=0)).tolist()
+            loc, conf = all_reduce_mean(torch.stack(losses).mean(dim=0)).tolist()
             seconds = time.time() - last_line
             n_left = ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
             row = {'epoch': epoch, 'batch': i + 1, 'loss': conf + criterion.alpha * loc, 'loc_loss': loc,
                    'conf_loss': conf, 'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / seconds,
                    'data_s': loading / len(losses), 'left_s': round(n_left * seconds / len(losses))}
-            if process_number() == 0:
+            if get_rank() == 0:
                 print(log_line.format(n_batches=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
             write_log(log_path, **row)
             losses, n_images, loading, last_line = [], 0, 0., time.time()
@@ -225,7 +231,7 @@ def update(optimizer, loss, grad_clip=None):
     loss.backward()
     norm = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
     # Each process has its own loss, and if one is not finite, neither is the mean. The gradient is the same in all.
-    finite = (mean_over_processes(loss.detach()).isfinite() & norm.isfinite()).item()  # waits for the GPU
+    finite = (all_reduce_mean(loss.detach()).isfinite() & norm.isfinite()).item()  # waits for the GPU
     if finite:
         optimizer.step()
     return finite
@@ -262,7 +268,7 @@ def make_model(label_map, checkpoint, pretrained, thin):
         return model
     if pretrained == 'coco':
         model, new_labels = start_from_coco(label_map, thin)
-        if process_number() == 0:
+        if get_rank() == 0:
             print(f'Starting from weights trained on COCO; the class scores of {new_labels or "no class"} are random. '
                   'The priors are those of these weights, not of feature_maps in utils.py.')
         return model
@@ -319,11 +325,11 @@ def main():
     if not isinstance(lr, (int, float)) or lr <= 0 or not isinstance(decay_lr_at, (list, tuple)):
         raise UserError(f'lr = {lr!r}, decay_lr_at = {decay_lr_at!r} in train.py: set lr to a number above 0, and '
                         'decay_lr_at to a list of epochs, such as [20] or [154, 193]')
-    device = join_processes()
+    device = init_process_group()
     torch.manual_seed(seed)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
-    if len(train_set) < n_processes():
-        raise UserError(f'{len(train_set)} training images are too few for {n_processes()} process(es): list more')
+    if len(train_set) < get_world_size():
+        raise UserError(f'{len(train_set)} training images are too few for {get_world_size()} process(es): list more')
     saved = {} if checkpoint is None else load_checkpoint(checkpoint)
     resumes = saved.get('optimizer') is not None  # convert_checkpoint.py writes only weights, to start from
     existing = [path for path in (checkpoint_path, best_of(checkpoint_path)) if os.path.exists(path)]
@@ -343,7 +349,7 @@ def main():
         if start_epoch >= epochs:
             raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
     del saved  # frees the memory of its weights
-    if process_number() == 0:
+    if get_rank() == 0:
         print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
     try:
         fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, seed_of_run, workers,
@@ -353,7 +359,7 @@ def main():
     except KeyboardInterrupt:
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
         raise KeyboardInterrupt('There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.')
-    leave_processes()
+    destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -15,8 +15,7 @@ from colorsys import hsv_to_rgb
 import torch
 from torchvision.ops import batched_nms
 
-from files import UserError
-
+from errors import UserError
 
 # ------------------------------------------------------------------------------------------------- Labels and colors
 

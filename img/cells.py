@@ -9,17 +9,17 @@ from functools import cache
 
 import torch
 from matplotlib.lines import Line2D
+from photographs import dashes, outline, panels, rendered, show, write
 from PIL import Image
+from style import figure, object_color, prediction_color, series, wrong_color
+from trained import find_in_all
 
 import overfit
 from checkpoints import load_detector
 from datasets import PascalVOCDataset
 from eval import mistakes_min_score
-from files import open_image
+from images import open_image
 from mistakes import find_mistakes, judge, save_sheet
-from photographs import dashes, outline, panels, rendered, show, write
-from style import figure, object_color, prediction_color, series, wrong_color
-from trained import find_in_all
 from utils import average_precision, match_detections
 
 folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'cells')

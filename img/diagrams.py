@@ -6,23 +6,44 @@ import csv
 import math
 import os
 
+import examples
 import torch
 import torch.nn.functional as F
+import trained
 from matplotlib.colors import to_rgba
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
+from photographs import photograph, rendered
+from style import (
+    faint,
+    figure,
+    ink,
+    object_color,
+    paper,
+    plt,
+    prediction_color,
+    prior_color,
+    series,
+    width,
+    wrong_color,
+)
 from torchvision.models import vgg16
 
-import examples
 import train
-import trained
 from datasets import collate_fn
 from model import AuxiliaryConvolutions, MultiBoxLoss, PredictionConvolutions, VGGBase, own_priors
-from photographs import photograph, rendered
-from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
-                   wrong_color)
-from utils import (average_precision, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps,
-                   find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy, xy_to_cxcy)
+from utils import (
+    average_precision,
+    create_prior_boxes,
+    cxcy_to_gcxgcy,
+    cxcy_to_xy,
+    decimate,
+    feature_maps,
+    find_intersection,
+    find_jaccard_overlap,
+    gcxgcy_to_cxcy,
+    xy_to_cxcy,
+)
 
 small = 11  # points: no letters are smaller
 map_colors = dict(zip(feature_maps, series))

@@ -9,6 +9,7 @@ import os
 import random
 from functools import partial
 
+import examples
 import numpy as np
 import torch
 from matplotlib.colors import LinearSegmentedColormap
@@ -17,17 +18,38 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image, ImageColor
 from skimage import data
+from style import (
+    faint,
+    figure,
+    ink,
+    object_color,
+    paper,
+    plt,
+    prediction_color,
+    prior_color,
+    series,
+    width,
+    wrong_color,
+)
+from trained import detector, images_folder, snapshots, test_set, write_table
 
-import examples
 from datasets import centers_inside, crop_window, draw_window, expand_window, photometric_distort, transform
 from detect import find_objects, min_score
-from files import open_image
+from images import open_image
 from model import MultiBoxLoss
-from style import (faint, figure, ink, object_color, paper, plt, prediction_color, prior_color, series, width,
-                   wrong_color)
-from trained import detector, images_folder, snapshots, test_set, write_table
-from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, feature_maps, find_intersection,
-                   find_jaccard_overlap, gcxgcy_to_cxcy, mean, non_maximum_suppression, std, xy_to_cxcy)
+from utils import (
+    create_prior_boxes,
+    cxcy_to_gcxgcy,
+    cxcy_to_xy,
+    feature_maps,
+    find_intersection,
+    find_jaccard_overlap,
+    gcxgcy_to_cxcy,
+    mean,
+    non_maximum_suppression,
+    std,
+    xy_to_cxcy,
+)
 
 # The objects of scikit-image's photographs, in boundary coordinates in pixels
 objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 290), 'helmet': (277, 344, 512, 512)},

@@ -12,7 +12,7 @@ import detect
 import eval as eval_script
 import train
 from checkpoints import load_checkpoint, load_detector, save_checkpoint
-from files import UserError
+from errors import UserError
 from model import SSD300
 
 

@@ -13,7 +13,7 @@ from harmful import Malicious, Program
 import convert_checkpoint
 from checkpoints import load_checkpoint, load_detector
 from convert_checkpoint import convert
-from files import UserError, run
+from errors import UserError, run
 from model import SSD300
 from utils import make_label_map, voc_labels
 

@@ -16,12 +16,12 @@ import torchvision.datasets.voc
 from PIL import Image
 
 import create_data_lists as script
-import files
+import errors
 from create_data_lists import choose_split, create_data_lists, find_images, parse_annotation, read_split
 from demo import draw_dataset
-from files import UserError, open_image, run
+from errors import UserError, run
+from images import open_image
 from utils import voc_labels
-
 
 # ---------------------------------------------------------------------------------------------------------- Annotations
 
@@ -460,7 +460,7 @@ def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys, br
             written.append(file)
             if len(written) == {'disk full': 1, 'disk full later': 3}[breakage]:
                 raise OSError(28, 'No space left on device')
-        monkeypatch.setattr(files.os, 'fsync', fsync)
+        monkeypatch.setattr(errors.os, 'fsync', fsync)
     with pytest.raises(UserError, match='No space left on device' if 'disk' in breakage else '1 of the 1 images'):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=('square',))
     assert 'disk' in breakage or 'test_0000' in capsys.readouterr().err

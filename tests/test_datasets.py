@@ -7,17 +7,27 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import copy_lists
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import (EpochSampler, PascalVOCDataset, centers_inside, collate_fn, crop_window, draw_window,
-                      expand_window, flip, photometric_distort, to_input, transform)
+from datasets import (
+    EpochSampler,
+    PascalVOCDataset,
+    centers_inside,
+    collate_fn,
+    crop_window,
+    draw_window,
+    expand_window,
+    flip,
+    photometric_distort,
+    to_input,
+    transform,
+)
 from demo import draw_background, shapes
-from files import UserError
+from errors import UserError
 from utils import find_jaccard_overlap, make_label_map, mean, std
-
 
 # --------------------------------------------------------------------------------------------------------- The data set
 

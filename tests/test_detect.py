@@ -13,11 +13,11 @@ import overfit
 import train
 from checkpoints import save_checkpoint
 from demo import shapes
+from errors import UserError
 from eval import evaluate
-from files import UserError, list_images
+from images import list_images
 from model import SSD300
 from utils import make_color_map, make_label_map
-
 
 label_map = make_label_map(shapes)
 

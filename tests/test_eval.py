@@ -16,9 +16,9 @@ import eval as eval_script
 import train
 from datasets import PascalVOCDataset, collate_fn
 from demo import shapes
-from files import UserError, open_image
+from errors import UserError
+from images import open_image
 from utils import make_label_map
-
 
 label_map = make_label_map(shapes)
 
@@ -120,7 +120,7 @@ def test_the_first_process_shows_how_far_an_evaluation_is(voc_folder, capsys):
 
 def test_only_the_first_process_prints_an_evaluation(voc_folder, monkeypatch, capsys):
     model, dataset = TinyDetector(len(label_map)), PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
-    monkeypatch.setattr(eval_script, 'process_number', lambda: 1)
+    monkeypatch.setattr(eval_script, 'get_rank', lambda: 1)
     eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), model)
     assert capsys.readouterr() == ('', '')
 

@@ -12,7 +12,7 @@ from checkpoints import load_checkpoint, load_detector, save_checkpoint
 from datasets import PascalVOCDataset, collate_fn
 from detect import find_objects
 from eval import evaluate
-from files import open_image
+from images import open_image
 from model import SSD300
 from train import fit, make_optimizer, restore
 from utils import average_precision, match_detections

@@ -5,10 +5,11 @@ import unicodedata
 
 import pytest
 from PIL import Image
+from test_create_data_lists import annotation, list_names
 
 from create_data_lists import create_data_lists
-from files import UserError, list_images
-from test_create_data_lists import annotation, list_names
+from errors import UserError
+from images import list_images
 
 box = (11, 12, 41, 52)  # of a dog in each image of 100x80 pixels
 

@@ -12,11 +12,17 @@ from torchvision.models import VGG16_Weights
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_iou
 
-from files import UserError
+from errors import UserError
 from model import SSD300, MultiBoxLoss, PredictionConvolutions, VGGBase, fully_connected_to_convolution, own_priors
-from utils import (create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy,
-                   xy_to_cxcy)
-
+from utils import (
+    create_prior_boxes,
+    cxcy_to_gcxgcy,
+    cxcy_to_xy,
+    feature_maps,
+    find_jaccard_overlap,
+    gcxgcy_to_cxcy,
+    xy_to_cxcy,
+)
 
 first_of_map = {'conv4_3': 0, 'conv7': 5776, 'conv8_2': 7942, 'conv9_2': 8542, 'conv10_2': 8692, 'conv11_2': 8728}
 

@@ -10,7 +10,8 @@ from PIL import Image, ImageChops, ImageDraw
 import overfit
 from datasets import PascalVOCDataset
 from detect import draw_objects
-from files import UserError, open_image
+from errors import UserError
+from images import open_image
 from model import SSD300
 from utils import make_label_map
 

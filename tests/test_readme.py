@@ -32,10 +32,10 @@ import train
 from checkpoints import save_checkpoint
 from datasets import transform
 from demo import draw_dataset, shapes
-from files import open_image
+from images import open_image
 from model import SSD300, MultiBoxLoss
 from torchvision_weights import coco_weights
-from utils import (create_prior_boxes, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_label_map)
+from utils import create_prior_boxes, cxcy_to_xy, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, make_label_map
 
 sys.path.insert(0, os.path.join(root, 'img'))
 import draw_figures  # noqa: E402

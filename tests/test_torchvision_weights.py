@@ -18,12 +18,18 @@ import train
 from checkpoints import load_checkpoint
 from datasets import to_input
 from demo import draw_image
-from files import UserError
+from errors import UserError
 from model import SSD300
 from torchvision_weights import coco_default_boxes, coco_detector, coco_index, from_torchvision, start_from_coco
-from utils import (cxcy_to_xy, find_jaccard_overlap, gcxgcy_to_cxcy, make_label_map, non_maximum_suppression,
-                   voc_labels, xy_to_cxcy)
-
+from utils import (
+    cxcy_to_xy,
+    find_jaccard_overlap,
+    gcxgcy_to_cxcy,
+    make_label_map,
+    non_maximum_suppression,
+    voc_labels,
+    xy_to_cxcy,
+)
 
 per_tile = 4, 6, 6, 6, 4, 4
 tiles = 38 ** 2, 19 ** 2, 10 ** 2, 5 ** 2, 3 ** 2, 1

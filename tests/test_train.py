@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
 from conftest import copy_lists, kept_checkpoint, no_gpu, root
 from kill_loop import runs, workers_of
+from PIL import Image
 from tiny import SpoiledImages, TinyDetector
 from torch.utils.data import DataLoader
 
@@ -28,10 +28,9 @@ import train
 from checkpoints import load_checkpoint, load_detector, save_checkpoint
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from demo import shapes
-from files import UserError
+from errors import UserError
 from model import SSD300, MultiBoxLoss
 from utils import make_label_map
-
 
 # ------------------------------------------------------------------------------------------------------------- Training
 
@@ -251,7 +250,7 @@ def test_numbers_of_the_log_by_hand(voc_folder, tmp_path, monkeypatch, n_process
     """On a clock that goes on 0.5 s as an image is loaded, and 2 s in the network. Batches of 2 images and of 1."""
     now = [0.]
     monkeypatch.setattr(train, 'time', SimpleNamespace(time=lambda: now[0]))
-    monkeypatch.setattr(train, 'n_processes', lambda: n_processes)
+    monkeypatch.setattr(train, 'get_world_size', lambda: n_processes)
 
     class Images(PascalVOCDataset):
         def __getitem__(self, i):
@@ -522,7 +521,7 @@ def start_process(folder, settings):
     program = ('import checkpoints, files, train\nfrom tiny import TinyDetector\n'
                'train.SSD300 = checkpoints.SSD300 = TinyDetector\n'
                + ''.join(f'train.{name} = {value!r}\n' for name, value in settings.items())
-               + 'if __name__ == "__main__":\n    files.run(train.main)')
+               + 'if __name__ == "__main__":\n    errors.run(train.main)')
     return subprocess.Popen([sys.executable, '-u', '-c', program], cwd=folder, stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.PIPE, start_new_session=True, preexec_fn=listen_to_ctrl_c,
                             env=no_gpu | {'PYTHONPATH': f'{root}:{root}/tests', 'OMP_NUM_THREADS': '1'})
@@ -642,7 +641,7 @@ def test_an_epochs_checkpoint_that_cannot_be_written_does_not_end_training(folde
             raise PermissionError('another program has it open')
         plain_replace(source, path)
     monkeypatch.setattr(os, 'replace', replace)
-    monkeypatch.setattr('files.time.sleep', lambda _: None)
+    monkeypatch.setattr('errors.time.sleep', lambda _: None)
     capsys.readouterr()
     if '2' in blocked:
         with pytest.raises(UserError, match='^c.pth could not be written and is unchanged: another program has it'):
@@ -666,7 +665,7 @@ def test_a_best_checkpoint_that_cannot_be_written_does_not_end_training(folder, 
             raise PermissionError('another program has it open')
         plain_replace(source, path)
     monkeypatch.setattr(os, 'replace', replace)
-    monkeypatch.setattr('files.time.sleep', lambda _: None)
+    monkeypatch.setattr('errors.time.sleep', lambda _: None)
     monkeypatch.setattr(train, 'evaluate', lambda *_: (measured.append(0), len(measured) / 10))
     train_here(monkeypatch, tmp_path, epochs=3, evaluate_every=1)
     assert load_checkpoint('c_best.pth')['mAP'] == 0.3 and load_checkpoint('c_best.pth')['epoch'] == 2
@@ -680,7 +679,7 @@ def test_a_broken_image_is_named_even_by_a_worker(voc_folder, tmp_path):
     images = images * 6 + [str(tmp_path / 'broken.jpg')] * 3  # the first are read by the main process, too
     (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images))
     (tmp_path / 'TRAIN_objects.json').write_text(json.dumps(objects * 7))
-    program = ('import torch, train\nfrom files import run\n'
+    program = ('import torch, train\nfrom errors import run\n'
                'train.data_folder, train.checkpoint_path, train.pretrained, train.workers = ".", "c.pth", None, 1\n'
                'train.thin = 16\n'
                'if __name__ == "__main__":\n    run(train.main)')
@@ -867,6 +866,6 @@ def test_a_rate_that_cannot_be_is_named(monkeypatch, name, value):
 def test_too_few_images_for_the_processes_are_named(voc_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, 'data_folder', voc_folder)
-    monkeypatch.setattr(train, 'n_processes', lambda: 100)
+    monkeypatch.setattr(train, 'get_world_size', lambda: 100)
     with pytest.raises(UserError, match='training images are too few for 100 process'):
         train.main()

@@ -10,11 +10,26 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import batched_nms, box_convert, box_iou
 
 import utils
-from files import UserError
-from utils import (FeatureMap, average_precision, calculate_mAP, create_prior_boxes, cxcy_to_gcxgcy, cxcy_to_xy,
-                   decimate, feature_maps, find_intersection, find_jaccard_overlap, gcxgcy_to_cxcy, make_color_map,
-                   make_label_map, match_detections, non_maximum_suppression, voc_labels, xy_to_cxcy)
-
+from errors import UserError
+from utils import (
+    FeatureMap,
+    average_precision,
+    calculate_mAP,
+    create_prior_boxes,
+    cxcy_to_gcxgcy,
+    cxcy_to_xy,
+    decimate,
+    feature_maps,
+    find_intersection,
+    find_jaccard_overlap,
+    gcxgcy_to_cxcy,
+    make_color_map,
+    make_label_map,
+    match_detections,
+    non_maximum_suppression,
+    voc_labels,
+    xy_to_cxcy,
+)
 
 # ---------------------------------------------------------------------------------------------------------------- Boxes
 

@@ -1,5 +1,5 @@
 """
-What tests/test_processes.py starts, alone or in several processes under torchrun:
+What tests/test_distributed.py starts, alone or in several processes under torchrun:
 
     python tests/together.py train FOLDER BATCH_SIZE EPOCHS
     python tests/together.py evaluate FOLDER
@@ -17,13 +17,14 @@ from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from tiny import SpoiledImages, TinyDetector  # noqa: E402
+
 import train  # noqa: E402
 from datasets import EpochSampler, PascalVOCDataset  # noqa: E402
+from distributed import destroy_process_group, get_rank, get_world_size, init_process_group  # noqa: E402
+from errors import run  # noqa: E402
 from eval import evaluate, make_test_loader  # noqa: E402
-from files import run  # noqa: E402
-from model import SSD300, MultiBoxLoss  # noqa: E402
-from processes import download_weights, join_processes, leave_processes, n_processes, process_number  # noqa: E402
-from tiny import SpoiledImages, TinyDetector  # noqa: E402
+from model import SSD300, MultiBoxLoss, download_weights  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
 
 
@@ -51,13 +52,13 @@ def train_spoiled(folder, how):
     """Train on images of which one, in the second batch of the last process, makes the loss NaN; or make it infinite,
     but not its gradient. Write which steps changed the weights."""
     dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
-    spoiled = [index for index, _ in EpochSampler(len(dataset), 0, n_processes() - 1, n_processes())][5]
+    spoiled = [index for index, _ in EpochSampler(len(dataset), 0, get_world_size() - 1, get_world_size())][5]
     model = TinyDetector(n_classes=4)
     optimizer, weights = make_optimizer(model, 'sgd', 1e-3, 5e-4), [model.head.weight.detach().clone()]
     optimizer.register_step_post_hook(lambda *_: weights.append(model.head.weight.detach().clone()))
     if how == 'nan':
         dataset = SpoiledImages(dataset, spoiled, float('nan'))
-    elif process_number() == n_processes() - 1:
+    elif get_rank() == get_world_size() - 1:
         plain, infinities = MultiBoxLoss.losses, iter([0., float('inf')])
 
         def losses(*args):
@@ -67,7 +68,7 @@ def train_spoiled(folder, how):
     try:
         fit(model, optimizer, dataset, os.path.join(folder, 's.pth'), 1, 4)
     finally:
-        with open(os.path.join(folder, f'changes {process_number()}.json'), 'w') as file:
+        with open(os.path.join(folder, f'changes {get_rank()}.json'), 'w') as file:
             json.dump([not torch.equal(a, b) for a, b in zip(weights, weights[1:])], file)
 
 
@@ -87,7 +88,7 @@ class SlowWeights:
     def get_state_dict(self, **_):
         if self.broken or not os.path.exists(self.path):
             with open(self.log, 'a') as log:
-                log.write(f'{process_number()} {"fails" if self.broken else "downloads"}\n')
+                log.write(f'{get_rank()} {"fails" if self.broken else "downloads"}\n')
             time.sleep(1)
             if self.broken:
                 raise OSError('the line is cut')
@@ -99,7 +100,7 @@ class SlowWeights:
 
 def download(folder):
     """Get weights that can be had, write them, and then weights that can't."""
-    with open(os.path.join(folder, f'weights {process_number()}'), 'w') as file:
+    with open(os.path.join(folder, f'weights {get_rank()}'), 'w') as file:
         json.dump(download_weights(SlowWeights(folder, broken=False), 'do without'), file)
     download_weights(SlowWeights(folder, broken=True), 'do without')
 
@@ -115,15 +116,15 @@ def evaluate_first(folder, n_images):
 
 def main():
     what, folder = sys.argv[1:3]
-    device = join_processes()
+    device = init_process_group()
     if what == 'train':
         batch_size, epochs = map(int, sys.argv[3:])
         torch.manual_seed(0)
         model = SSD300(n_classes=4, thin=16).to(device)
-        print(f'process {process_number()} is {os.getpid()}', flush=True)
+        print(f'process {get_rank()} is {os.getpid()}', flush=True)
         train.evaluate = partial(evaluate, min_score=0, top_k=5000)  # so that there are some hits
         fit(model, make_optimizer(model, 'sgd', 1e-5, 5e-4), PascalVOCDataset(folder, 'TRAIN', keep_difficult=True),
-            os.path.join(folder, f'{n_processes()}.pth'), epochs, batch_size, warm_up=3,
+            os.path.join(folder, f'{get_world_size()}.pth'), epochs, batch_size, warm_up=3,
             print_freq=1, test_set=PascalVOCDataset(folder, 'TEST', keep_difficult=True), evaluate_every=1)
     elif what == 'spoiled':
         train_spoiled(folder, *sys.argv[3:])
@@ -131,9 +132,9 @@ def main():
         download(folder)
     else:
         results = [evaluate_first(folder, 39), evaluate_first(folder, 1)]  # numbers that two can't share evenly
-        with open(os.path.join(folder, f'results {process_number()} of {n_processes()}.json'), 'w') as file:
+        with open(os.path.join(folder, f'results {get_rank()} of {get_world_size()}.json'), 'w') as file:
             json.dump(results, file)
-    leave_processes()
+    destroy_process_group()
 
 
 if __name__ == '__main__':

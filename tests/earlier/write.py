@@ -10,6 +10,7 @@ version of PyTorch writes a third file, in the old format.
 import sys
 
 import torch
+
 from model import SSD300
 
 values = torch.arange(1000.)

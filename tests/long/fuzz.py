@@ -29,12 +29,14 @@ from PIL import Image, ImageDraw
 root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [root, os.path.join(root, 'tests')]
 
+from tiny import TinyDetector  # noqa: E402
+
 import checkpoints  # noqa: E402
 from checkpoints import save_checkpoint  # noqa: E402
 from create_data_lists import parse_annotation  # noqa: E402
 from datasets import transform  # noqa: E402
-from files import UserError, decode_once, open_image  # noqa: E402
-from tiny import TinyDetector  # noqa: E402
+from errors import UserError
+from images import decode_once, open_image  # noqa: E402
 from utils import cxcy_to_gcxgcy, xy_to_cxcy  # noqa: E402
 
 n_annotations = 20_000

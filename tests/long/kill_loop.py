@@ -28,12 +28,12 @@ seed = 0  # for the moments of the kills
 
 # What each process runs: train.py with other parameters
 program = '''
-import files, os, sys, train
+import errors, os, sys, train
 train.checkpoint_path, epochs = sys.argv[1:]
 train.epochs, train.pretrained, train.batch_size, train.workers, train.print_freq = int(epochs), None, 2, 1, 1
 train.checkpoint = train.checkpoint_path if os.path.exists(train.checkpoint_path) else None
 if __name__ == '__main__':
-    files.run(train.main)
+    errors.run(train.main)
 '''
 
 

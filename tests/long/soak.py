@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path[:0] = [root, os.path.join(root, 'tests')]
 
+from kill_loop import workers_of  # noqa: E402
+from tiny import TinyDetector  # noqa: E402
+
 from create_data_lists import create_data_lists  # noqa: E402
 from datasets import PascalVOCDataset, collate_fn  # noqa: E402
 from demo import draw_dataset, shapes  # noqa: E402
 from eval import evaluate  # noqa: E402
-from kill_loop import workers_of  # noqa: E402
-from tiny import TinyDetector  # noqa: E402
 from train import fit, make_optimizer  # noqa: E402
 
 n_drawn = 40  # images for each split, which are repeated

@@ -10,12 +10,12 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from conftest import root
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from files import UserError, decode_once, is_image, open_image, run, to_rgb, write_whole
-
+from errors import UserError, run, write_whole
+from images import decode_once, is_image, open_image, to_rgb
 
 # --------------------------------------------------------------------------------------------------------------- Errors
 
@@ -86,7 +86,7 @@ def test_errors_of_pytorch_that_a_user_can_cause(error, line):
 
 
 def test_names_that_the_console_lacks_are_printed(tmp_path):
-    code = r"from files import run; run(lambda: print('\u732b', '\udcff'))"
+    code = r"from errors import run; run(lambda: print('\u732b', '\udcff'))"
     done = subprocess.run([sys.executable, '-c', code], cwd=root, env={**os.environ, 'PYTHONIOENCODING': 'cp1252'},
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, r'\u732b \udcff'), done.stderr
@@ -134,8 +134,8 @@ def refuse_to_replace(monkeypatch, times):
             raise PermissionError(13, 'Access is denied', source, None, path)
         replace(source, path)
 
-    monkeypatch.setattr('files.os.replace', replace_later)
-    monkeypatch.setattr('files.time.sleep', waited.append)
+    monkeypatch.setattr('errors.os.replace', replace_later)
+    monkeypatch.setattr('errors.time.sleep', waited.append)
     return waited
 
 
@@ -170,14 +170,14 @@ def test_a_temporary_file_that_is_open_elsewhere_hides_no_error(tmp_path, monkey
         raise PermissionError(13, 'Access is denied', path)
 
     refuse_to_replace(monkeypatch, 100)
-    monkeypatch.setattr('files.os.remove', no_removal)
+    monkeypatch.setattr('errors.os.remove', no_removal)
     with pytest.raises(UserError, match='c.pth could not be written and is unchanged'):
         write(tmp_path / 'c.pth')
 
 
 def test_other_errors_of_a_replacement_are_not_waited_for(tmp_path, monkeypatch):
     (tmp_path / 'c.pth').mkdir()
-    monkeypatch.setattr('files.time.sleep', lambda _: pytest.fail('waited'))
+    monkeypatch.setattr('errors.time.sleep', lambda _: pytest.fail('waited'))
     with pytest.raises(UserError, match='could not be written'):
         write(tmp_path / 'c.pth')
 
@@ -185,7 +185,7 @@ def test_other_errors_of_a_replacement_are_not_waited_for(tmp_path, monkeypatch)
 def test_of_several_files_each_is_old_or_new(tmp_path, monkeypatch):
     paths = [tmp_path / name for name in ('a', 'b')]
     replace = os.replace
-    monkeypatch.setattr('files.os.replace', lambda source, path: replace(source, path) if path == paths[0] else throw(
+    monkeypatch.setattr('errors.os.replace', lambda source, path: replace(source, path) if path == paths[0] else throw(
         OSError(errno.EIO, 'Input/output error')))
     with pytest.raises(UserError, match='a, .*b could not be written and each is unchanged or complete: .*put error'):
         with write_whole(*paths, mode='w') as files:

@@ -13,11 +13,11 @@ from conftest import draw_and_list, no_gpu, root
 from tiny import TinyDetector
 from torch.utils.data import DataLoader
 
-import processes
+import distributed
 import train
 from datasets import PascalVOCDataset, collate_fn
+from errors import UserError
 from eval import evaluate
-from files import UserError
 from model import SSD300
 
 script = os.path.join(root, 'tests', 'together.py')
@@ -80,11 +80,11 @@ def test_values_of_images_come_together_in_order(monkeypatch, counts):
         assert len(values) == 3
         values[:] = [(torch.cat(tensors) if tensors else torch.empty(0), count)
                      for tensors, count in zip(pieces, counts)]
-    monkeypatch.setattr(processes, 'n_processes', lambda: 3)
-    monkeypatch.setattr(processes.dist, 'all_gather_object', all_gather_object)
+    monkeypatch.setattr(distributed, 'get_world_size', lambda: 3)
+    monkeypatch.setattr(distributed.dist, 'all_gather_object', all_gather_object)
     expected = [tensor for tensors in pieces for tensor in tensors]
     for tensors in pieces:
-        gathered = processes.gather_images(tensors)
+        gathered = distributed.all_gather_images(tensors)
         assert len(gathered) == len(expected) and all(map(torch.equal, gathered, expected))
     assert all(isinstance(values, torch.Tensor) and len(values) == sum(count) for values, count in sent)
 
@@ -95,9 +95,9 @@ def test_an_evaluation_exchanges_few_large_tensors(folder, monkeypatch):
     def all_gather_object(values, value):
         sent.append(value)
         values[:] = [value, value]
-    monkeypatch.setattr(processes, 'n_processes', lambda: 2)
-    monkeypatch.setattr(processes.dist, 'get_rank', lambda: 0)
-    monkeypatch.setattr(processes.dist, 'all_gather_object', all_gather_object)
+    monkeypatch.setattr(distributed, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(distributed.dist, 'get_rank', lambda: 0)
+    monkeypatch.setattr(distributed.dist, 'all_gather_object', all_gather_object)
     dataset = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     dataset.split = 'TEST'
     evaluate(DataLoader(dataset, 8, collate_fn=collate_fn), TinyDetector(4))
@@ -125,9 +125,9 @@ def test_the_first_process_of_each_machine_downloads(monkeypatch, local_rank, or
     """This is process 11 of 16, on two machines or more."""
     steps = []
     monkeypatch.setenv('LOCAL_RANK', local_rank)
-    monkeypatch.setattr(processes, 'n_processes', lambda: 16)
-    monkeypatch.setattr(processes.dist, 'get_rank', lambda: 11)
-    monkeypatch.setattr(processes.dist, 'barrier', lambda: steps.append('wait'))
+    monkeypatch.setattr(distributed, 'get_world_size', lambda: 16)
+    monkeypatch.setattr(distributed.dist, 'get_rank', lambda: 11)
+    monkeypatch.setattr(distributed.dist, 'barrier', lambda: steps.append('wait'))
 
     class Weights:
         url = 'weights.pth'
@@ -137,7 +137,7 @@ def test_the_first_process_of_each_machine_downloads(monkeypatch, local_rank, or
             assert check_hash and progress == (local_rank == '0')
             return {'bias': 1}
 
-    assert processes.download_weights(Weights(), 'do without') == {'bias': 1} and steps == order
+    assert distributed.download_weights(Weights(), 'do without') == {'bias': 1} and steps == order
 
 
 @pytest.mark.parametrize('content', [b'', b'<html>Page not found</html>', b'PK\x03\x04 no zip'])
@@ -154,9 +154,9 @@ def test_damaged_weights_are_named(tmp_path, monkeypatch, content):
 def test_processes_wait_for_a_long_download(monkeypatch):
     options = []
     monkeypatch.setenv('LOCAL_RANK', '0')
-    monkeypatch.setattr(processes.torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(processes.dist, 'init_process_group', lambda *_, **given: options.append(given))
-    processes.join_processes()
+    monkeypatch.setattr(distributed.torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(distributed.dist, 'init_process_group', lambda *_, **given: options.append(given))
+    distributed.init_process_group()
     assert options[0]['timeout'].total_seconds() >= 528e6 / 100e3  # at 100 kB/s
 
 
@@ -167,31 +167,31 @@ def test_nccl_is_told_its_gpu(monkeypatch, gpu, nccl, backend, device_id):
     calls = []
     monkeypatch.setenv('LOCAL_RANK', '1')
     for name, value in {'is_available': gpu, 'device_count': 2, 'set_device': None}.items():
-        monkeypatch.setattr(processes.torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(processes.dist, 'is_nccl_available', lambda: nccl)
-    monkeypatch.setattr(processes.dist, 'init_process_group', lambda name, **given: calls.append((name, given)))
-    assert processes.join_processes() == torch.device('cuda:1' if gpu else 'cpu')
+        monkeypatch.setattr(distributed.torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(distributed.dist, 'is_nccl_available', lambda: nccl)
+    monkeypatch.setattr(distributed.dist, 'init_process_group', lambda name, **given: calls.append((name, given)))
+    assert distributed.init_process_group() == torch.device('cuda:1' if gpu else 'cpu')
     [(name, options)] = calls
     assert name == backend and options['device_id'] == device_id
 
 
 def test_processes_exchange_only_gradients(folder, tmp_path, monkeypatch):
     """No priors at each step, and no copies of the gradients."""
-    networks, plain = [], processes.DistributedDataParallel
+    networks, plain = [], distributed.DistributedDataParallel
 
     def remember(*args, **options):
         networks.append(plain(*args, **options))
         return networks[-1]
-    monkeypatch.setattr(processes, 'DistributedDataParallel', remember)
-    monkeypatch.setattr(processes, 'n_processes', lambda: 2)
-    monkeypatch.setattr(processes, 'mean_over_processes', lambda tensor: tensor)
-    processes.dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meeting', rank=0, world_size=1)
+    monkeypatch.setattr(distributed, 'DistributedDataParallel', remember)
+    monkeypatch.setattr(distributed, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(distributed, 'all_reduce_mean', lambda tensor: tensor)
+    distributed.dist.init_process_group('gloo', init_method=f'file://{tmp_path}/meeting', rank=0, world_size=1)
     try:
         model = TinyDetector(4)
         train.fit(model, train.make_optimizer(model, 'sgd', 1e-3, 5e-4), PascalVOCDataset(folder, 'TRAIN', True),
                   str(tmp_path / 'c.pth'), 1, 8)
     finally:
-        processes.leave_processes()
+        distributed.destroy_process_group()
     [network] = networks
     assert list(network.buffers()) and not network.will_sync_module_buffers() and network.gradient_as_bucket_view
 
