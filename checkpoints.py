@@ -5,14 +5,13 @@ Checkpoints of the widely used earlier implementation of this tutorial hold pick
 convert_checkpoint.py turns these into ours.
 """
 import os
-import re
 import warnings
 
 import torch
 
 from errors import UserError, one_line, write_whole
-from model import SSD300
-from torchvision_weights import coco_detector
+from model import SSD300, possible_thin, thin_out
+from torchvision_weights import coco_detector, coco_index, download_coco, from_torchvision
 
 checkpoint_version = 2  # raise it when older versions of the project could not read what is written now
 
@@ -29,7 +28,7 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
     :param seed: the seed of the training
     :param more: numbers to keep with it, such as mAP=0.7
     :raises UserError: the file can't be written; an older file at `path` is unchanged"""
-    content = {'version': checkpoint_version, 'epoch': epoch, 'label_map': label_map, 'seed': seed,
+    content = {'version': checkpoint_version, 'epoch': epoch, 'label_map': label_map, 'seed': seed, 'thin': model.thin,
                'model': model.state_dict(), **more}
     if optimizer is not None:
         content |= {'optimizer': optimizer.state_dict(), 'optimizer_kind': type(optimizer).__name__}
@@ -40,7 +39,7 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
 def load_checkpoint(path):
     """Read a checkpoint to the CPU.
 
-    :return: dict of version, epoch, label_map, seed, model (its state_dict, priors included), and what
+    :return: dict of version, epoch, label_map, seed, thin, model (its state_dict, priors included), and what
         `save_checkpoint` was given in `more`; also of optimizer and optimizer_kind, unless only the model was saved
     :raises UserError: the file is missing, damaged, or not a checkpoint of train.py"""
     if not os.path.isfile(path):
@@ -55,11 +54,16 @@ def load_checkpoint(path):
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if wrong:
         raise UserError(f'{path} is no checkpoint of train.py: it lacks {wrong}')
+    model, indices = content['model'], list(content['label_map'].values())
     if 'priors_cxcy' in content:  # version 1 has the priors beside the model
-        content['model']['priors_cxcy'] = content.pop('priors_cxcy')
-    indices = list(content['label_map'].values())
-    if ('priors_cxcy' not in content['model'] or indices != list(range(len(indices)))
-            or not isinstance(content.get('optimizer', {}), dict)):
+        model['priors_cxcy'] = content.pop('priors_cxcy')
+    damaged = ('priors_cxcy' not in model or not indices or indices != list(range(len(indices)))
+               or not all(isinstance(key, str) and isinstance(values, torch.Tensor) for key, values in model.items())
+               or not isinstance(content.get('optimizer', {}), dict) or not isinstance(content.get('thin', 1), int))
+    if not damaged and 'thin' not in content:  # it was not saved before; the whole network's first layer has 64 channels
+        n_channels = model['base.conv1_1.bias'].numel() if 'base.conv1_1.bias' in model else 64
+        content['thin'] = 64 // max(n_channels, 1)
+    if damaged or content['thin'] not in possible_thin:
         raise UserError(f'{path} is damaged: take another checkpoint')
     return content
 
@@ -71,16 +75,16 @@ def read_saved(path):
             warnings.simplefilter('ignore')  # of files that are then refused
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # nearly anything, if the file is damaged
+        # Without memory, PyTorch raises a RuntimeError: with the first words on Linux, the second on Windows.
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or 'not enough memory' in str(error):
+            raise
         with open(path, 'rb') as file:
             if b'cmodel\nSSD300\n' in file.read(2 ** 20):  # as pickle names the class SSD300 of model.py
                 raise UserError(f'{path} is a checkpoint of the earlier implementation: convert it with '
-                                f'"python convert_checkpoint.py {path} NEW"') from None
+                                f'"python convert_checkpoint.py {path} NEW"') from error
         # PyTorch's own message goes on with advice to run the code in the file.
-        called = re.search(r'GLOBAL (\S+)', str(error))
-        reason = 'it is a TorchScript program' if 'TorchScript' in str(error) else type(error).__name__
-        if called:
-            reason = f'it calls {called[1]}, which could be harmful'
-        raise UserError(f'{path} is damaged or no checkpoint ({reason}): take one that train.py wrote') from None
+        raise UserError(f'{path} is damaged, or holds more than plain values and tensors, which could be harmful '
+                        f'({type(error).__name__}): take a checkpoint that train.py wrote') from error
 
 
 def load_detector(checkpoint, labels=None):
@@ -94,11 +98,44 @@ def load_detector(checkpoint, labels=None):
     if checkpoint is None:
         return coco_detector(labels)
     saved = load_checkpoint(checkpoint)
+    model = SSD300(n_classes=len(saved['label_map']), thin=saved['thin'])
     try:
-        thin = 64 // len(saved['model']['base.conv1_1.bias'])  # the whole network has 64 channels there
-        model = SSD300(n_classes=len(saved['label_map']), thin=thin)
         model.load_state_dict(saved['model'])
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+    except RuntimeError as error:
         raise UserError(f'{checkpoint} does not fit SSD300 with its classes {list(saved["label_map"])} and the '
-                        f'feature_maps of utils.py: {one_line(error)}') from None
+                        f'feature_maps of utils.py: {one_line(error)}') from error
     return model, saved['label_map']
+
+
+def start_from(pretrained, label_map, thin):
+    """SSD300 to train on from a whole detector, on the CPU, with its priors. Classes of the same name keep the weights
+    of their scores; those of the others are random.
+
+    :param pretrained: 'coco' for torchvision's SSD300, trained on COCO; or the path of a checkpoint of ours
+    :param label_map: dict of label -> index, of the classes to train on
+    :param thin: that of the new model, see `model.thin_out`; a checkpoint's must be the same
+    :return: the model, and the list of the labels whose scores start at random
+    :raises UserError: see `load_detector`; or the checkpoint's `thin` is another one"""
+    if pretrained == 'coco':
+        trained = from_torchvision(download_coco())
+        thin_out(trained, thin)
+        rows = {label: coco_index(label) for label in label_map}  # of the trained class scores; None for new labels
+        rows['background'] = 0
+    else:
+        trained, rows = load_detector(pretrained)
+        if trained.thin != thin:
+            raise UserError(f'{pretrained} has thin = {trained.thin}, but train.py thin = {thin}: set it to '
+                            f'{trained.thin} there')
+    known = [label for label in label_map if rows.get(label) is not None]
+    old_rows, new_rows = [rows[label] for label in known], [label_map[label] for label in known]
+
+    model = SSD300(n_classes=len(label_map), thin=thin)
+    state_dict = model.state_dict()
+    for key, values in trained.state_dict().items():
+        if '.cl_' in key:  # class scores: replace those of the known classes
+            scores = state_dict[key].unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, ...)
+            scores[:, new_rows] = values.unflatten(0, (-1, trained.n_classes))[:, old_rows]  # (n_priors, n_known, ...)
+            values = scores.flatten(0, 1)  # (n_priors * n_classes, ...)
+        state_dict[key] = values
+    model.load_state_dict(state_dict)
+    return model, [label for label in label_map if label not in known]

@@ -110,11 +110,13 @@ class EpochSampler(Sampler):
         return iter(images[self.rank::self.world_size][:len(self)])
 
 
-def collate_fn(batch):
+def collate_fn(batch, match=None):
     """Make a batch of N items of PascalVOCDataset: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N
-    tensors, because the number of objects differs from image to image."""
+    tensors, because the number of objects differs from image to image. With `match`, that of a MultiBoxLoss, boxes and
+    labels are instead what it returns for them: a box and a class for each prior, (N, 8732, 4) and (N, 8732)."""
     images, boxes, labels, difficulties = zip(*batch)
-    return default_collate(images), TensorList(boxes), TensorList(labels), TensorList(difficulties)
+    boxes, labels = (TensorList(boxes), TensorList(labels)) if match is None else match(boxes, labels)
+    return default_collate(images), boxes, labels, TensorList(difficulties)
 
 
 class TensorList(list):
@@ -127,7 +129,7 @@ class TensorList(list):
         return to_tensor_list, ([np.asarray(tensor) for tensor in self],)
 
     def pin_memory(self):
-        """Called by a DataLoader for a GPU. These tensors go there padded, in new ones: see `MultiBoxLoss.match`."""
+        """Called by a DataLoader for a GPU. These tensors stay on the CPU."""
         return self
 
 

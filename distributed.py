@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 train.py
     torchrun --nproc_per_node=8 eval.py
 
-Skip this file on a first reading: with plain `python train.py` there is one process. Then `init_process_group` only picks
-the device, and the rest does nothing.
+Skip this file on a first reading: with plain `python train.py` there is one process. Then `init_process_group` only
+picks the device, and the rest does nothing.
 """
 import os
 from contextlib import contextmanager

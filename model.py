@@ -17,7 +17,6 @@ from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.models import VGG16_Weights
 
 from distributed import all_reduce_mean, local_rank_0_first
@@ -146,8 +145,8 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
 
 
 def download_weights(weights, remedy):
-    """The state_dict of weights that torchvision publishes, from the file that an earlier download left, if there is one.
-    Raises UserError if that fails, with `remedy`, another way out than to put the file in its place."""
+    """The state_dict of weights that torchvision publishes, which are downloaded unless an earlier download is there.
+    Raises UserError if that fails, with `remedy`, what the user can do without them."""
     try:
         with local_rank_0_first():
             return weights.get_state_dict(progress=True, check_hash=True)
@@ -247,6 +246,7 @@ class SSD300(nn.Module):
     def __init__(self, n_classes, pretrained=False, thin=1):
         super().__init__()
         self.n_classes = n_classes
+        self.thin = thin
 
         self.base = VGGBase(pretrained)
         self.aux_convs = AuxiliaryConvolutions()
@@ -288,7 +288,8 @@ class SSD300(nn.Module):
         return self.pred_convs(conv4_3_feats, conv7_feats, *aux_feats)  # (N, 8732, 4), (N, 8732, n_classes)
 
     @torch.no_grad()
-    def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap, top_k):
+    def detect_objects(self, predicted_locs, predicted_scores, min_score, max_overlap=0.45, top_k=200,
+                       n_candidates=400):
         """Turn predictions into detections: decode the boxes, drop low scores, suppress boxes that overlap one of their
         class with a higher score, and keep the best of each image. See "Processing predictions".
 
@@ -297,6 +298,8 @@ class SSD300(nn.Module):
         :param min_score: keep only scores above this
         :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
         :param top_k: keep at most this many detections of an image
+        :param n_candidates: suppress among this many of the highest scores of each class, as in the authors' code: an
+            image with dozens of objects of a class can lose some of them, but suppression is faster
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
             long, scores (n). An image without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0."""
         batch_boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
@@ -304,9 +307,8 @@ class SSD300(nn.Module):
         finite = batch_boxes.isfinite().all(dim=2, keepdim=True)  # (N, 8732, 1); exp can overflow
         batch_scores = batch_scores.where(finite, 0).nan_to_num(0)
 
-        # Keep the 400 highest scores of each class, as in the authors' code. This makes suppression faster, but an
-        # image with dozens of objects of a class can lose some of them. Scores and indices: (N, 400, n_classes - 1)
-        batch_scores, batch_indices = batch_scores.topk(min(400, batch_scores.size(1)), dim=1)
+        # The highest scores of each class, and the indices of their priors: (N, n_candidates, n_classes - 1)
+        batch_scores, batch_indices = batch_scores.topk(min(n_candidates, batch_scores.size(1)), dim=1)
 
         all_boxes, all_labels, all_scores = [], [], []
         for boxes, scores, indices in zip(batch_boxes, batch_scores, batch_indices):
@@ -349,6 +351,73 @@ def thin_out(model, thin):
     model.rescale_factors = nn.Parameter(decimate(model.rescale_factors.detach(), (None, thin, None, None)).clone())
 
 
+@torch.no_grad()
+def standardize(model, images):
+    """Prepare random weights for training. Layer after layer, random weights make the features of different images more
+    alike. So scale and shift each layer but the predictions such that over some images each channel has mean 0 and
+    standard deviation 1 before its ReLU (data-dependent initialization: Salimans and Kingma, "Weight normalization",
+    2016). And scale the layers of the predictions by 0.1, so that these start near 0.
+
+    :param model: SSD300 with random weights, which are changed in place
+    :param images: some images, a tensor (N, 3, 300, 300)"""
+    def shift_and_scale(layer, _, output):
+        """Change a layer's weights and biases, and its output, which is the next layer's input."""
+        n_values = output[:, 0].numel()  # of each channel; 1 for conv11_2 with a single image
+        std, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
+        std = std.where(std > 1e-3, 1)  # (n_channels); a constant channel is only shifted
+        layer.weight /= std.view(-1, 1, 1, 1)
+        layer.bias.sub_(mean).div_(std)
+        return (output - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)  # (N, n_channels, height, width)
+
+    layers = [*model.base.children(), *model.aux_convs.children()]
+    hooks = [layer.register_forward_hook(shift_and_scale) for layer in layers if isinstance(layer, nn.Conv2d)]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    for layer in model.pred_convs.children():
+        layer.weight *= 0.1
+
+
+def match(boxes, labels, priors_cxcy, threshold=0.5):
+    """Assign an object of an image, or background, to each prior (the paper's section 2.2). See "Matching".
+
+    :param boxes: ground truth in fractional boundary coordinates, (n_objects, 4); with labels (n_objects)
+    :param priors_cxcy: priors in center-size coordinates, (8732, 4)
+    :param threshold: a prior that overlaps no object by at least this is background, unless it is an object's own prior
+    :return: true_boxes (8732, 4), the box of each prior's object in fractional boundary coordinates, or for background
+        the prior itself; true_classes (8732), the object's label, or 0
+    :raises ValueError: there are more objects than priors"""
+    priors_xy = cxcy_to_xy(priors_cxcy)  # (8732, 4)
+    if len(boxes) == 0:
+        return priors_xy, labels.new_zeros(len(priors_xy))
+    if len(boxes) > len(priors_xy):
+        raise ValueError(f'{len(boxes)} objects cannot each have one of {len(priors_xy)} priors')
+    overlap = find_jaccard_overlap(boxes, priors_xy)  # (n_objects, 8732)
+
+    # Each prior gets the object that it overlaps most.
+    overlap_of_prior, object_of_prior = overlap.max(dim=0)  # (8732), (8732)
+
+    # Then each object gets a prior of its own: the one that it overlaps most. The object with the largest overlap goes
+    # first, so that it keeps its prior where several choose the same; each of the others chooses its next best.
+    largest, choice = (values.tolist() for values in overlap.max(dim=1))  # of each object: an overlap and a prior
+    waiting, taken = list(range(len(boxes))), set()
+    while waiting:
+        i = max(waiting, key=largest.__getitem__)  # the first of equals
+        if choice[i] in taken:
+            overlap[i, choice[i]] = -1
+            largest[i], choice[i] = (value.item() for value in overlap[i].max(dim=0))
+        else:
+            taken.add(choice[i])
+            waiting.remove(i)
+            object_of_prior[choice[i]] = i
+            overlap_of_prior[choice[i]] = 1  # above any threshold
+
+    positive = overlap_of_prior >= threshold  # (8732)
+    true_classes = labels[object_of_prior].where(positive, 0)  # (8732)
+    true_boxes = boxes[object_of_prior].where(positive.unsqueeze(1), priors_xy)  # (8732, 4)
+    return true_boxes, true_classes
+
+
 class MultiBoxLoss(nn.Module):
     """The loss of a batch: how wrong are the offsets of the positive priors, which should find an object, and how wrong
     are the class scores of these and of the hardest negative priors (the paper's section 2.2, equations 1 to 3). See
@@ -362,24 +431,31 @@ class MultiBoxLoss(nn.Module):
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1., min_negatives=0):
         super().__init__()
-        self.register_buffer('priors_cxcy', priors_cxcy)  # (8732, 4)
+        self.priors_cxcy = priors_cxcy.cpu()  # (8732, 4); objects are matched there
         self.threshold = threshold
         self.neg_pos_ratio = neg_pos_ratio
         self.alpha = alpha
         self.min_negatives = min_negatives
 
     def forward(self, predicted_locs, predicted_scores, boxes, labels):
+        """The loss, the first of what `losses` returns for the same arguments."""
+        return self.losses(predicted_locs, predicted_scores, boxes, labels)[0]
+
+    def losses(self, predicted_locs, predicted_scores, boxes, labels):
         """:param predicted_locs: offsets from the priors, (N, 8732, 4)
         :param predicted_scores: logits, (N, 8732, n_classes)
-        :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4)
-        :param labels: the objects' labels, a list of N tensors (n_objects)
-        :return: the loss, a scalar; 0 if there is no object in the batch, unless `min_negatives` is larger than 0"""
-        loc_loss, conf_loss = self.losses(predicted_locs, predicted_scores, *self.match(boxes, labels))
-        return conf_loss + self.alpha * loc_loss
+        :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4); or one tensor
+            (N, 8732, 4), if a data loader's workers have matched them already, see `match`
+        :param labels: the objects' labels, a list of N tensors (n_objects); or one tensor (N, 8732)
+        :return: the loss, which is confidence loss + alpha * localization loss; the localization loss; the confidence
+            loss. They are scalars, and 0 if there is no object in the batch, unless `min_negatives` is above 0."""
+        if isinstance(boxes, (list, tuple)):
+            boxes, labels = self.match(boxes, labels)
+        device = predicted_locs.device
+        true_boxes = boxes.to(device, non_blocking=True)  # (N, 8732, 4)
+        true_classes = labels.to(device, non_blocking=True)  # (N, 8732)
+        priors_cxcy = self.priors_cxcy.to(device, non_blocking=True)  # (8732, 4)
 
-    def losses(self, predicted_locs, predicted_scores, true_boxes, true_classes):
-        """Localization loss and confidence loss, scalars, of what the network predicts (see `forward`) and what there
-        is to find: true_boxes (N, 8732, 4) and true_classes (N, 8732), see `match`."""
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
         if self.min_negatives > 0:  # 30 go with 10 positives, so count at least 10 in each image, also below
@@ -389,7 +465,7 @@ class MultiBoxLoss(nn.Module):
         divisor = all_reduce_mean(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
-        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), self.priors_cxcy)  # (N, 8732, 4)
+        true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), priors_cxcy)  # (N, 8732, 4)
         loc_loss = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction='none').sum(dim=2)  # (N, 8732)
         loc_loss = loc_loss.where(positive, 0).sum() / divisor
 
@@ -400,65 +476,15 @@ class MultiBoxLoss(nn.Module):
         negative_losses = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
         hard = torch.arange(conf_loss.size(1), device=conf_loss.device) < self.neg_pos_ratio * n_positive  # (N, 8732)
         conf_loss = (conf_loss.where(positive, 0).sum() + negative_losses.where(hard, 0).sum()) / divisor
-        return loc_loss, conf_loss
+        return conf_loss + self.alpha * loc_loss, loc_loss, conf_loss
 
     def match(self, boxes, labels):
-        """Assign an object, or background, to each prior (the paper's section 2.2). See "Matching".
+        """Match the objects of each image of a batch, see the function `match`. It takes place on the CPU, where a data
+        loader leaves boxes; its workers can do it, see `datasets.collate_fn`.
 
-        :param boxes: a list of N tensors (n_objects, 4), with labels (n_objects), as in `forward`
-        :return: true_boxes (N, 8732, 4), the box of each prior's object in fractional boundary coordinates, or for
-            background the prior itself; true_classes (N, 8732), the object's label, or 0"""
-        priors_xy = cxcy_to_xy(self.priors_cxcy)  # (8732, 4)
-
-        # To treat all images at once, pad their objects with zeros to the same number: one more than the largest, so
-        # that there is something to take the maximum of even if no image has an object.
-        boxes, labels = pad_sequence(boxes, batch_first=True), pad_sequence(labels, batch_first=True)
-        boxes = F.pad(boxes, (0, 0, 0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects, 4)
-        labels = F.pad(labels, (0, 1)).to(priors_xy.device, non_blocking=True)  # (N, n_objects)
-        # About 160 objects at a time: the intersections' corners take several times the memory of the overlaps.
-        n = max(1, 160 // boxes.size(1))  # images
-        overlap = torch.cat([find_jaccard_overlap(some, priors_xy) for some in boxes.split(n)])  # (N, n_objects, 8732)
-        overlap.masked_fill_((labels == 0).unsqueeze(2), -1)  # -1 for padding
-
-        # Each object gets one prior of its own, whatever their overlap. Otherwise an object would be lost that overlaps
-        # no prior by the threshold, or whose priors all overlap another object more. So count this overlap as 2, more
-        # than any other.
-        prior_of_object = own_priors(overlap)  # (N, n_objects)
-        two = overlap.new_full(labels.shape, 2.).masked_fill(labels == 0, -1)  # (N, n_objects); still -1 for padding
-        overlap.scatter_(2, prior_of_object.unsqueeze(2), two.unsqueeze(2))  # (N, n_objects, 8732)
-
-        # Then each prior gets the object that it overlaps most.
-        overlap_of_prior, object_of_prior = overlap.max(dim=1)  # (N, 8732), (N, 8732)
-        positive = overlap_of_prior >= self.threshold  # (N, 8732)
-        true_classes = labels.gather(1, object_of_prior).where(positive, 0)  # (N, 8732)
-        true_boxes = boxes.gather(1, object_of_prior.unsqueeze(2).expand(-1, -1, 4))  # (N, 8732, 4)
-        return true_boxes.where(positive.unsqueeze(2), priors_xy), true_classes
-
-
-def own_priors(overlap):
-    """Give each object a prior of its own (bipartite matching). Where two objects overlap the same prior most, the one
-    with the larger overlap keeps it, and the other takes its next best. Of exactly equal overlaps, the first object and
-    the first prior in order win.
-
-    The result is that of a loop that takes the pair of an object and a prior with the largest overlap, removes both,
-    and goes on with the rest (`match` in README.md). To be faster, all objects of all images choose at once, in rounds,
-    until there are no conflicts.
-
-    :param overlap: Jaccard overlaps of objects and priors, (N, n_objects, 8732); -1 for padding
-    :return: the index of each object's prior, all different within an image, (N, n_objects); 0 for padding"""
-    overlap = overlap.clone()
-    n = overlap.size(1)
-    earlier = torch.ones(n, n, dtype=torch.bool, device=overlap.device).tril(-1)  # (n_objects, n_objects)
-    while True:
-        # Each object chooses the prior that it overlaps most; `max` takes the first of equals.
-        largest, prior_of_object = overlap.max(dim=2)  # (N, n_objects), (N, n_objects)
-        # It loses this prior to another object (the last dimension) that chose the same one and overlaps it more, or
-        # equally and is earlier in order ...
-        same_prior = prior_of_object.unsqueeze(2) == prior_of_object.unsqueeze(1)  # (N, n_objects, n_objects)
-        mine, others = largest.unsqueeze(2), largest.unsqueeze(1)  # (N, n_objects, 1), (N, 1, n_objects)
-        beaten = (others > mine) | (others == mine) & earlier  # (N, n_objects, n_objects)
-        loses = (same_prior & beaten).any(dim=2) & (largest >= 0)  # (N, n_objects); padding, -1, does not compete
-        if not loses.any():
-            return prior_of_object
-        # ... and chooses another one in the next round, since this overlap becomes -1.
-        overlap.scatter_(2, prior_of_object.unsqueeze(2), largest.masked_fill(loses, -1).unsqueeze(2))
+        :param boxes: a list of N tensors (n_objects, 4), with labels, N tensors (n_objects), as in `forward`
+        :return: true_boxes (N, 8732, 4) and true_classes (N, 8732), on the CPU"""
+        matched = [match(of_image.cpu(), labels_of_image.cpu(), self.priors_cxcy, self.threshold)
+                   for of_image, labels_of_image in zip(boxes, labels, strict=True)]
+        true_boxes, true_classes = zip(*matched, strict=True)
+        return torch.stack(true_boxes), torch.stack(true_classes)  # (N, 8732, 4), (N, 8732)

@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
 
 from errors import UserError, one_line
-from model import SSD300, download_weights, thin_out
+from model import SSD300, download_weights
 from utils import create_prior_boxes, feature_maps, make_label_map, mean, std
 
 coco_weights = SSD300_VGG16_Weights.COCO_V1
@@ -15,17 +15,25 @@ coco_categories = coco_weights.meta['categories']  # 91 names: the background, C
 coco_names = {'aeroplane': 'airplane', 'motorbike': 'motorcycle', 'diningtable': 'dining table',
               'pottedplant': 'potted plant', 'sofa': 'couch', 'tvmonitor': 'tv'}  # from VOC's names
 
-# Our layers by the names of torchvision's
-layers = {'features.0': 'base.conv1_1', 'features.2': 'base.conv1_2',
-          'features.5': 'base.conv2_1', 'features.7': 'base.conv2_2',
-          'features.10': 'base.conv3_1', 'features.12': 'base.conv3_2', 'features.14': 'base.conv3_3',
-          'features.17': 'base.conv4_1', 'features.19': 'base.conv4_2', 'features.21': 'base.conv4_3',
-          'extra.0.1': 'base.conv5_1', 'extra.0.3': 'base.conv5_2', 'extra.0.5': 'base.conv5_3',
-          'extra.0.7.1': 'base.conv6', 'extra.0.7.3': 'base.conv7',
-          'extra.1.0': 'aux_convs.conv8_1', 'extra.1.2': 'aux_convs.conv8_2',
-          'extra.2.0': 'aux_convs.conv9_1', 'extra.2.2': 'aux_convs.conv9_2',
-          'extra.3.0': 'aux_convs.conv10_1', 'extra.3.2': 'aux_convs.conv10_2',
-          'extra.4.0': 'aux_convs.conv11_1', 'extra.4.2': 'aux_convs.conv11_2'}
+# Our layers by the names of torchvision's, and so our weights
+layers = {'backbone.features.0': 'base.conv1_1', 'backbone.features.2': 'base.conv1_2',
+          'backbone.features.5': 'base.conv2_1', 'backbone.features.7': 'base.conv2_2',
+          'backbone.features.10': 'base.conv3_1', 'backbone.features.12': 'base.conv3_2',
+          'backbone.features.14': 'base.conv3_3',
+          'backbone.features.17': 'base.conv4_1', 'backbone.features.19': 'base.conv4_2',
+          'backbone.features.21': 'base.conv4_3',
+          'backbone.extra.0.1': 'base.conv5_1', 'backbone.extra.0.3': 'base.conv5_2',
+          'backbone.extra.0.5': 'base.conv5_3',
+          'backbone.extra.0.7.1': 'base.conv6', 'backbone.extra.0.7.3': 'base.conv7',
+          'backbone.extra.1.0': 'aux_convs.conv8_1', 'backbone.extra.1.2': 'aux_convs.conv8_2',
+          'backbone.extra.2.0': 'aux_convs.conv9_1', 'backbone.extra.2.2': 'aux_convs.conv9_2',
+          'backbone.extra.3.0': 'aux_convs.conv10_1', 'backbone.extra.3.2': 'aux_convs.conv10_2',
+          'backbone.extra.4.0': 'aux_convs.conv11_1', 'backbone.extra.4.2': 'aux_convs.conv11_2'}
+for i, name in enumerate(feature_maps):
+    layers |= {f'head.regression_head.module_list.{i}': f'pred_convs.loc_{name}',
+               f'head.classification_head.module_list.{i}': f'pred_convs.cl_{name}'}
+names = {f'{theirs}.{kind}': f'{ours}.{kind}' for theirs, ours in layers.items() for kind in ('weight', 'bias')}
+names['backbone.scale_weight'] = 'rescale_factors'
 
 
 def coco_detector(labels=None):
@@ -39,24 +47,6 @@ def coco_detector(labels=None):
     return from_torchvision(download_coco(), [0, *map(coco_index, labels)]), make_label_map(labels)
 
 
-def start_from_coco(label_map, thin=1):
-    """SSD300 with COCO's weights, on the CPU, to train on for the classes of a dict of label -> index; and the list of
-    the labels that COCO lacks, whose class scores start from random weights. `thin` is that of `model.thin_out`. Raises
-    UserError if the weights can't be downloaded."""
-    known = {index: coco_index(label) for label, index in label_map.items() if coco_index(label) is not None}
-    coco = from_torchvision(download_coco(), [0, *known.values()], thin)
-    model = SSD300(n_classes=len(label_map), thin=thin)
-    state_dict, rows = model.state_dict(), [0, *known]
-    for key, values in coco.state_dict().items():
-        if '.cl_' in key:
-            scores = state_dict[key].unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, ...)
-            scores[:, rows] = values.unflatten(0, (-1, len(rows)))  # (n_priors, n_known + 1, ...)
-            values = scores.flatten(0, 1)  # (n_priors * n_classes, ...)
-        state_dict[key] = values
-    model.load_state_dict(state_dict)
-    return model, [label for label, index in label_map.items() if index not in rows]
-
-
 def coco_index(label):
     """:return: the index in torchvision's model of a class, by VOC's or COCO's name; None if COCO lacks it"""
     name = coco_names.get(label, label)
@@ -68,53 +58,49 @@ def download_coco():
     return download_weights(coco_weights, 'set pretrained = None in train.py, or checkpoint to weights of your own')
 
 
-def from_torchvision(state_dict, classes=None, thin=1):
-    """Build our SSD300, on the CPU, with the weights and priors of torchvision's. With thin = 1, both predict the same.
+def from_torchvision(state_dict, classes=None):
+    """Build our SSD300, on the CPU, with the weights and priors of torchvision's. Both predict the same.
 
     :param state_dict: of a `torchvision.models.detection.ssd300_vgg16`
     :param classes: indices of the classes to keep, 0 (background) first; None for all
-    :param thin: keep only every thin-th channel, see `model.thin_out`
     :raises UserError: the weights are not those of such a model"""
+    refusal = "these are not the weights of torchvision's ssd300_vgg16, or feature_maps in utils.py were changed: "
+    missing = [theirs for theirs in names if theirs not in state_dict]
+    if missing:
+        raise UserError(f'{refusal}{missing[0]} is missing')
+    n_all = len(state_dict['head.classification_head.module_list.0.bias']) // 4
+    classes = list(range(n_all)) if classes is None else list(classes)
+    model = SSD300(n_classes=len(classes))
     try:
-        state_dict = {key: values.cpu() for key, values in state_dict.items()}
-        n_all = len(state_dict['head.classification_head.module_list.5.bias']) // 4
-        classes = list(range(n_all)) if classes is None else list(classes)
-        model = SSD300(n_classes=len(classes))
         model.load_state_dict(rename_torchvision(state_dict, n_all, classes))
-    except (KeyError, IndexError, RuntimeError, ValueError) as error:
-        raise UserError("these are not the weights of torchvision's ssd300_vgg16, or feature_maps in utils.py were "
-                        f'changed: {one_line(error)}') from None
-    if thin > 1:
-        thin_out(model, thin)
-    return model
-
-
-def rename_torchvision(state_dict, n_all, classes):
-    """Turn a state_dict of torchvision with `n_all` classes, on the CPU, into ours with only the listed `classes`."""
-    renamed = {f'{ours}.{kind}': state_dict[f'backbone.{theirs}.{kind}']
-               for theirs, ours in layers.items() for kind in ('weight', 'bias')}
-    renamed['rescale_factors'] = state_dict['backbone.scale_weight'].view(1, 512, 1, 1)
-    renamed['priors_cxcy'] = coco_default_boxes()
-
-    # Within a tile, torchvision has the ratios 1, extra, 2, 1/2, 3, 1/3; ours are 1, extra, 2, 3, 1/2, 1/3.
-    for i, (name, feature_map) in enumerate(feature_maps.items()):
-        order = [0, 1, 2, 3] if len(feature_map.ratios) == 3 else [0, 1, 2, 4, 3, 5]
-        for kind in ('weight', 'bias'):
-            locs = state_dict[f'head.regression_head.module_list.{i}.{kind}']  # (n_priors * 4, ...)
-            locs = locs.unflatten(0, (len(order), 4))[order]  # (n_priors, 4, ...)
-            renamed[f'pred_convs.loc_{name}.{kind}'] = locs.flatten(0, 1)  # (n_priors * 4, ...)
-            scores = state_dict[f'head.classification_head.module_list.{i}.{kind}']  # (n_priors * n_all, ...)
-            scores = scores.unflatten(0, (len(order), n_all))[order][:, classes]  # (n_priors, n_classes, ...)
-            renamed[f'pred_convs.cl_{name}.{kind}'] = scores.flatten(0, 1)  # (n_priors * n_classes, ...)
+    except RuntimeError as error:
+        raise UserError(refusal + one_line(error)) from error
+    model.priors_cxcy.copy_(coco_default_boxes())
 
     # The input of torchvision's first layer is 255 * (pixel - their_mean), of ours (pixel - mean) / std. As
     # 255 * (pixel - their_mean) = 255 * std * ours + 255 * (mean - their_mean), change the first layer's weights.
     their_mean = torch.tensor([0.48235, 0.45882, 0.40784]).view(3, 1, 1)
     our_mean, our_std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-    weight = renamed['base.conv1_1.weight']  # (64, 3, 3, 3)
-    renamed['base.conv1_1.weight'] = weight * 255 * our_std
-    shift = (weight * 255 * (our_mean - their_mean)).sum(dim=(1, 2, 3))  # (64)
-    renamed['base.conv1_1.bias'] = renamed['base.conv1_1.bias'] + shift
+    weight, bias = model.base.conv1_1.weight.data, model.base.conv1_1.bias.data  # (64, 3, 3, 3), (64)
+    bias += (weight * 255 * (our_mean - their_mean)).sum(dim=(1, 2, 3))  # (64)
+    weight *= 255 * our_std
+    return model
+
+
+def rename_torchvision(state_dict, n_all, classes):
+    """Turn a state_dict of torchvision with `n_all` classes into ours with only the listed `classes`, without priors."""
+    renamed = {ours: state_dict[theirs] for theirs, ours in names.items()}
+    renamed['rescale_factors'] = renamed['rescale_factors'].view(1, -1, 1, 1)  # (1, 512, 1, 1)
+    # Within a tile, torchvision has the ratios 1, extra, 2, 1/2, 3, 1/3; ours are 1, extra, 2, 3, 1/2, 1/3.
+    for name, feature_map in feature_maps.items():
+        order = [0, 1, 2, 3] if len(feature_map.ratios) == 3 else [0, 1, 2, 4, 3, 5]
+        for kind in ('weight', 'bias'):
+            key = f'pred_convs.loc_{name}.{kind}'
+            locs = renamed[key].unflatten(0, (len(order), 4))[order]  # (n_priors, 4, ...)
+            renamed[key] = locs.flatten(0, 1)  # (n_priors * 4, ...)
+            key = f'pred_convs.cl_{name}.{kind}'
+            scores = renamed[key].unflatten(0, (len(order), n_all))[order][:, classes]  # (n_priors, n_classes, ...)
+            renamed[key] = scores.flatten(0, 1)  # (n_priors * n_classes, ...)
     return renamed
 
 

@@ -13,13 +13,14 @@ import os
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from checkpoints import load_checkpoint, load_detector, save_checkpoint
+from checkpoints import load_checkpoint, load_detector, save_checkpoint, start_from
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from distributed import (
     all_reduce_mean,
@@ -29,11 +30,9 @@ from distributed import (
     get_world_size,
     init_process_group,
 )
-from errors import UserError, check_numbers, run, write_whole
+from errors import UserError, run, write_whole
 from eval import evaluate, make_test_loader
-from model import SSD300, MultiBoxLoss, possible_thin
-from torchvision_weights import start_from_coco
-from utils import clip_gradient
+from model import SSD300, MultiBoxLoss, possible_thin, standardize
 
 # Data
 data_folder = './'  # where create_data_lists.py wrote the lists
@@ -43,7 +42,7 @@ workers = 4  # processes that load images
 # Model
 checkpoint = None  # a checkpoint to go on from, or None to start anew
 checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
-pretrained = 'imagenet'  # start from 'imagenet' (VGG-16), from 'coco' (a whole detector), or None (random weights)
+pretrained = 'imagenet'  # start from 'imagenet' (VGG-16), 'coco' (a detector), a path (your detector), or None (random)
 thin = 1  # keep every thin-th channel in a new training: 1 for the paper's network, 4 for one that a laptop can train
 
 # Learning: as many images of VOC 07+12 as in the paper's 120,000 iterations of 32, but in smaller batches
@@ -94,79 +93,74 @@ def warm_up_and_decay(step, steps_per_epoch, warm_up, decay_lr_at, decay_lr_to):
     return factor
 
 
+def make_train_loader(train_set, batch_size, criterion, seed=0, workers=0, pin_memory=False):
+    """A DataLoader for `train`, with an `EpochSampler`. `criterion`, a MultiBoxLoss, matches the objects of each batch
+    where it is loaded: in the workers, if there are some, so that a fast GPU need not wait for it."""
+    sampler = EpochSampler(len(train_set), seed, get_rank(), get_world_size())
+    return DataLoader(train_set, batch_size, sampler=sampler, collate_fn=partial(collate_fn, match=criterion.match),
+                      num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)
+
+
 def best_of(checkpoint_path):
     """The path of the best checkpoint: `checkpoint_path` with "_best" before its extension."""
     return '{}_best{}'.format(*os.path.splitext(checkpoint_path))
 
 
-def fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch=0, seed=0, workers=0, warm_up=0,
-        decay_lr_at=(), decay_lr_to=0.1, rise_and_fall=False, min_negatives=0, test_set=None, evaluate_every=0,
-        **options):
+def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, lr_factor, start_epoch=0,
+        test_loader=None, evaluate_every=0, evaluated=True, bfloat16=False, **options):
     """Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; with evaluations, also one of the
     epoch with the highest mAP.
 
     :param model: SSD300, on the device to train on; with its optimizer, see `make_optimizer`
-    :param train_set: PascalVOCDataset
+    :param criterion: MultiBoxLoss
+    :param train_loader: see `make_train_loader`
     :param checkpoint_path: where to save the checkpoint; the log is saved beside it
     :param epochs: number of epochs of the whole training; start_epoch is the first to train, from 0
-    :param batch_size: images in a batch, of each process
-    :param seed: for the order of the images and their augmentation
-    :param workers: processes that load images
-    :param warm_up: with `decay_lr_at` and `decay_lr_to`, see `warm_up_and_decay`
-    :param rise_and_fall: let the learning rate follow `one_cycle` instead
-    :param min_negatives: see `MultiBoxLoss`
-    :param test_set: PascalVOCDataset to evaluate on every `evaluate_every` epochs and after the last; 0 for never
+    :param lr_factor: function from a step of the whole training, from 0, to the factor of the learning rate
+    :param test_loader: DataLoader to evaluate with every `evaluate_every` epochs and after the last; 0 for never
+    :param evaluated: False if the evaluation after epoch start_epoch - 1 was interrupted, so that it is done first
+    :param bfloat16: train and evaluate in 16 bits
     :param options: the other arguments of `train`"""
-    criterion = MultiBoxLoss(model.priors_cxcy, min_negatives=min_negatives)
-    sampler = EpochSampler(len(train_set), seed, get_rank(), get_world_size())
-    train_loader = DataLoader(train_set, batch_size, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
-                              pin_memory=model.priors_cxcy.is_cuda, persistent_workers=workers > 0)
     network = data_parallel(model)
-    first = get_rank() == 0  # the only process that writes
-    log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if first else None
-    if first:
-        start_log(log_path, start_epoch)
-    best_path, best = best_of(checkpoint_path), -math.inf
-    if evaluate_every > 0:
-        test_loader = make_test_loader(test_set, batch_size, workers, model.priors_cxcy.device)
-        if start_epoch > 0 and os.path.exists(best_path):
-            best = load_checkpoint(best_path).get('mAP', best)
-
-    n_batches = len(train_loader)
-
-    def factor(step):
-        """The factor of the learning rate. It depends only on the step, so an interruption changes nothing."""
-        step += start_epoch * n_batches  # LambdaLR counts from 0 in every run
-        if rise_and_fall:
-            return one_cycle(step, epochs * n_batches)
-        return warm_up_and_decay(step, n_batches, warm_up, decay_lr_at, decay_lr_to)
-
-    schedule = LambdaLR(optimizer, factor)
+    first_step = start_epoch * len(train_loader)
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(first_step + step))  # LambdaLR counts from 0 in every run
+    log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if get_rank() == 0 else None  # rank 0 writes
+    start_log(log_path, start_epoch)
+    best = -math.inf
+    if evaluate_every > 0 and start_epoch > 0 and os.path.exists(best_of(checkpoint_path)):
+        best = load_checkpoint(best_of(checkpoint_path)).get('mAP', best)
 
     def save(path, epoch, **more):
-        """Save a checkpoint. Returns whether it worked: if another program has the file open, the next epoch's may."""
+        """Save a checkpoint. If that fails, train on, unless it is the last: the next epoch's may work."""
         try:
-            save_checkpoint(path, epoch, model, optimizer, train_set.label_map, seed, **more)
+            save_checkpoint(path, epoch, model, optimizer, train_loader.dataset.label_map, train_loader.sampler.seed,
+                            **more)
         except UserError as error:
             if epoch + 1 == epochs:
                 raise
             print(f'Epoch {epoch} is not saved: {error}', file=sys.stderr, flush=True)
-            return False
-        return True
 
-    for epoch in range(start_epoch, epochs):
-        sampler.set_epoch(epoch)
-        train(train_loader, network, criterion, optimizer, epoch, epochs, log_path=log_path, schedule=schedule,
-              **options)
-        if first:
-            save(checkpoint_path, epoch)
-        if evaluate_every > 0 and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs):
-            _, mean_average_precision = evaluate(test_loader, model)
-            if first:
-                write_log(log_path, epoch=epoch, batch=n_batches, mAP=mean_average_precision)
-                if mean_average_precision > best and save(best_path, epoch, mAP=mean_average_precision):
+    for epoch in range(start_epoch if evaluated else start_epoch - 1, epochs):
+        if epoch >= start_epoch:
+            train_loader.sampler.set_epoch(epoch)
+            train(train_loader, network, criterion, optimizer, epoch, epochs, bfloat16=bfloat16, log_path=log_path,
+                  schedule=schedule, **options)
+            if get_rank() == 0:
+                save(checkpoint_path, epoch)
+        if evaluation_is_due(epoch, epochs, evaluate_every):
+            mean_average_precision = evaluate(test_loader, model, bfloat16=bfloat16).mAP
+            if get_rank() == 0:
+                write_log(log_path, epoch=epoch, batch=len(train_loader), mAP=mean_average_precision)
+                if mean_average_precision > best:
                     best = mean_average_precision
+                    save(best_of(checkpoint_path), epoch, mAP=best)
+                save(checkpoint_path, epoch, mAP=mean_average_precision)  # with it, this epoch counts as evaluated
                 print(f'epoch {epoch}  mAP {mean_average_precision:.4f}  best {best:.4f}', flush=True)
+
+
+def evaluation_is_due(epoch, epochs, evaluate_every):
+    """Whether an evaluation follows this epoch: every `evaluate_every` epochs, if not 0, and after the last."""
+    return evaluate_every > 0 and ((epoch + 1) % evaluate_every == 0 or epoch + 1 == epochs)
 
 
 def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_freq=200, grad_clip=None, bfloat16=False,
@@ -186,59 +180,73 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     :param schedule: PyTorch's LRScheduler, which sets the learning rate of the next step; None to keep it
     :raises UserError: the loss or the gradient was not finite; the weights are as they were before that batch"""
     model.train()
-    device = criterion.priors_cxcy.device
-    n_batches = len(train_loader)
-    losses, n_images, loading, last_line = [], 0, 0., time.time()  # since the last line of the log
-    end = time.time()  # of the last batch
-
+    device = next(model.parameters()).device
+    log = Log(log_path, epoch, epochs or epoch + 1, len(train_loader), print_freq)
     for i, (images, boxes, labels, _) in enumerate(train_loader):
-        loading += time.time() - end
+        log.batch_is_loaded()
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
-        # Matching waits for the GPU. Before the network, there is little to wait for; after it, Python would wait for
-        # the whole network, instead of going ahead meanwhile.
-        true_boxes, true_classes = criterion.match(boxes, labels)  # (N, 8732, 4), (N, 8732)
-
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
-        loc_loss, conf_loss = criterion.losses(predicted_locs, predicted_scores, true_boxes, true_classes)
-        loss = conf_loss + criterion.alpha * loc_loss
-        if not update(optimizer, loss, grad_clip):
+        loss, loc_loss, conf_loss = criterion.losses(predicted_locs, predicted_scores, boxes, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        # Each process has its own loss, but all have the same gradient. This waits for the GPU.
+        if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
                             f'{loss.item()}). The weights were not changed, and the last checkpoint, if there is one, '
                             'is intact: go on from it with a lower lr, with grad_clip = 10, or with a longer warm_up')
-
-        losses.append(torch.stack([loc_loss, conf_loss]).detach())  # stays on the GPU until a line is printed
-        n_images += len(images) * get_world_size()
-        if (i + 1) % print_freq == 0 or i + 1 == n_batches:
-            loc, conf = all_reduce_mean(torch.stack(losses).mean(dim=0)).tolist()
-            seconds = time.time() - last_line
-            n_left = ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
-            row = {'epoch': epoch, 'batch': i + 1, 'loss': conf + criterion.alpha * loc, 'loc_loss': loc,
-                   'conf_loss': conf, 'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / seconds,
-                   'data_s': loading / len(losses), 'left_s': round(n_left * seconds / len(losses))}
-            if get_rank() == 0:
-                print(log_line.format(n_batches=n_batches, left=timedelta(seconds=row['left_s']), **row), flush=True)
-            write_log(log_path, **row)
-            losses, n_images, loading, last_line = [], 0, 0., time.time()
+        optimizer.step()
+        log.step_is_taken(len(images), loss, loc_loss, conf_loss, optimizer)
         if schedule is not None:
             schedule.step()
-        end = time.time()
 
 
-def update(optimizer, loss, grad_clip=None):
-    """Take a step, unless the loss or the gradient is not finite in any process. Returns whether it was taken."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = clip_gradient(optimizer, math.inf if grad_clip is None else grad_clip)
-    # Each process has its own loss, and if one is not finite, neither is the mean. The gradient is the same in all.
-    finite = (all_reduce_mean(loss.detach()).isfinite() & norm.isfinite()).item()  # waits for the GPU
-    if finite:
-        optimizer.step()
-    return finite
+class Log:
+    """The log of an epoch: a line is printed, and written to a CSV file, every `print_freq` batches.
+
+    :param path: the CSV file; None for none
+    :param epoch: number of the epoch, from 0, of `epochs`; each has n_batches"""
+
+    def __init__(self, path, epoch, epochs, n_batches, print_freq):
+        self.path, self.epoch, self.epochs, self.n_batches, self.print_freq = path, epoch, epochs, n_batches, print_freq
+        self.batch = 0
+        self.step_end = time.time()
+        self.start_line()
+
+    def start_line(self):
+        """Begin to collect what the next line shows."""
+        self.losses, self.n_images, self.data_s, self.line_start = [], 0, 0., time.time()
+
+    def batch_is_loaded(self):
+        """Count the time since the last step as loading."""
+        self.data_s += time.time() - self.step_end
+
+    def step_is_taken(self, n_images, loss, loc_loss, conf_loss, optimizer):
+        """Count a step, whose losses are scalar tensors, and print a line if it is time."""
+        self.batch += 1
+        self.losses.append(torch.stack([loss, loc_loss, conf_loss]).detach())  # they stay on the GPU
+        self.n_images += n_images * get_world_size()
+        if self.batch % self.print_freq == 0 or self.batch == self.n_batches:
+            loss, loc_loss, conf_loss = all_reduce_mean(torch.stack(self.losses).mean(dim=0)).tolist()
+            seconds, n_steps = time.time() - self.line_start, len(self.losses)
+            n_left = (self.epochs - self.epoch) * self.n_batches - self.batch
+            row = {'epoch': self.epoch, 'batch': self.batch, 'loss': loss, 'loc_loss': loc_loss, 'conf_loss': conf_loss,
+                   'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': self.n_images / seconds,
+                   'data_s': self.data_s / n_steps, 'left_s': round(n_left * seconds / n_steps)}
+            if get_rank() == 0:
+                left = timedelta(seconds=row['left_s'])
+                print(log_line.format(n_batches=self.n_batches, left=left, **row), flush=True)
+            write_log(self.path, **row)
+            self.start_line()
+        self.step_end = time.time()
 
 
 def start_log(log_path, start_epoch):
-    """Begin the log, or remove what follows the last checkpoint, because these epochs will be trained again."""
+    """Begin the log, or remove what follows the last checkpoint, because these epochs will be trained again. Nothing is
+    done if `log_path` is None, as in all processes but rank 0."""
+    if log_path is None:
+        return
     rows = []
     if start_epoch > 0 and os.path.exists(log_path):
         with open(log_path, newline='') as file:
@@ -248,7 +256,7 @@ def start_log(log_path, start_epoch):
 
 
 def write_log(log_path, **row):
-    """Add a row with some of `log_columns`, unless `log_path` is None, as in all processes but the first."""
+    """Add a row with some of `log_columns`, unless `log_path` is None, as in all processes but rank 0."""
     if log_path is None:
         return
     try:
@@ -264,42 +272,16 @@ def make_model(label_map, checkpoint, pretrained, thin):
         model, saved_label_map = load_detector(checkpoint)
         if saved_label_map != label_map:
             raise UserError(f'{checkpoint} detects {list(saved_label_map)[1:]}, but the lists have '
-                            f'{list(label_map)[1:]}: use the lists it was trained with')
+                            f'{list(label_map)[1:]}: use the lists it was trained with, or start anew with '
+                            f"pretrained = '{checkpoint}' and checkpoint = None")
         return model
-    if pretrained == 'coco':
-        model, new_labels = start_from_coco(label_map, thin)
-        if get_rank() == 0:
-            print(f'Starting from weights trained on COCO; the class scores of {new_labels or "no class"} are random. '
-                  'The priors are those of these weights, not of feature_maps in utils.py.')
-        return model
-    return SSD300(len(label_map), pretrained == 'imagenet', thin)
-
-
-@torch.no_grad()
-def standardize(model, images):
-    """Prepare random weights for training. Layer after layer, random weights make the features of different images more
-    alike. So scale and shift each layer but the predictions such that over some images each channel has mean 0 and
-    standard deviation 1 before its ReLU (data-dependent initialization: Salimans and Kingma, "Weight normalization",
-    2016). And scale the layers of the predictions by 0.1, so that these start near 0.
-
-    :param model: SSD300 with random weights, which are changed in place
-    :param images: some images, a tensor (N, 3, 300, 300)"""
-    def shift_and_scale(layer, _, output):
-        """Change a layer's weights and biases, and its output, which is the next layer's input."""
-        n_values = output[:, 0].numel()  # of each channel; 1 for conv11_2 with a single image
-        std, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
-        std = std.where(std > 1e-3, 1)  # (n_channels); a constant channel is only shifted
-        layer.weight /= std.view(-1, 1, 1, 1)
-        layer.bias.sub_(mean).div_(std)
-        return (output - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)  # (N, n_channels, height, width)
-
-    layers = [*model.base.children(), *model.aux_convs.children()]
-    hooks = [layer.register_forward_hook(shift_and_scale) for layer in layers if isinstance(layer, nn.Conv2d)]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    for layer in model.pred_convs.children():
-        layer.weight *= 0.1
+    if pretrained in ('imagenet', None):
+        return SSD300(len(label_map), pretrained == 'imagenet', thin)
+    model, new_labels = start_from(pretrained, label_map, thin)
+    if get_rank() == 0:
+        print(f'Starting from the weights of {pretrained}, with its priors; the class scores of '
+              f'{new_labels or "no class"} are random.')
+    return model
 
 
 def restore(optimizer, saved):
@@ -313,49 +295,66 @@ def restore(optimizer, saved):
                                'param_groups': optimizer.state_dict()['param_groups']})
 
 
-def main():
-    """Train with the parameters at the top of this file."""
-    for name, value, possible in (('optimizer_kind', optimizer_kind, ('sgd', 'adamw')), ('thin', thin, possible_thin),
-                                  ('pretrained', pretrained, ('imagenet', 'coco', None))):
+def check_parameters():
+    """Raise UserError for parameters at the top of this file that would fail late, or not at all."""
+    choices = [('optimizer_kind', optimizer_kind, ('sgd', 'adamw')), ('thin', thin, possible_thin)]
+    if not isinstance(pretrained, str):
+        choices.append(('pretrained', pretrained, ('imagenet', 'coco', 'a checkpoint.pth', None)))
+    for name, value, possible in choices:
         if value not in possible:
             raise UserError(f'{name} = {value!r} in train.py: set it to one of {possible}')
-    check_numbers('train.py', 1, batch_size=batch_size, epochs=epochs, print_freq=print_freq)
-    check_numbers('train.py', 0, workers=workers, warm_up=warm_up, min_negatives=min_negatives, seed=seed,
-                  evaluate_every=evaluate_every)
-    if not isinstance(lr, (int, float)) or lr <= 0 or not isinstance(decay_lr_at, (list, tuple)):
-        raise UserError(f'lr = {lr!r}, decay_lr_at = {decay_lr_at!r} in train.py: set lr to a number above 0, and '
-                        'decay_lr_at to a list of epochs, such as [20] or [154, 193]')
+
+
+def check_overwriting(saved):
+    """Raise UserError if training would overwrite a checkpoint. `saved` is the content of the one to go on from, or an
+    empty dict; that one may be overwritten."""
+    for path in (checkpoint_path, best_of(checkpoint_path)):
+        if os.path.exists(path) and not (saved.get('optimizer') and os.path.samefile(checkpoint, checkpoint_path)):
+            raise UserError(f'{path} exists, and training would overwrite it: to go on with it, set '
+                            f"checkpoint = '{path}' in train.py; else move it and its log away")
+
+
+def main():
+    """Train with the parameters at the top of this file."""
+    check_parameters()
     device = init_process_group()
     torch.manual_seed(seed)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
     if len(train_set) < get_world_size():
         raise UserError(f'{len(train_set)} training images are too few for {get_world_size()} process(es): list more')
     saved = {} if checkpoint is None else load_checkpoint(checkpoint)
-    resumes = saved.get('optimizer') is not None  # convert_checkpoint.py writes only weights, to start from
-    existing = [path for path in (checkpoint_path, best_of(checkpoint_path)) if os.path.exists(path)]
-    if existing and not (resumes and os.path.samefile(checkpoint, existing[0])):
-        raise UserError(f'{existing[0]} exists, and training would overwrite it: to go on with it, set '
-                        f"checkpoint = '{existing[0]}' in train.py; else move it and its log away")
-    test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True) if evaluate_every else None
+    check_overwriting(saved)
 
     model = make_model(train_set.label_map, checkpoint, pretrained, thin).to(device)
     if checkpoint is None and pretrained is None:
         standardize(model, torch.stack([train_set[(i, i)][0] for i in range(min(16, len(train_set)))]).to(device))
     optimizer = make_optimizer(model, optimizer_kind, lr, weight_decay, momentum)
-    start_epoch, seed_of_run = 0, seed
-    if resumes:
-        start_epoch, seed_of_run = saved['epoch'] + 1, saved['seed']  # images go on in the order of the first run
+    start_epoch, seed_of_run, evaluated = 0, seed, True
+    if 'optimizer' in saved:  # convert_checkpoint.py writes only weights, to start from
         restore(optimizer, saved)
-        if start_epoch >= epochs:
-            raise UserError(f'{checkpoint} has been trained for all {epochs} epochs: raise epochs in train.py')
+        start_epoch, seed_of_run = saved['epoch'] + 1, saved['seed']  # images go on in the order of the first run
+        evaluated = 'mAP' in saved or not evaluation_is_due(saved['epoch'], epochs, evaluate_every)
+    if start_epoch >= epochs and evaluated:
+        raise UserError(f'epochs = {epochs} in train.py, but {start_epoch} have been trained already: raise epochs')
     del saved  # frees the memory of its weights
+
+    criterion = MultiBoxLoss(model.priors_cxcy, min_negatives=min_negatives)
+    train_loader = make_train_loader(train_set, batch_size, criterion, seed_of_run, workers, device.type == 'cuda')
+    if optimizer_kind == 'adamw':
+        lr_factor = partial(one_cycle, n_steps=epochs * len(train_loader))
+    else:
+        lr_factor = partial(warm_up_and_decay, steps_per_epoch=len(train_loader), warm_up=warm_up,
+                            decay_lr_at=decay_lr_at, decay_lr_to=decay_lr_to)
+    test_loader = None
+    if evaluate_every > 0:
+        test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
+        test_loader = make_test_loader(test_set, batch_size, workers, device)
     if get_rank() == 0:
         print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
     try:
-        fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, start_epoch, seed_of_run, workers,
-            warm_up, decay_lr_at, decay_lr_to, rise_and_fall=optimizer_kind == 'adamw', min_negatives=min_negatives,
-            test_set=test_set, evaluate_every=evaluate_every, print_freq=print_freq, grad_clip=grad_clip,
-            bfloat16=bfloat16)
+        fit(model, optimizer, criterion, train_loader, checkpoint_path, epochs=epochs, lr_factor=lr_factor,
+            start_epoch=start_epoch, test_loader=test_loader, evaluate_every=evaluate_every, evaluated=evaluated,
+            print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
     except KeyboardInterrupt:
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
         raise KeyboardInterrupt('There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.')

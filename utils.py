@@ -1,6 +1,6 @@
 """The parts of a detector besides its network: labels, box coordinates and overlaps, priors and their encoding,
-non-maximum suppression, mean average precision, and two helpers for training. Read it beside README.md, from top to
-bottom; the sections named here are those of README.md.
+non-maximum suppression, and mean average precision. Read it beside README.md, from top to bottom; the sections named
+here are those of README.md.
 
 Boxes come in three forms, and the name or the docstring says which:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
@@ -11,6 +11,7 @@ The first two are in fractions of the image's width and height (0 to 1), unless 
 import math
 from collections import Counter, namedtuple
 from colorsys import hsv_to_rgb
+from itertools import pairwise
 
 import torch
 from torchvision.ops import batched_nms
@@ -102,7 +103,7 @@ def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
     :param last_extra_scale: scale of the extra prior on the last map, which has no next one
     :return: priors in fractional center-size coordinates, a tensor (8732, 4); with other maps, (n_priors, 4)"""
     scales = [feature_map.scale for feature_map in maps.values()]
-    extra_scales = [math.sqrt(scale * next_scale) for scale, next_scale in zip(scales, scales[1:])] + [last_extra_scale]
+    extra_scales = [math.sqrt(scale * next_scale) for scale, next_scale in pairwise(scales)] + [last_extra_scale]
     priors = []
     for (_, size, scale, ratios), extra_scale in zip(maps.values(), extra_scales):
         for row in range(size):
@@ -144,11 +145,9 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score"""
-    # With few boxes, batched_nms keeps classes apart by shifting the boxes of each by (largest coordinate + 1). A box
-    # left of 0 could then overlap boxes of another class; and beside an enormous box, or in float32, rounding would
-    # erase small ones. So the boxes are shifted and clamped to a range that is wide, but not too wide for float64.
-    boxes_xy = boxes_xy.double().clamp(-1e5, 1e5) + 1e5
-    return batched_nms(boxes_xy, scores.double(), labels, max_overlap)
+    # batched_nms keeps classes apart by shifting the boxes of each by the largest coordinate + 1. So that no class
+    # reaches into the next one, and no box is lost to rounding beside an enormous one, limit the boxes to a range.
+    return batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)
 
 
 # ------------------------------------------------------------------------------------------- Mean average precision
@@ -230,17 +229,3 @@ def average_precision(true_positives, n_objects):
         reached = precisions[n_found * 10 >= tenth * n_objects]  # in integers, because 0.3 is not quite 3 * 0.1
         total += reached.max().item() if len(reached) else 0.
     return total / 11
-
-
-# ------------------------------------------------------------------------------------------------- Training helpers
-
-def adjust_learning_rate(optimizer, scale):
-    """Multiply all learning rates by `scale`. For your own training loops; train.py uses PyTorch's LambdaLR."""
-    for group in optimizer.param_groups:
-        group['lr'] *= scale
-
-
-def clip_gradient(optimizer, max_norm):
-    """Scale the gradient of the optimizer's parameters down to a norm of at most `max_norm`, in place, so that one bad
-    batch can't wreck the weights. Returns the norm before scaling, a scalar tensor."""
-    return torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], max_norm)
