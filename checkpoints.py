@@ -54,16 +54,14 @@ def load_checkpoint(path):
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if wrong:
         raise UserError(f'{path} is no checkpoint of train.py: it lacks {wrong}')
-    model, indices = content['model'], list(content['label_map'].values())
+    weights, indices = content['model'], list(content['label_map'].values())
     if 'priors_cxcy' in content:  # version 1 has the priors beside the model
-        model['priors_cxcy'] = content.pop('priors_cxcy')
-    damaged = ('priors_cxcy' not in model or not indices or indices != list(range(len(indices)))
-               or not all(isinstance(key, str) and isinstance(values, torch.Tensor) for key, values in model.items())
-               or not isinstance(content.get('optimizer', {}), dict) or not isinstance(content.get('thin', 1), int))
-    if not damaged and 'thin' not in content:  # it was not saved before; the whole network's first layer has 64 channels
-        n_channels = model['base.conv1_1.bias'].numel() if 'base.conv1_1.bias' in model else 64
-        content['thin'] = 64 // max(n_channels, 1)
-    if damaged or content['thin'] not in possible_thin:
+        weights['priors_cxcy'] = content.pop('priors_cxcy')
+    plain = all(isinstance(key, str) and isinstance(values, torch.Tensor) for key, values in weights.items())
+    if 'thin' not in content and plain and 'base.conv1_1.bias' in weights:  # it was not saved before
+        content['thin'] = 64 // max(1, len(weights['base.conv1_1.bias']))  # the whole network has 64 channels there
+    if (not plain or 'priors_cxcy' not in weights or not indices or indices != list(range(len(indices)))
+            or content.get('thin') not in possible_thin or not isinstance(content.get('optimizer', {}), dict)):
         raise UserError(f'{path} is damaged: take another checkpoint')
     return content
 
@@ -108,31 +106,29 @@ def load_detector(checkpoint, labels=None):
 
 
 def start_from(pretrained, label_map, thin):
-    """SSD300 to train on from a whole detector, on the CPU, with its priors. Classes of the same name keep the weights
-    of their scores; those of the others are random.
+    """SSD300 to train on from a whole detector, on the CPU, with the detector's weights and priors. Of the class scores,
+    those of classes with the same name are kept, and the others start at random.
 
     :param pretrained: 'coco' for torchvision's SSD300, trained on COCO; or the path of a checkpoint of ours
     :param label_map: dict of label -> index, of the classes to train on
-    :param thin: that of the new model, see `model.thin_out`; a checkpoint's must be the same
-    :return: the model, and the list of the labels whose scores start at random
-    :raises UserError: see `load_detector`; or the checkpoint's `thin` is another one"""
+    :param thin: that of the new model, see `model.thin_out`
+    :return: the model, and a list of the labels that start at random
+    :raises UserError: see `load_detector` and `download_coco`; or the checkpoint's `thin` is another one"""
     if pretrained == 'coco':
         trained = from_torchvision(download_coco())
         thin_out(trained, thin)
-        rows = {label: coco_index(label) for label in label_map}  # of the trained class scores; None for new labels
-        rows['background'] = 0
+        rows = {label: coco_index(label) for label in label_map} | {'background': 0}  # of a class; None if COCO lacks it
     else:
         trained, rows = load_detector(pretrained)
         if trained.thin != thin:
-            raise UserError(f'{pretrained} has thin = {trained.thin}, but train.py thin = {thin}: set it to '
-                            f'{trained.thin} there')
+            raise UserError(f'{pretrained} has thin = {trained.thin}, but train.py has thin = {thin}: set it to '
+                            f'{trained.thin}')
     known = [label for label in label_map if rows.get(label) is not None]
     old_rows, new_rows = [rows[label] for label in known], [label_map[label] for label in known]
-
     model = SSD300(n_classes=len(label_map), thin=thin)
     state_dict = model.state_dict()
     for key, values in trained.state_dict().items():
-        if '.cl_' in key:  # class scores: replace those of the known classes
+        if '.cl_' in key:
             scores = state_dict[key].unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, ...)
             scores[:, new_rows] = values.unflatten(0, (-1, trained.n_classes))[:, old_rows]  # (n_priors, n_known, ...)
             values = scores.flatten(0, 1)  # (n_priors * n_classes, ...)

@@ -34,6 +34,11 @@ for i, name in enumerate(feature_maps):
                f'head.classification_head.module_list.{i}': f'pred_convs.cl_{name}'}
 names = {f'{theirs}.{kind}': f'{ours}.{kind}' for theirs, ours in layers.items() for kind in ('weight', 'bias')}
 names['backbone.scale_weight'] = 'rescale_factors'
+names = {f'backbone.{theirs}.{kind}': f'{ours}.{kind}' for theirs, ours in layers.items() for kind in ('weight', 'bias')}
+names |= {f'head.{head}.module_list.{i}.{kind}': f'pred_convs.{ours}_{feature_map}.{kind}'
+          for head, ours in (('regression_head', 'loc'), ('classification_head', 'cl'))
+          for i, feature_map in enumerate(feature_maps) for kind in ('weight', 'bias')}
+names['backbone.scale_weight'] = 'rescale_factors'
 
 
 def coco_detector(labels=None):
@@ -88,7 +93,7 @@ def from_torchvision(state_dict, classes=None):
 
 
 def rename_torchvision(state_dict, n_all, classes):
-    """Turn a state_dict of torchvision with `n_all` classes into ours with only the listed `classes`, without priors."""
+    """Turn a state_dict of torchvision with `n_all` classes into ours, without priors, with only the listed `classes`."""
     renamed = {ours: state_dict[theirs] for theirs, ours in names.items()}
     renamed['rescale_factors'] = renamed['rescale_factors'].view(1, -1, 1, 1)  # (1, 512, 1, 1)
     # Within a tile, torchvision has the ratios 1, extra, 2, 1/2, 3, 1/3; ours are 1, extra, 2, 3, 1/2, 1/3.

@@ -131,7 +131,8 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
         best = load_checkpoint(best_of(checkpoint_path)).get('mAP', best)
 
     def save(path, epoch, **more):
-        """Save a checkpoint. If that fails, train on, unless it is the last: the next epoch's may work."""
+        """Save a checkpoint, and return whether it worked. If not, train on, unless this is the last epoch: the next
+        checkpoint may work."""
         try:
             save_checkpoint(path, epoch, model, optimizer, train_loader.dataset.label_map, train_loader.sampler.seed,
                             **more)
@@ -139,6 +140,8 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
             if epoch + 1 == epochs:
                 raise
             print(f'Epoch {epoch} is not saved: {error}', file=sys.stderr, flush=True)
+            return False
+        return True
 
     for epoch in range(start_epoch if evaluated else start_epoch - 1, epochs):
         if epoch >= start_epoch:
@@ -151,9 +154,8 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
             mean_average_precision = evaluate(test_loader, model, bfloat16=bfloat16).mAP
             if get_rank() == 0:
                 write_log(log_path, epoch=epoch, batch=len(train_loader), mAP=mean_average_precision)
-                if mean_average_precision > best:
+                if mean_average_precision > best and save(best_of(checkpoint_path), epoch, mAP=mean_average_precision):
                     best = mean_average_precision
-                    save(best_of(checkpoint_path), epoch, mAP=best)
                 save(checkpoint_path, epoch, mAP=mean_average_precision)  # with it, this epoch counts as evaluated
                 print(f'epoch {epoch}  mAP {mean_average_precision:.4f}  best {best:.4f}', flush=True)
 
