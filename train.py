@@ -359,7 +359,8 @@ def main():
             print_freq=print_freq, grad_clip=grad_clip, bfloat16=bfloat16)
     except KeyboardInterrupt:
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
-        raise KeyboardInterrupt('There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.')
+        told = 'There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.'
+        raise KeyboardInterrupt(told) from None
     destroy_process_group()
 
 
