@@ -59,7 +59,7 @@ def load_checkpoint(path):
         weights['priors_cxcy'] = content.pop('priors_cxcy')
     plain = all(isinstance(key, str) and isinstance(values, torch.Tensor) for key, values in weights.items())
     if 'thin' not in content and plain and 'base.conv1_1.bias' in weights:  # it was not saved before
-        content['thin'] = 64 // max(1, len(weights['base.conv1_1.bias']))  # the whole network has 64 channels there
+        content['thin'] = 64 // max(1, weights['base.conv1_1.bias'].numel())  # the whole network has 64 channels there
     if (not plain or 'priors_cxcy' not in weights or not indices or indices != list(range(len(indices)))
             or content.get('thin') not in possible_thin or not isinstance(content.get('optimizer', {}), dict)):
         raise UserError(f'{path} is damaged: take another checkpoint')
@@ -73,8 +73,7 @@ def read_saved(path):
             warnings.simplefilter('ignore')  # of files that are then refused
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # nearly anything, if the file is damaged
-        # Without memory, PyTorch raises a RuntimeError: with the first words on Linux, the second on Windows.
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or 'not enough memory' in str(error):
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # a RuntimeError
             raise
         with open(path, 'rb') as file:
             if b'cmodel\nSSD300\n' in file.read(2 ** 20):  # as pickle names the class SSD300 of model.py
@@ -106,32 +105,30 @@ def load_detector(checkpoint, labels=None):
 
 
 def start_from(pretrained, label_map, thin):
-    """SSD300 to train on from a whole detector, on the CPU, with the detector's weights and priors. Of the class scores,
-    those of classes with the same name are kept, and the others start at random.
+    """SSD300 for the classes of a dict of label -> index, on the CPU, with the weights and priors of another detector:
+    'coco' for torchvision's, or the path of a checkpoint. Class scores are kept by the class's name, and random for new
+    ones.
 
-    :param pretrained: 'coco' for torchvision's SSD300, trained on COCO; or the path of a checkpoint of ours
-    :param label_map: dict of label -> index, of the classes to train on
-    :param thin: that of the new model, see `model.thin_out`
-    :return: the model, and a list of the labels that start at random
-    :raises UserError: see `load_detector` and `download_coco`; or the checkpoint's `thin` is another one"""
+    :param thin: keep every thin-th channel, see `model.thin_out`; a checkpoint must have been as thin
+    :return: the model, and a list of the new labels
+    :raises UserError: see `load_detector`; or the checkpoint is not as thin"""
     if pretrained == 'coco':
         trained = from_torchvision(download_coco())
         thin_out(trained, thin)
-        rows = {label: coco_index(label) for label in label_map} | {'background': 0}  # of a class; None if COCO lacks it
+        old_index = {'background': 0} | {label: coco_index(label) for label in label_map if coco_index(label)}
     else:
-        trained, rows = load_detector(pretrained)
+        trained, old_index = load_detector(pretrained)
         if trained.thin != thin:
-            raise UserError(f'{pretrained} has thin = {trained.thin}, but train.py has thin = {thin}: set it to '
-                            f'{trained.thin}')
-    known = [label for label in label_map if rows.get(label) is not None]
-    old_rows, new_rows = [rows[label] for label in known], [label_map[label] for label in known]
+            raise UserError(f'{pretrained} has thin = {trained.thin}, but train.py has thin = {thin}: set thin = '
+                            f'{trained.thin} there')
     model = SSD300(n_classes=len(label_map), thin=thin)
-    state_dict = model.state_dict()
+    weights = model.state_dict()  # not copies, but the model's own tensors
     for key, values in trained.state_dict().items():
         if '.cl_' in key:
-            scores = state_dict[key].unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, ...)
-            scores[:, new_rows] = values.unflatten(0, (-1, trained.n_classes))[:, old_rows]  # (n_priors, n_known, ...)
-            values = scores.flatten(0, 1)  # (n_priors * n_classes, ...)
-        state_dict[key] = values
-    model.load_state_dict(state_dict)
-    return model, [label for label in label_map if label not in known]
+            old = values.unflatten(0, (-1, trained.n_classes))  # (n_priors, n_old_classes, ...)
+            new = weights[key].unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, ...)
+            for label in label_map.keys() & old_index.keys():
+                new[:, label_map[label]] = old[:, old_index[label]]
+        else:
+            weights[key].copy_(values)
+    return model, [label for label in label_map if label not in old_index]

@@ -68,6 +68,7 @@ def convert(old_path, new_path):
         raise UserError(f'no checkpoint at {old_path}: check the path')
     with open(old_path, 'rb') as file:
         content = file.read()
+    refusal = f'{old_path} is no checkpoint of the earlier implementation, or is damaged: '
     try:
         # `torch.load` would run a TorchScript program: a zip archive with a file of this name
         if b'constants.pkl' in content:
@@ -77,15 +78,19 @@ def convert(old_path, new_path):
             saved = torch.load(io.BytesIO(content), map_location='cpu', weights_only=False, pickle_module=SafePickle)
         state_dict = dict(named_tensors(saved['model']))
         state_dict['priors_cxcy'] = saved['model'].priors_cxcy.view(-1, 4)
-        n_classes = len(state_dict['pred_convs.cl_conv11_2.bias']) // 4
-        model, epoch = SSD300(n_classes), int(saved['epoch'])
-        model.load_state_dict(state_dict)
+        n_classes, epoch = len(state_dict['pred_convs.cl_conv11_2.bias']) // 4, int(saved['epoch'])
+    except MemoryError:
+        raise
     except Exception as error:  # nearly anything, if the file is damaged
-        raise UserError(f'{old_path} is no checkpoint of the earlier implementation, or is damaged: '
-                        f'{one_line(error)} ({type(error).__name__})') from None
+        raise UserError(f'{refusal}{one_line(error)} ({type(error).__name__})') from error
     if n_classes != len(label_map):
         raise UserError(f'{old_path} is a checkpoint of the earlier implementation for {n_classes - 1} classes, and '
                         f'does not say which: of these, only those for the {len(label_map) - 1} of VOC can be used')
+    model = SSD300(n_classes)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise UserError(refusal + one_line(error)) from error
     save_checkpoint(new_path, epoch, model, None, label_map, seed=0)
     return epoch
 

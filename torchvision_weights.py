@@ -15,26 +15,21 @@ coco_categories = coco_weights.meta['categories']  # 91 names: the background, C
 coco_names = {'aeroplane': 'airplane', 'motorbike': 'motorcycle', 'diningtable': 'dining table',
               'pottedplant': 'potted plant', 'sofa': 'couch', 'tvmonitor': 'tv'}  # from VOC's names
 
-# Our layers by the names of torchvision's, and so our weights
-layers = {'backbone.features.0': 'base.conv1_1', 'backbone.features.2': 'base.conv1_2',
-          'backbone.features.5': 'base.conv2_1', 'backbone.features.7': 'base.conv2_2',
-          'backbone.features.10': 'base.conv3_1', 'backbone.features.12': 'base.conv3_2',
-          'backbone.features.14': 'base.conv3_3',
-          'backbone.features.17': 'base.conv4_1', 'backbone.features.19': 'base.conv4_2',
-          'backbone.features.21': 'base.conv4_3',
-          'backbone.extra.0.1': 'base.conv5_1', 'backbone.extra.0.3': 'base.conv5_2',
-          'backbone.extra.0.5': 'base.conv5_3',
-          'backbone.extra.0.7.1': 'base.conv6', 'backbone.extra.0.7.3': 'base.conv7',
-          'backbone.extra.1.0': 'aux_convs.conv8_1', 'backbone.extra.1.2': 'aux_convs.conv8_2',
-          'backbone.extra.2.0': 'aux_convs.conv9_1', 'backbone.extra.2.2': 'aux_convs.conv9_2',
-          'backbone.extra.3.0': 'aux_convs.conv10_1', 'backbone.extra.3.2': 'aux_convs.conv10_2',
-          'backbone.extra.4.0': 'aux_convs.conv11_1', 'backbone.extra.4.2': 'aux_convs.conv11_2'}
-for i, name in enumerate(feature_maps):
-    layers |= {f'head.regression_head.module_list.{i}': f'pred_convs.loc_{name}',
-               f'head.classification_head.module_list.{i}': f'pred_convs.cl_{name}'}
-names = {f'{theirs}.{kind}': f'{ours}.{kind}' for theirs, ours in layers.items() for kind in ('weight', 'bias')}
-names['backbone.scale_weight'] = 'rescale_factors'
-names = {f'backbone.{theirs}.{kind}': f'{ours}.{kind}' for theirs, ours in layers.items() for kind in ('weight', 'bias')}
+# Our layers by the names of torchvision's
+layers = {'features.0': 'base.conv1_1', 'features.2': 'base.conv1_2',
+          'features.5': 'base.conv2_1', 'features.7': 'base.conv2_2',
+          'features.10': 'base.conv3_1', 'features.12': 'base.conv3_2', 'features.14': 'base.conv3_3',
+          'features.17': 'base.conv4_1', 'features.19': 'base.conv4_2', 'features.21': 'base.conv4_3',
+          'extra.0.1': 'base.conv5_1', 'extra.0.3': 'base.conv5_2', 'extra.0.5': 'base.conv5_3',
+          'extra.0.7.1': 'base.conv6', 'extra.0.7.3': 'base.conv7',
+          'extra.1.0': 'aux_convs.conv8_1', 'extra.1.2': 'aux_convs.conv8_2',
+          'extra.2.0': 'aux_convs.conv9_1', 'extra.2.2': 'aux_convs.conv9_2',
+          'extra.3.0': 'aux_convs.conv10_1', 'extra.3.2': 'aux_convs.conv10_2',
+          'extra.4.0': 'aux_convs.conv11_1', 'extra.4.2': 'aux_convs.conv11_2'}
+
+# Our weights by the names of torchvision's
+names = {f'backbone.{theirs}.{kind}': f'{ours}.{kind}'
+         for theirs, ours in layers.items() for kind in ('weight', 'bias')}
 names |= {f'head.{head}.module_list.{i}.{kind}': f'pred_convs.{ours}_{feature_map}.{kind}'
           for head, ours in (('regression_head', 'loc'), ('classification_head', 'cl'))
           for i, feature_map in enumerate(feature_maps) for kind in ('weight', 'bias')}
@@ -93,7 +88,7 @@ def from_torchvision(state_dict, classes=None):
 
 
 def rename_torchvision(state_dict, n_all, classes):
-    """Turn a state_dict of torchvision with `n_all` classes into ours, without priors, with only the listed `classes`."""
+    """Turn a state_dict of torchvision with `n_all` classes into ours with the listed `classes`, but without priors."""
     renamed = {ours: state_dict[theirs] for theirs, ours in names.items()}
     renamed['rescale_factors'] = renamed['rescale_factors'].view(1, -1, 1, 1)  # (1, 512, 1, 1)
     # Within a tile, torchvision has the ratios 1, extra, 2, 1/2, 3, 1/3; ours are 1, extra, 2, 3, 1/2, 1/3.
