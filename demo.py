@@ -9,6 +9,7 @@ import math
 import os
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,12 +19,12 @@ from torch.utils.data import DataLoader
 from checkpoints import load_detector
 from create_data_lists import create_data_lists
 from datasets import PascalVOCDataset, collate_fn
-from detect import detect, max_overlap, min_score, top_k
+from detect import detect
 from errors import run
-from eval import evaluate
+from eval import evaluate, print_table
 from images import open_image, save_tiles
-from model import SSD300
-from train import fit, make_optimizer, standardize, weight_decay
+from model import SSD300, MultiBoxLoss, standardize
+from train import fit, make_optimizer, make_train_loader, one_cycle, weight_decay
 
 folder = 'demo'  # where everything goes
 shapes = ('circle', 'square', 'triangle')  # the classes
@@ -34,6 +35,7 @@ thin = 8  # every thin-th channel is kept: a network that two CPU cores train in
 epochs = 4  # passes over the training images
 batch_size = 4  # images in a batch
 lr = 1.5e-3  # peak learning rate of AdamW, which needs far fewer steps here than 'sgd'
+min_score = 0.4  # the lowest score of the detections that are drawn
 
 size_xml = '<filename>{}.jpg</filename><size><width>{}</width><height>{}</height></size>'
 object_xml = ('<object><name>{}</name><difficult>{:d}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>'
@@ -130,23 +132,25 @@ def main():
     torch.manual_seed(0)
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     model, optimizer = start(train_set, thin, device, lr)
+    criterion = MultiBoxLoss(model.priors_cxcy)
+    train_loader = make_train_loader(train_set, batch_size, criterion)
     checkpoint_path = os.path.join(folder, 'checkpoint_ssd300.pth')
-    fit(model, optimizer, train_set, checkpoint_path, epochs, batch_size, rise_and_fall=True, print_freq=10,
-        grad_clip=10)
+    fit(model, optimizer, criterion, train_loader, checkpoint_path, epochs=epochs,
+        lr_factor=partial(one_cycle, n_steps=epochs * len(train_loader)), print_freq=10, grad_clip=10)
 
     print(f'\n4. Evaluating on {n_test} other images, as eval.py does')
     model, label_map = load_detector(checkpoint_path)
     test_set = PascalVOCDataset(folder, 'TEST', keep_difficult=True)
-    _, mean_average_precision = evaluate(DataLoader(test_set, batch_size, collate_fn=collate_fn), model.to(device))
+    found = evaluate(DataLoader(test_set, batch_size, collate_fn=collate_fn), model.to(device))
+    print_table(found, label_map)
 
     print('\n5. Detecting, as detect.py does')
     sheet_path = os.path.join(folder, 'detections.png')
-    detector = model, label_map
-    tiles = [(detect(open_image(path), min_score, max_overlap, top_k, detector=detector), os.path.basename(path))
+    tiles = [(detect(open_image(path), min_score, detector=(model, label_map)), os.path.basename(path))
              for path in test_set.images[:12]]
     save_tiles(sheet_path, [tiles[:4], tiles[4:8], tiles[8:]], 350, 290)
     print(f'''
-mAP {mean_average_precision:.3f} after {(time.time() - began) / 60:.1f} minutes. Look at {sheet_path}.
+mAP {found.mAP:.3f} after {(time.time() - began) / 60:.1f} minutes. Look at {sheet_path}.
 Next: read README.md beside the code; detect in other images, in the folder of the checkpoint:
     cd {folder} && python {os.path.join('..', 'detect.py')} JPEGImages
 or set download = True in create_data_lists.py, and train on real images:

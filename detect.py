@@ -7,13 +7,14 @@ parameters below first.
 """
 import os
 import sys
+from contextlib import contextmanager
 from functools import cache
 
 import torch
-from PIL import ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from checkpoints import load_detector
-from datasets import transform
+from datasets import to_input
 from errors import UserError, run
 from images import list_images, open_image, to_rgb
 from utils import make_color_map
@@ -29,7 +30,7 @@ show = False  # also open a window with each annotated image
 load_font = cache(ImageFont.load_default)  # loading a size takes longer than drawing, so each is kept
 
 
-def detect(original_image, min_score, max_overlap, top_k, suppress=None, detector=None):
+def detect(original_image, min_score, max_overlap=0.45, top_k=200, suppress=None, detector=None):
     """Detect objects in a PIL image of any mode. Returns a copy, in RGB and upright, with boxes, labels and scores.
 
     :param min_score: with max_overlap and top_k, see `SSD300.detect_objects`
@@ -41,8 +42,20 @@ def detect(original_image, min_score, max_overlap, top_k, suppress=None, detecto
     return draw_objects(image, detections, label_map)
 
 
+@contextmanager
+def full_precision():
+    """PyTorch lets convolutions on recent GPUs use TF32, with a mantissa of 10 bits. Turn it off for a while, so that
+    neither what detect.py finds nor eval.py's mAP depends on the GPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 @torch.no_grad()
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # as in eval.py
+@full_precision()
 def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress=None):
     """:param image: a PIL image in RGB
     :param model: SSD300, and its `label_map`; the other parameters are those of `detect`
@@ -50,8 +63,7 @@ def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppres
     names = list(label_map)
     suppress = [suppress] if isinstance(suppress, str) else suppress or ()
     unwanted = {'background', *suppress}  # 'background' is the label of the placeholder for no detection
-    no_objects = torch.empty(0, 4), torch.empty(0), torch.empty(0)  # boxes, labels, difficulties
-    tensor, *_ = transform(image, *no_objects, 'TEST')  # (3, 300, 300)
+    tensor = to_input(image.resize((300, 300), Image.Resampling.BILINEAR))  # (3, 300, 300)
     predictions = model(tensor.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
     [boxes], [labels], [scores] = model.detect_objects(*predictions, min_score, max_overlap, top_k)
     boxes = (boxes.cpu().clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().int()  # (n, 4)
@@ -113,10 +125,11 @@ def main():
     for path, output_path in zip(paths, output_paths(paths)):
         try:
             image = open_image(path)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError) as error:  # what follows takes less memory
+            message = str(error) or f'there is not enough memory for {path}: shrink it, or cut it into tiles'
             if len(paths) == 1:
-                raise
-            print(f'Error: {error}', file=sys.stderr)
+                raise UserError(message) from error
+            print(f'Error: {message}', file=sys.stderr)
             n_failed += 1
             continue
         model, label_map = kept_detector(checkpoint)

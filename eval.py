@@ -6,6 +6,7 @@ prints the average precision (AP) of each class, and their mean (mAP), counts th
 the parameters below first. With several GPUs (see distributed.py): torchrun --nproc_per_node=8 eval.py
 """
 import time
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,8 +14,9 @@ from tqdm import tqdm
 
 from checkpoints import load_detector
 from datasets import PascalVOCDataset, collate_fn
+from detect import full_precision
 from distributed import all_gather_images, destroy_process_group, get_rank, get_world_size, init_process_group
-from errors import UserError, check_numbers, run
+from errors import UserError, run
 from images import check_image_path
 from mistakes import find_mistakes, print_counts, save_sheet
 from utils import calculate_mAP
@@ -28,13 +30,20 @@ mistakes_min_score = 0.4  # the lowest score of the detections whose mistakes ar
 bfloat16 = False  # compute in 16 bits: faster on many GPUs, but the result differs a little
 
 
-# PyTorch lets convolutions on recent GPUs use TF32, with a mantissa of 10 bits. Turn it off, so that neither the mAP
-# nor what detect.py finds depends on the GPU.
+class Evaluation(NamedTuple):
+    """What `evaluate` found. The lists have a tensor for each image, on the CPU; boxes are in fractional boundary
+    coordinates, and label 0 is the placeholder for no detection."""
+    average_precisions: dict  # label -> AP, see `utils.calculate_mAP`
+    mAP: float  # their mean
+    detections: tuple  # three lists: boxes (n, 4), labels (n), scores (n)
+    objects: tuple  # the ground truth, three lists: boxes (n_objects, 4), labels (n_objects), difficulties (n_objects)
+    seconds: float  # to load the images and to detect
+
+
 @torch.no_grad()
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False, mistakes_path=None,
-             mistakes_min_score=0.4):
-    """Detect objects in all test images, compare them with the ground truth, and print a table.
+@full_precision()
+def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False):
+    """Detect objects in all test images, and compare them with the ground truth.
 
     :param test_loader: DataLoader of PascalVOCDataset's split TEST, with the difficult objects: detections of them are
         ignored
@@ -42,41 +51,32 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     :param min_score: keep detections with a score above this; low, because AP needs all levels of confidence
     :param max_overlap: and top_k: see `SSD300.detect_objects`
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does
-    :param mistakes_path: where to save a sheet of the worst mistakes; None to neither count nor draw them
-    :param mistakes_min_score: count mistakes among detections with a score above this
-    :return: dict of label -> AP, and mAP, see `utils.calculate_mAP`"""
+    :return: Evaluation; with several processes, it is of the images of all, the same in each"""
     model.eval()
     device = model.priors_cxcy.device
-    # For each image: boxes, labels, scores of the detections; boxes, labels, difficulties of the ground truth
-    lists = [[] for _ in range(6)]
+    lists = [[] for _ in range(6)]  # the first six arguments of calculate_mAP
     start = time.time()
     for images, *objects in tqdm(test_loader, 'Evaluating', unit='batch', disable=get_rank() > 0):
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
-        found = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
-        for values, of_batch in zip(lists, (*found, *objects)):
+        detections = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
+        for values, of_batch in zip(lists, (*detections, *objects)):
             values.extend(of_image.cpu() for of_image in of_batch)
     lists = [all_gather_images(values) for values in lists]
     seconds = time.time() - start
-    true_labels, difficulties = torch.cat(lists[4]), torch.cat(lists[5])  # of all objects, (n_all), (n_all)
+    average_precisions, mAP = calculate_mAP(*lists, test_loader.dataset.label_map)
+    return Evaluation(average_precisions, mAP, detections=tuple(lists[:3]), objects=tuple(lists[3:]), seconds=seconds)
 
-    label_map = test_loader.dataset.label_map
-    average_precisions, mean_average_precision = calculate_mAP(*lists, label_map)
-    if get_rank() > 0:
-        return average_precisions, mean_average_precision
+
+def print_table(found, label_map):
+    """Print a row for each class, and the mAP, of an Evaluation. `label_map` is a dict of label -> index."""
+    _, labels, difficulties = map(torch.cat, found.objects)  # of all objects: (n_all), (n_all)
     print(f'{"class":20}{"objects":>10}{"AP":>10}')
     for label, index in list(label_map.items())[1:]:
-        n_objects = ((true_labels == index) & (difficulties == 0)).sum().item()
-        shown = f'{average_precisions[label]:.3f}' if label in average_precisions else '-'
+        n_objects = ((labels == index) & (difficulties == 0)).sum().item()
+        shown = f'{found.average_precisions[label]:.3f}' if label in found.average_precisions else '-'
         print(f'{label:20}{n_objects:10}{shown:>10}')
-    print(f'{"mAP":20}{(difficulties == 0).sum().item():10}{mean_average_precision:10.3f}')
-    print(f'{len(lists[0])} images, {len(lists[0]) / seconds:.1f} images/s on {device}')
-    if mistakes_path is not None:
-        counts, false_positives, missed = find_mistakes(lists, label_map, mistakes_min_score)
-        print_counts(counts, mistakes_min_score)
-        save_sheet(mistakes_path, false_positives, missed, test_loader.dataset.images)
-        print(f'The false positives with the highest scores, and the largest missed objects: {mistakes_path}')
-    return average_precisions, mean_average_precision
+    print(f'{"mAP":20}{(difficulties == 0).sum().item():10}{found.mAP:10.3f}')
 
 
 def make_test_loader(test_set, batch_size, workers, device):
@@ -88,8 +88,6 @@ def make_test_loader(test_set, batch_size, workers, device):
 
 def main():
     """Evaluate with the parameters at the top of this file."""
-    check_numbers('eval.py', 1, batch_size=batch_size)
-    check_numbers('eval.py', 0, workers=workers)
     if mistakes_path is not None:
         check_image_path('eval.py', 'mistakes_path', mistakes_path)
     device = init_process_group()
@@ -98,9 +96,15 @@ def main():
     if label_map != test_set.label_map:
         raise UserError(f'{checkpoint} detects {list(label_map)[1:]}, but the lists in {data_folder} have '
                         f'{list(test_set.label_map)[1:]}: write lists with the labels of the checkpoint')
-    model = model.to(device)
-    evaluate(make_test_loader(test_set, batch_size, workers, device), model, bfloat16=bfloat16,
-             mistakes_path=mistakes_path, mistakes_min_score=mistakes_min_score)
+    found = evaluate(make_test_loader(test_set, batch_size, workers, device), model.to(device), bfloat16=bfloat16)
+    if get_rank() == 0:
+        print_table(found, label_map)
+        print(f'{len(test_set)} images, {len(test_set) / found.seconds:.1f} images/s on {device}')
+        if mistakes_path is not None:
+            counts, *worst = find_mistakes([*found.detections, *found.objects], label_map, mistakes_min_score)
+            print_counts(counts, mistakes_min_score)
+            save_sheet(mistakes_path, *worst, test_set.images)
+            print(f'The false positives with the highest scores, and the largest missed objects: {mistakes_path}')
     destroy_process_group()
 
 

@@ -1,10 +1,10 @@
 """What a detector gets wrong: eval.py counts the mistakes, and draws a sheet of the worst. Their kinds are those of
 Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection Errors", 2020.
 """
-from collections import Counter
+from collections import Counter, namedtuple
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
 from images import open_image, save_tiles
 from utils import find_jaccard_overlap, match_detections
@@ -14,17 +14,20 @@ kinds = 'true positive', 'classification', 'localization', 'both', 'duplicate', 
 n_shown = 5  # false positives, and missed objects, of a class in the sheet
 tile = 150  # width and height of an image in the sheet, in pixels
 
+# A false positive, or a missed object: one of `kinds`, or 'missed'; the index of the image; score, label and box of the
+# detection; label and box of the object. What there is not is None. Boxes are tensors (4).
+Mistake = namedtuple('Mistake', 'kind image score label box true_label true_box')
+
 
 def judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
-    """Find the kind of each detection of an image. True positives, duplicates and ignored ones are those of
-    `utils.match_detections`. Of those that belong to no object:
+    """Find the kind of each detection of an image. True positives, duplicates and ignored ones are, like the arguments,
+    those of `utils.match_detections`. Of those that belong to no object:
     - localization: overlaps an object of its class by more than 0.1;
     - classification: overlaps an object of another class by more than 0.5;
     - background: overlaps no object by more than 0.1;
     - both: overlaps an object of another class by more than 0.1: class and box are wrong.
 
-    Where two apply, it is the first in this order, as in TIDE's code; but detections are matched as VOC does. The
-    arguments are those of `utils.match_detections`.
+    Where two apply, it is the first in this order, as in TIDE's code; but detections are matched as VOC does.
 
     :return: list of (kind, index of the object that it is about, or None for background), one for each detection"""
     true_positive, ignored, target = match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
@@ -51,36 +54,33 @@ def find_mistakes(lists, label_map, min_score):
     """Count and list the mistakes of each class. As in TIDE, an object is missed if it has neither a true positive nor
     a classification or localization error, because correcting such an error would find it.
 
-    :param lists: the first six arguments of `calculate_mAP`, with fractional boxes
-    :param label_map: dict of label -> index
+    :param lists: the first six arguments of `calculate_mAP`, with fractional boxes; and its label_map
     :param min_score: only detections with a score above this count
-    :return: dict of label -> a Counter of `kinds` and of 'missed'; dict of label -> false positives by decreasing
-        score, tuples of (score, index of the image, box, true box or None, caption); dict of label -> missed objects
-        by decreasing area, as a fraction of the image, tuples of (area, index of the image, None, true box, caption)"""
+    :return: dict of label -> a Counter of `kinds` and of 'missed'; and two dicts of label -> list of Mistake: false
+        positives by decreasing score, missed objects by decreasing area"""
     labels = list(label_map)
-    counts, false_positives, missed = {}, {}, {}
-    for label in labels[1:]:
-        counts[label], false_positives[label], missed[label] = Counter(), [], []
+    counts = {label: Counter() for label in labels[1:]}
+    false_positives, missed = {label: [] for label in counts}, {label: [] for label in counts}
     for i, tensors in enumerate(zip(*lists)):
-        det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties = (t.cpu() for t in tensors)
-        shown = (det_scores > min_score) & (det_labels > 0)  # (n)
-        det_boxes, det_labels, det_scores = det_boxes[shown], det_labels[shown], det_scores[shown]
-        verdicts = judge(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties)
-        true_names = [labels[index] for index in true_labels]
-        for (kind, target), box, index, score in zip(verdicts, det_boxes, det_labels, det_scores.tolist()):
+        boxes, indices, scores, true_boxes, true_indices, difficulties = (tensor.cpu() for tensor in tensors)
+        shown = (scores > min_score) & (indices > 0)  # (n)
+        boxes, indices, scores = boxes[shown], indices[shown], scores[shown]
+        verdicts = judge(boxes, indices, scores, true_boxes, true_indices, difficulties)
+        true_labels = [labels[index] for index in true_indices]
+        for (kind, target), box, index, score in zip(verdicts, boxes, indices, scores.tolist()):
             label = labels[index]
             counts[label][kind] += 1
             if kind not in ('true positive', 'ignored'):
-                true_box = None if target is None else true_boxes[target]
-                what = f'{kind}: {true_names[target]}' if kind in ('classification', 'both') else kind
-                false_positives[label].append((score, i, box, true_box, f'{label} {score:.2f}\n{what}'))
+                truth = (None, None) if target is None else (true_labels[target], true_boxes[target])
+                false_positives[label].append(Mistake(kind, i, score, label, box, *truth))
         found = {target for kind, target in verdicts if kind in ('true positive', 'classification', 'localization')}
-        for target, (box, label) in enumerate(zip(true_boxes, true_names)):
-            if target not in found and not true_difficulties[target]:
+        for target, (box, label) in enumerate(zip(true_boxes, true_labels)):
+            if target not in found and not difficulties[target]:
                 counts[label]['missed'] += 1
-                missed[label].append(((box[2:] - box[:2]).prod().item(), i, None, box, f'{label}\nmissed'))
-    for of_label in (*false_positives.values(), *missed.values()):
-        of_label.sort(key=lambda mistake: mistake[0], reverse=True)
+                missed[label].append(Mistake('missed', i, None, None, None, label, box))
+    for label in counts:
+        false_positives[label].sort(key=lambda mistake: -mistake.score)
+        missed[label].sort(key=lambda mistake: -(mistake.true_box[2:] - mistake.true_box[:2]).prod().item())
     return counts, false_positives, missed
 
 
@@ -94,9 +94,13 @@ def print_counts(counts, min_score):
 
 def save_sheet(path, false_positives, missed, image_paths):
     """Save a row for each class of `find_mistakes`: the false positives with the highest scores, the largest missed."""
-    rows = [[(draw_mistake(open_image(image_paths[i]), box, true_box), caption)
-             for _, i, box, true_box, caption in false_positives[label][:n_shown] + missed[label][:n_shown]]
-            for label in missed]
+    rows = [[] for _ in missed]
+    for row, label in zip(rows, missed):
+        for mistake in false_positives[label][:n_shown] + missed[label][:n_shown]:
+            image = draw_mistake(open_image(image_paths[mistake.image]), mistake.box, mistake.true_box)
+            score = '' if mistake.score is None else f' {mistake.score:.2f}'
+            of_object = f': {mistake.true_label}' if mistake.kind in ('classification', 'both') else ''
+            row.append((image, f'{label}{score}\n{mistake.kind}{of_object}'))
     save_tiles(path, rows, tile, tile, font_size=10)
 
 

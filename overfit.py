@@ -11,18 +11,19 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from datasets import PascalVOCDataset, collate_fn
-from detect import draw_objects, max_overlap, min_score, top_k
-from errors import UserError, check_numbers, run
+from detect import draw_objects
+from errors import UserError, run
 from images import check_image_path, open_image, save_tiles
 from mistakes import find_mistakes
-from model import SSD300, MultiBoxLoss, possible_thin
-from train import make_optimizer, one_cycle, standardize, update
+from model import SSD300, MultiBoxLoss, possible_thin, standardize
+from train import make_optimizer, one_cycle
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 n_images = 4  # how many of the first training images to learn
 steps = 100  # each with all of these images in a batch
 thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes a dozen times as long
 lr = 1e-3  # the highest learning rate of AdamW, from random weights
+min_score = 0.4  # the lowest score of the detections that count and are drawn
 sheet_path = 'overfit.png'  # where a sheet goes: the ground truth, and the detections at four steps
 
 
@@ -54,13 +55,16 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
     for step in range(1, steps + 1):
         predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
         loss = criterion(predicted_locs, predicted_scores, boxes, labels)
-        if not update(optimizer, loss, grad_clip=10):
-            raise UserError(f'the loss or the gradient became infinite or NaN in step {step}: check the boxes of these '
-                            'images, or lower lr in overfit.py')
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        if not (loss + norm).isfinite():
+            raise UserError(f'the loss or its gradient is not finite in step {step}: check the boxes, or lower lr')
+        optimizer.step()
         schedule.step()
         if step in (steps // 4, steps // 2, 3 * steps // 4, steps):
             with torch.no_grad():
-                found = model.detect_objects(*model(images), min_score, max_overlap, top_k)  # boxes, labels, scores
+                found = model.detect_objects(*model(images), min_score)  # boxes, labels, scores
             counts, false_positives, _ = find_mistakes([*found, boxes, labels, difficulties], train_set.label_map,
                                                        min_score)
             n_found = sum(of_class['true positive'] for of_class in counts.values())
@@ -85,8 +89,9 @@ def save_sheet(path, images, columns, label_map):
 
 def main():
     """Overfit with the parameters at the top of this file."""
-    check_numbers('overfit.py', 1, n_images=n_images, steps=steps)
     check_image_path('overfit.py', 'sheet_path', sheet_path)
+    if n_images < 1 or steps < 1:
+        raise UserError(f'n_images = {n_images}, steps = {steps} in overfit.py: set both to at least 1')
     if thin not in possible_thin:
         raise UserError(f'thin = {thin!r} in overfit.py: set it to one of {possible_thin}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

@@ -1,4 +1,5 @@
 """Evaluation."""
+import inspect
 import json
 import os
 import re
@@ -11,14 +12,17 @@ from tiny import TinyDetector
 from torch.utils.data import DataLoader
 
 import create_data_lists
+import demo
 import detect
 import eval as eval_script
+import overfit
 import train
 from datasets import PascalVOCDataset, collate_fn
 from demo import shapes
 from errors import UserError
 from images import open_image
-from utils import make_label_map
+from model import SSD300
+from utils import calculate_mAP, make_label_map
 
 label_map = make_label_map(shapes)
 
@@ -31,13 +35,24 @@ class FindsEverything(TinyDetector):
     def detect_objects(self, locs, scores, *how):
         self.asked = how
         n = len(locs)
-        return [torch.tensor([[.25, .25, .75, .75]])] * n, [torch.tensor([2])] * n, [torch.tensor([0.9])] * n
+        return [torch.tensor([[.25, .25, .75, .75]])] * n, [torch.tensor([2])] * n, [torch.tensor([0.75])] * n
 
 
-def test_evaluation_asks_as_pascal_voc_does(voc_folder):
-    model = FindsEverything(len(label_map)).train()
-    eval_script.evaluate(DataLoader(PascalVOCDataset(voc_folder, 'TEST', True), 2, collate_fn=collate_fn), model)
+def load(folder, **options):
+    """The test images, one after the other, in batches of two."""
+    return DataLoader(PascalVOCDataset(folder, 'TEST', keep_difficult=True), 2, collate_fn=collate_fn, **options)
+
+
+def test_evaluation_asks_as_pascal_voc_does_and_returns_what_it_found(voc_folder):
+    model, loader = FindsEverything(len(label_map)).train(), load(voc_folder)
+    found = eval_script.evaluate(loader, model)
     assert model.asked == (0.01, 0.45, 200) and not model.training
+    expected = list(zip(*(loader.dataset[i][1:] for i in range(2))))
+    assert all(torch.equal(a, b) for lists in zip(found.objects, expected) for a, b in zip(*lists, strict=True))
+    for values, of_image in zip(found.detections, ([[.25, .25, .75, .75]], [2], [0.75])):
+        assert [value.tolist() for value in values] == [of_image] * 2
+    assert (found.average_precisions, found.mAP) == calculate_mAP(*found.detections, *found.objects, label_map)
+    assert found.seconds > 0
 
 
 def test_detections_of_difficult_objects_are_no_false_positives_in_eval(voc_folder, tmp_path, monkeypatch, capsys):
@@ -50,10 +65,7 @@ def test_detections_of_difficult_objects_are_no_false_positives_in_eval(voc_fold
         objects.append({'boxes': [[width / 4, height / 4, width * 3 / 4, height * 3 / 4]], 'labels': [2],
                         'difficulties': [difficult]})
     (tmp_path / 'TEST_objects.json').write_text(json.dumps(objects))
-    for name, value in (('data_folder', str(tmp_path)), ('workers', 0), ('checkpoint', 'c.pth'),
-                        ('load_detector', lambda *_: (FindsEverything(len(label_map)), label_map))):
-        monkeypatch.setattr(eval_script, name, value)
-    eval_script.main()
+    run_main(monkeypatch, FindsEverything(len(label_map)), data_folder=str(tmp_path), workers=0)
     printed, table = capsys.readouterr().out, r'circle +0 +-\nsquare +1 +1\.000\ntriangle +0 +-\nmAP +1 +1\.000\n'
     assert re.search(table, printed)
     mistakes = r'At scores above 0\.4:\n +true positive .*\n.*\nsquare( +[01]){8}\n.*\nall +1 +0 +0 +0 +0 +0 +1 +0\n'
@@ -62,42 +74,62 @@ def test_detections_of_difficult_objects_are_no_false_positives_in_eval(voc_fold
         assert len(sheet.getcolors(10)) == 1  # no mistake to show
 
 
-def test_scripts_read_what_the_one_before_wrote():
-    assert create_data_lists.output_folder == train.data_folder == eval_script.data_folder
+def test_scripts_agree():
+    """Each reads what the one before wrote; what is counted, drawn and learned is the same, unless asked otherwise."""
+    assert create_data_lists.output_folder == train.data_folder == eval_script.data_folder == overfit.data_folder
     assert train.checkpoint_path == eval_script.checkpoint == detect.checkpoint
-    assert eval_script.mistakes_min_score == detect.min_score
+    assert eval_script.mistakes_min_score == detect.min_score == overfit.min_score == demo.min_score
+    for function in detect.detect, eval_script.evaluate, SSD300.detect_objects:
+        defaults = inspect.signature(function).parameters
+        assert [defaults[name].default for name in ('max_overlap', 'top_k')] == [detect.max_overlap, detect.top_k]
+
+
+def run_main(monkeypatch, model, **parameters):
+    """Run eval.py with a stand-in for the checkpoint's model."""
+    parameters['load_detector'] = lambda *_: (model, label_map)
+    for name, value in parameters.items():
+        monkeypatch.setattr(eval_script, name, value)
+    eval_script.main()
 
 
 @pytest.mark.filterwarnings('error:.*pin_memory')
 def test_eval_runs_with_its_own_parameters(voc_folder, monkeypatch, capsys):
-    """In a folder with lists, and with a stand-in for the checkpoint."""
+    """In a folder with lists."""
     monkeypatch.chdir(voc_folder)
-    monkeypatch.setattr(eval_script, 'load_detector', lambda *_: (TinyDetector(len(label_map)), label_map))
-    eval_script.main()
-    assert '2 images' in capsys.readouterr().out
+    run_main(monkeypatch, TinyDetector(len(label_map)))
+    printed = capsys.readouterr()
+    assert re.search(r'\n2 images, [\d.]+ images/s on cpu\n', printed.out)
+    assert re.search(r'Evaluating: +100%.* 1/1 ', printed.err)
+    assert os.path.exists(eval_script.mistakes_path) and eval_script.bfloat16 is False
 
 
-@pytest.mark.parametrize('name, value', [('batch_size', 0), ('workers', -1), ('mistakes_path', 'mistakes')])
-def test_parameters_that_cannot_be_are_named(monkeypatch, name, value):
-    monkeypatch.setattr(eval_script, name, value)
-    with pytest.raises(UserError, match=f'^{name} = {value!r} in eval.py: '):
-        eval_script.main()
+def test_only_the_first_process_prints(voc_folder, monkeypatch, capsys):
+    monkeypatch.setattr(eval_script, 'get_rank', lambda: 1)
+    monkeypatch.setattr(eval_script, 'get_world_size', lambda: 2)
+    run_main(monkeypatch, TinyDetector(len(label_map)), data_folder=voc_folder, workers=0)
+    assert capsys.readouterr() == ('', '') and not os.path.exists(eval_script.mistakes_path)
 
 
 @pytest.mark.parametrize('bfloat16', [False, True])
-def test_main_evaluates_in_16_bits_only_if_its_parameter_says_so(voc_folder, monkeypatch, bfloat16):
-    asked = []
-    monkeypatch.setattr(eval_script, 'load_detector', lambda *_: (TinyDetector(len(label_map)), label_map))
-    monkeypatch.setattr(eval_script, 'evaluate', lambda *_, **options: asked.append(options))
-    for name, value in {'data_folder': voc_folder, 'workers': 0, 'bfloat16': bfloat16}.items():
-        monkeypatch.setattr(eval_script, name, value)
-    eval_script.main()
-    assert asked == [{'bfloat16': bfloat16, 'mistakes_path': eval_script.mistakes_path,
-                      'mistakes_min_score': eval_script.mistakes_min_score}]
+def test_in_16_bits_only_if_its_parameter_says_so(voc_folder, monkeypatch, bfloat16):
+    dtypes = set()
+
+    class Model(TinyDetector):
+        def forward(self, image):
+            dtypes.add(self.head(image[:, :, 0, 0]).dtype)
+            return super().forward(image)
+
+    run_main(monkeypatch, Model(len(label_map)), data_folder=voc_folder, workers=0, bfloat16=bfloat16)
+    assert dtypes == {torch.bfloat16 if bfloat16 else torch.float32}
+
+
+def test_a_path_that_cannot_be_is_named_first(monkeypatch):
+    with pytest.raises(UserError, match=r"^mistakes_path = 'mistakes' in eval.py: end it in .png"):
+        run_main(monkeypatch, None, mistakes_path='mistakes')
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs Linux, to know how many files are open')
-def test_an_evaluation_keeps_no_files_open(voc_folder, capsys):
+def test_an_evaluation_keeps_no_files_open(voc_folder):
     """A worker sends tensors as files in shared memory, which are open as long as a tensor lives."""
     import resource  # Windows has none
     dataset = PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
@@ -105,24 +137,10 @@ def test_an_evaluation_keeps_no_files_open(voc_folder, capsys):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) + 60, limits[1]))
     try:
-        eval_script.evaluate(loader, TinyDetector(len(label_map)))
+        found = eval_script.evaluate(loader, TinyDetector(len(label_map)))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert '100 images, ' in capsys.readouterr().out
-
-
-def test_the_first_process_shows_how_far_an_evaluation_is(voc_folder, capsys):
-    dataset = PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
-    eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), TinyDetector(len(label_map)))
-    printed = capsys.readouterr()
-    assert re.search(r'Evaluating: +100%.* 2/2 ', printed.err) and 'mAP' in printed.out
-
-
-def test_only_the_first_process_prints_an_evaluation(voc_folder, monkeypatch, capsys):
-    model, dataset = TinyDetector(len(label_map)), PascalVOCDataset(voc_folder, 'TEST', keep_difficult=True)
-    monkeypatch.setattr(eval_script, 'get_rank', lambda: 1)
-    eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), model)
-    assert capsys.readouterr() == ('', '')
+    assert all(len(values) == 100 for values in (*found.detections, *found.objects))
 
 
 @pytest.fixture
@@ -145,23 +163,22 @@ def images(voc_folder, tmp_path):
 
 
 def test_eval_and_detect_find_the_same(images, monkeypatch):
-    """The same input to the last bit, the same precision, the same detections."""
-    inputs, settings, found = [], [], []
+    """The same input to the last bit, the same precision, the same detections; what PyTorch was set to stays."""
+    inputs, settings, cudnn = [], [], torch.backends.cudnn
+    for name in 'allow_tf32', 'benchmark', 'deterministic':
+        monkeypatch.setattr(cudnn, name, True)
 
     class Model(TinyDetector):
         def forward(self, image):
             inputs.append(image.clone())
-            settings.append((torch.backends.cudnn.enabled, torch.is_autocast_enabled('cpu'),
-                             torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
+            settings.append((cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic))
             return super().forward(image)
 
-    monkeypatch.setattr(eval_script, 'calculate_mAP', lambda *lists: (found.extend(lists[:3]), ({}, 0.))[1])
-    before = [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark]
     model, dataset = Model(len(label_map)), PascalVOCDataset(images, 'TEST')
-    eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), model, min_score=0.5, top_k=50)
+    found = eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), model, min_score=0.5, top_k=50)
     assert len(inputs) == len(dataset) == 30
     n_found = 0
-    for path, boxes, labels, scores in zip(dataset.images, *found):
+    for path, boxes, labels, scores in zip(dataset.images, *found.detections):
         image = open_image(path)
         detections = detect.find_objects(image, 0.5, 0.45, 50, model, label_map)
         assert [label_map[label] for label, _, _ in detections] == [label for label in labels.tolist() if label > 0]
@@ -171,20 +188,11 @@ def test_eval_and_detect_find_the_same(images, monkeypatch):
         n_found += len(detections)
     assert n_found > 100
     assert all(map(torch.equal, inputs[:30], inputs[30:]))
-    assert set(settings) == {(True, False, False, False)}
-    assert [torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark] == before
-
-
-def test_an_evaluation_in_16_bits_is_asked_for(voc_folder, monkeypatch):
-    for script_says, bits in ((False, torch.float32), (True, torch.bfloat16)):
-        dtypes = set()
-
-        class Model(TinyDetector):
-            def forward(self, image):
-                dtypes.add(self.head(image[:, :, 0, 0]).dtype)
-                return super().forward(image)
-
-        loader = DataLoader(PascalVOCDataset(voc_folder, 'TEST', True), collate_fn=collate_fn)
-        eval_script.evaluate(loader, Model(len(label_map)), bfloat16=script_says)
-        assert dtypes == {bits}
-    assert eval_script.bfloat16 is False
+    assert set(settings) == {(False, True, True, True)} and cudnn.allow_tf32
+    broken = torch.nn.Module()
+    broken.priors_cxcy = torch.zeros(1)
+    for run in (lambda: detect.find_objects(image, 0.5, 0.45, 50, broken, label_map),
+                lambda: eval_script.evaluate(load(images), broken)):
+        with pytest.raises(NotImplementedError):
+            run()
+        assert cudnn.allow_tf32  # also after an error

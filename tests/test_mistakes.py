@@ -61,8 +61,10 @@ def test_missed_objects_are_those_that_no_correction_would_find():
     counts, false_positives, missed = mistakes.find_mistakes(lists, label_map, 0.4)
     assert counts == {'cat': Counter({'true positive': 1, 'localization': 1, 'missed': 1}),
                       'dog': Counter({'classification': 1})}
-    assert [mistake[3].tolist() for mistake in missed['cat']] == [true_boxes[2].tolist()] and not missed['dog']
-    assert [mistake[4] for mistake in false_positives['dog']] == ['dog 0.90\nclassification: cat']
+    assert [mistake.true_box.tolist() for mistake in missed['cat']] == [true_boxes[2].tolist()] and not missed['dog']
+    [wrong] = false_positives['dog']
+    assert (wrong.kind, wrong.image, wrong.label, wrong.true_label) == ('classification', 0, 'dog', 'cat')
+    assert wrong.box.tolist() == wrong.true_box.tolist() == true_boxes[0].tolist()
 
 
 def random_lists(n_images):
@@ -100,8 +102,10 @@ def test_kinds_add_up_to_all_detections_and_objects():
             n_objects = ((true_labels == index) & (difficult == 0)).sum()
             assert of_label['true positive'] + of_label['missed'] <= n_objects
             assert len(missed[label]) == of_label['missed']
-            scores = [score for score, *_ in false_positives[label]]
+            scores = [mistake.score for mistake in false_positives[label]]
             assert scores == sorted(scores, reverse=True) and scores[-1] > min_score
+            areas = [(mistake.true_box[2:] - mistake.true_box[:2]).prod() for mistake in missed[label]]
+            assert areas == sorted(areas, reverse=True) and (len(areas) > 1 or min_score == 0)
 
 
 def test_the_sheet_shows_the_highest_scores(tmp_path, capsys):
@@ -160,7 +164,7 @@ def test_tiles_shrink_images_and_cut_off_captions(tmp_path):
         top = ImageChops.invert(sheet.crop((0, 20, 50, 54))).getbbox()
         assert top[0] <= 4 and top[2] == 40 and 2 <= top[1] < top[3] < 20  # one line, cut off
         left, top, right, bottom = ImageChops.invert(sheet.crop((0, 74, 50, 108))).getbbox()
-        assert 2 <= left <= 4 and right < 12 and 2 <= top and 20 < bottom <= 34  # two lines
+        assert 2 <= left <= 4 and right < 12 and top >= 2 and 20 < bottom <= 34  # two lines
         for box in (50, 20, 100, 54), (50, 54, 100, 108):
             assert sheet.crop(box).getextrema() == ((255, 255),) * 3
     mistakes.save_tiles(tmp_path / 's.png', [[], []], 40, 20)
