@@ -381,17 +381,29 @@ def copy_scripts(folder):
             shutil.copy(os.path.join(root, name), folder)
 
 
-@pytest.mark.parametrize('n_objects', [1, 3, 40])
-def test_plain_matching_gives_what_the_loss_does(n_objects):
-    (block,), names = section('Multibox loss')[1], {}
-    exec(block, names)
-    priors_cxcy, boxes = create_prior_boxes(), random_boxes(n_objects)
-    boxes[-1] = boxes[0]  # wants the same prior
-    labels = torch.randint(1, 21, (n_objects,))
-    true_boxes, true_classes = names['match'](boxes, labels, priors_cxcy)
-    [expected_boxes], [expected_classes] = MultiBoxLoss(priors_cxcy).match([boxes], [labels])
-    assert true_classes.equal(expected_classes) and (true_classes > 0).sum() >= n_objects
-    assert true_boxes[true_classes > 0].equal(expected_boxes[true_classes > 0])
+def function(text, name):
+    """The syntax tree of a function in Python code, without its docstring (comments are not in it)."""
+    [node] = [node for node in ast.parse(text).body if getattr(node, 'name', None) == name]
+    if ast.get_docstring(node) is not None:
+        del node.body[0]
+    return node
+
+
+def test_matching_is_the_function_that_runs():
+    (block,) = section('Multibox loss')[1]
+    assert ast.dump(function(block, 'match')) == ast.dump(function(read('model.py'), 'match'))
+
+
+def test_training_loop_is_the_one_that_runs():
+    """Its statements, all but the print, are those of train.py, in the same order."""
+    loop = ast.parse(section('Training')[1][0]).body[-1]
+    code_loop = function(read('train.py'), 'train').body[-1]
+    assert ast.unparse(loop.target) in ast.unparse(code_loop.target) and loop.iter.id in ast.unparse(code_loop.iter)
+    *statements, last = map(ast.unparse, loop.body)
+    assert len(statements) == 5 and last.startswith('print(')
+    in_order = sorted((node for node in ast.walk(code_loop) if isinstance(node, ast.stmt)), key=lambda n: n.lineno)
+    code_statements = iter(map(ast.unparse, in_order))
+    assert all(statement in code_statements for statement in statements)  # `in` goes on where it stopped
 
 
 def test_the_plain_loop_learns(tmp_path, monkeypatch, capsys):
