@@ -1,38 +1,53 @@
-"""Checkpoints: what training saves and loads."""
-import io
+"""Checkpoints: what training saves and loads, and what a training can start from."""
 import os
 import pickle
+import re
 
 import pytest
 import torch
 from conftest import kept_checkpoint, root
 from harmful import Malicious, Program
+from torch import nn
 
-import detect
-import eval as eval_script
 import train
-from checkpoints import load_checkpoint, load_detector, save_checkpoint
+from checkpoints import load_checkpoint, load_detector, save_checkpoint, start_from
+from convert_checkpoint import convert
 from errors import UserError
-from model import SSD300
+from model import SSD300, VGGBase
+from torchvision_weights import from_torchvision, names
+from utils import make_label_map
 
 
-def test_checkpoint_round_trip(tmp_path):
-    model, path = SSD300(n_classes=3, thin=16), str(tmp_path / 'c.pth')
+def line_of(path, read=load_checkpoint):
+    """The one line that says why a checkpoint is refused, without its path."""
+    with pytest.raises(UserError) as error:
+        read(path)
+    assert str(path) in str(error.value) and '\n' not in str(error.value)
+    return str(error.value).replace(str(path), '').strip()
+
+
+@pytest.mark.parametrize('thin', [1, 2, 4, 64])
+def test_checkpoint_round_trip(tmp_path, thin):
+    model, path = SSD300(n_classes=3, thin=thin), str(tmp_path / 'c.pth')
     model.priors_cxcy *= 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    save_checkpoint(path, 4, model, optimizer, {'background': 0, 'a': 1, 'b': 2}, seed=7)
-    saved = load_checkpoint(path)
-    assert saved['epoch'] == 4 and saved['seed'] == 7 and saved['optimizer']['param_groups'][0]['lr'] == 0.5
-    loaded, label_map = load_detector(path)
-    assert label_map == saved['label_map'] and torch.equal(loaded.priors_cxcy, model.priors_cxcy)
-    assert 'priors_cxcy' in saved['model'] and 'priors_cxcy' not in saved
-    for (key, a), (other_key, b) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
-        assert key == other_key and torch.equal(a, b)
+    save_checkpoint(path, 4, model, optimizer, make_label_map(['a', 'b']), seed=7, mAP=0.5)
     assert os.listdir(tmp_path) == ['c.pth']
+    saved = load_checkpoint(path)
+    assert (saved['epoch'], saved['seed'], saved['thin'], saved['mAP'], saved['version']) == (4, 7, thin, 0.5, 2)
+    assert saved['optimizer']['param_groups'][0]['lr'] == 0.5 and saved['optimizer_kind'] == 'SGD'
+    del saved['thin']  # as earlier versions of the project wrote it
+    torch.save(saved, tmp_path / 'earlier.pth')
+    for name in ('c.pth', 'earlier.pth'):
+        loaded, label_map = load_detector(tmp_path / name)
+        assert label_map == {'background': 0, 'a': 1, 'b': 2} and loaded.thin == thin
+        for (key, a), (other_key, b) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
+            assert key == other_key and torch.equal(a, b)
 
-    torch.save(saved | {'label_map': {'background': 0, 'a': 1}}, path)
-    with pytest.raises(UserError, match='c.pth does not fit'):
-        load_detector(path)
+
+def test_a_checkpoint_may_have_only_a_model(tmp_path):
+    save_checkpoint(tmp_path / 'c.pth', 3, SSD300(2, thin=64), None, {'background': 0, 'cat': 1}, seed=4)
+    assert set(load_checkpoint(tmp_path / 'c.pth')) == {'version', 'epoch', 'label_map', 'seed', 'thin', 'model'}
 
 
 def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -44,93 +59,48 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, 'save', interrupted)
-    model = SSD300(n_classes=2, thin=64)
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(str(path), 0, model, torch.optim.SGD(model.parameters(), lr=1), {}, 0)
+        save_checkpoint(str(path), 0, SSD300(n_classes=2, thin=64), None, {}, 0)
     assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['c.pth']
 
 
+@pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('zipped', [True, False])
-def test_a_checkpoint_with_code_in_it_is_refused(tmp_path, zipped):
+def test_no_code_in_a_checkpoint_is_run(tmp_path, zipped, capfd):
     content = {'epoch': 0, 'label_map': {}, 'model': Malicious(str(tmp_path / 'harm'))}
     torch.save(content, tmp_path / 'c.pth', _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match='mkdir, which could be harmful') as error:
-        load_checkpoint(str(tmp_path / 'c.pth'))
-    assert not (tmp_path / 'harm').exists() and '\n' not in str(error.value)
+    torch.jit.script(Program()).save(str(tmp_path / 'program.pth'))
+    for name in ('c.pth', 'program.pth'):
+        assert 'holds more than plain values and tensors, which could be harmful' in line_of(tmp_path / name)
+    assert not (tmp_path / 'harm').exists() and 'harm' not in capfd.readouterr().out
 
 
-@pytest.mark.filterwarnings('ignore')
-def test_a_program_is_refused(tmp_path, capfd):
-    torch.jit.script(Program()).save(str(tmp_path / 'c.pth'))
-    with pytest.raises(UserError, match='TorchScript'):
-        load_checkpoint(str(tmp_path / 'c.pth'))
-    assert 'harm' not in capfd.readouterr().out
-
-
-@pytest.mark.parametrize('content', [b'', b'text', b'PK\x03\x04 no zip', pickle.dumps({'epoch': 1}), None])
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, recwarn):
+def test_a_damaged_checkpoint_is_named(tmp_path, recwarn):
     path = tmp_path / 'c.pth'
-    if content is None:
-        file = io.BytesIO()
-        torch.save({'weights': torch.zeros(3)}, file)
-        content = file.getvalue()
-    path.write_bytes(content)
-    with pytest.raises(UserError, match='c.pth') as error:
-        load_checkpoint(str(path))
-    assert '\n' not in str(error.value) and not recwarn.list
+    save_checkpoint(path, 0, SSD300(2, thin=64), None, {'background': 0, 'cat': 1}, 0)
+    content = path.read_bytes()
+    for damaged in (b'', b'text', b'PK\x03\x04 no zip', pickle.dumps({'epoch': 1}), content[:len(content) // 2],
+                    content[:100], bytes(4096) + content[4096:], content.replace(b'OrderedDict', b'OrderedEict'),
+                    content.replace(b'}q', b'\xfdq', 1)):
+        path.write_bytes(damaged)
+        assert re.fullmatch('is damaged, or holds more than plain values and tensors, which could be harmful '
+                            r'\(\w+Error\): take a checkpoint that train.py wrote', line_of(path))
+    assert not recwarn.list
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    path = str(tmp_path / 'c.pth')
-    model = torch.nn.Linear(2, 2)
-    model.register_buffer('priors_cxcy', torch.zeros(3, 4))
-    save_checkpoint(path, 0, model, torch.optim.SGD(model.parameters(), lr=1), {'background': 0, 'cat': 1}, 0)
-    with open(path, 'rb') as file:
-        content = file.read()
-    damages = (content[:len(content) // 2], content[:100], bytes(4096) + content[4096:],
-               content.replace(b'OrderedDict', b'OrderedEict'), content.replace(b'}q', b'\xfdq', 1))
-    reasons = ('RuntimeError', 'RuntimeError', 'RuntimeError',
-               'it calls collections.OrderedEict, which could be harmful', 'UnpicklingError')
-    for damaged, reason in zip(damages, reasons, strict=True):
-        with open(path, 'wb') as file:
-            file.write(damaged)
-        with pytest.raises(UserError) as error:
-            load_checkpoint(path)
-        message = str(error.value)
-        assert message == f'{path} is damaged or no checkpoint ({reason}): take one that train.py wrote'
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_without_memory_a_checkpoint_is_not_called_damaged(monkeypatch, error):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(type(error)):
+        load_checkpoint(kept_checkpoint)
 
 
-def test_a_missing_checkpoint_says_how_to_make_it(tmp_path):
-    with pytest.raises(UserError, match='python train.py'):
-        load_checkpoint(str(tmp_path / 'none.pth'))
-
-
-@pytest.mark.parametrize('thin', [1, 2, 4, 64])
-def test_a_checkpoint_knows_how_thin_it_is(tmp_path, thin):
-    network, path = SSD300(n_classes=3, thin=thin), str(tmp_path / 'c.pth')
-    optimizer = torch.optim.SGD(network.parameters(), lr=1)
-    save_checkpoint(path, 0, network, optimizer, {'background': 0, 'a': 1, 'b': 2}, seed=0)
-    loaded, _ = load_detector(path)
-    assert all(torch.equal(loaded.state_dict()[key], values) for key, values in network.state_dict().items())
-    assert loaded.base.conv7.out_channels == 1024 // thin and loaded.pred_convs.cl_conv7.out_channels == 18
-
-
-@pytest.mark.parametrize('first_layer', [{}, {'base.conv1_1.bias': torch.zeros(0)}, {'base.conv1_1.bias': 3},
-                                         {'base.conv1_1.bias': torch.zeros(21)}])
-def test_weights_with_another_first_layer_are_no_detector(tmp_path, first_layer):
-    saved = load_checkpoint(kept_checkpoint)
-    saved['model'] = {'priors_cxcy': saved['model']['priors_cxcy'], **first_layer}
-    torch.save(saved, tmp_path / 'c.pth')
-    with pytest.raises(UserError, match='c.pth does not fit SSD300 with its classes') as error:
-        load_detector(tmp_path / 'c.pth')
-    assert '\n' not in str(error.value)
-
-
-def test_a_checkpoint_may_have_only_a_model(tmp_path):
-    save_checkpoint(tmp_path / 'c.pth', 3, SSD300(2, thin=64), None, {'background': 0, 'cat': 1}, seed=4)
-    saved = load_checkpoint(tmp_path / 'c.pth')
-    assert set(saved) == {'version', 'epoch', 'label_map', 'seed', 'model'} and saved['epoch'] == 3
-    assert load_detector(tmp_path / 'c.pth')[1] == {'background': 0, 'cat': 1}
+@pytest.mark.parametrize('path', ['none.pth', '.'])
+def test_a_missing_checkpoint_says_how_to_make_it(tmp_path, path):
+    assert line_of(tmp_path / path).startswith('no checkpoint at') and 'python train.py' in line_of(tmp_path / path)
 
 
 def write_kept_checkpoint(path):
@@ -168,44 +138,98 @@ def test_checkpoints_of_all_versions_are_read(version):
         assert (optimizer.state[parameter]['momentum_buffer'] == 500 + i).all()
 
 
+damaged = 'is damaged: take another checkpoint'
+
+
+damaged = 'is damaged: take another checkpoint'
+
+
 @pytest.mark.parametrize('change, line', [
     ({'version': 3}, 'has version 3, and is from a newer version of this project, which writes version 2'),
     ({'epoch': None}, "lacks ['epoch']"), ({'label_map': ['cat', 'dog']}, "lacks ['label_map']"),
-    ({'model': 3, 'seed': []}, "lacks ['model', 'seed']"), ({'optimizer': []}, 'is damaged'),
-    ({'model': {}}, 'is damaged'), ({'label_map': {'background': 0, 'cat': 9, 'dog': 2}}, 'is damaged')])
+    ({'model': 3, 'seed': []}, "lacks ['model', 'seed']"), ({'optimizer': []}, damaged), ({'model': {}}, damaged),
+    ({'label_map': {}}, damaged), ({'label_map': {'background': 0, 'cat': 9, 'dog': 2}}, damaged),
+    ({'thin': 3}, damaged), ({'thin': '1'}, damaged), ({'thin': None}, damaged), ({'thin': 2}, 'does not fit SSD300'),
+    ({'label_map': {'background': 0, 'a': 1}}, "does not fit SSD300 with its classes ['background', 'a']"),
+    ({'priors_cxcy': 'no tensor'}, damaged), ({'priors_cxcy': torch.rand(3, 4)}, 'the feature_maps of utils.py: '),
+    ({'priors_cxcy': torch.rand(8732, 3)}, 'priors_cxcy')])
 def test_checkpoints_that_cannot_be_used_are_named(tmp_path, change, line):
-    saved = load_checkpoint(kept_checkpoint)
-    torch.save(saved | change, tmp_path / 'c.pth')
-    with pytest.raises(UserError, match='c.pth') as error:
-        load_checkpoint(tmp_path / 'c.pth')
-    assert line in str(error.value) and '\n' not in str(error.value)
+    torch.save(torch.load(kept_checkpoint, weights_only=True) | change, tmp_path / 'c.pth')
+    assert line in line_of(tmp_path / 'c.pth', load_detector)
 
 
-@pytest.mark.parametrize('priors', [torch.rand(3, 4), torch.rand(8732, 3), 'no tensor'])
-def test_other_priors_are_named(tmp_path, priors):
-    torch.save(torch.load(kept_checkpoint, weights_only=True) | {'priors_cxcy': priors}, tmp_path / 'c.pth')
-    with pytest.raises(UserError, match='c.pth does not fit .* feature_maps of utils.py: .*priors_cxcy') as error:
-        load_detector(tmp_path / 'c.pth')
-    assert '\n' not in str(error.value)
-
-
-def test_weights_saved_by_hand_bring_their_priors():
-    """After a start from COCO, the priors are not those of a new SSD300."""
-    trained, fresh = SSD300(2, thin=64), SSD300(2, thin=64)
-    trained.priors_cxcy *= 0.9
-    fresh.load_state_dict(trained.state_dict())
-    assert torch.equal(fresh.priors_cxcy, trained.priors_cxcy)
+@pytest.mark.parametrize('first_layer, line', [
+    ({}, damaged), ({'base.conv1_1.bias': 3}, damaged), ({'base.conv1_1.bias': torch.zeros(21)}, damaged),
+    ({3: torch.zeros(21)}, damaged), ({'base.conv1_1.bias': torch.zeros(0)}, 'does not fit SSD300 with its classes')])
+def test_weights_with_another_first_layer_are_no_detector(tmp_path, first_layer, line):
+    saved = torch.load(kept_checkpoint, weights_only=True)
+    torch.save(saved | {'model': first_layer}, tmp_path / 'c.pth')
+    assert line in line_of(tmp_path / 'c.pth', load_detector)
 
 
 @pytest.mark.parametrize('version', ['1.0.1', '1.4.0'])
-def test_scripts_say_how_to_convert_an_earlier_checkpoint(voc_folder, monkeypatch, version):
-    earlier = os.path.join(root, 'tests', f'earlier_torch_{version}.pth')
-    line = f'{earlier} is a checkpoint of the earlier implementation: convert it with "python convert_checkpoint.py ' \
-           f'{earlier} NEW"'
-    for script in (train, eval_script):
-        for name, value in (('data_folder', voc_folder), ('checkpoint', earlier), ('workers', 0)):
-            monkeypatch.setattr(script, name, value)
-    for main in (train.main, eval_script.main, lambda: detect.kept_detector(earlier)):
-        with pytest.raises(UserError) as error:
-            main()
-        assert str(error.value) == line
+def test_an_earlier_checkpoint_says_how_to_convert_it(version):
+    path = os.path.join(root, 'tests', f'earlier_torch_{version}.pth')
+    with pytest.raises(UserError) as error:
+        load_checkpoint(path)
+    assert str(error.value) == (f'{path} is a checkpoint of the earlier implementation: convert it with '
+                                f'"python convert_checkpoint.py {path} NEW"')
+
+
+@pytest.mark.parametrize('load', [
+    lambda _: load_detector(kept_checkpoint), lambda _: start_from(kept_checkpoint, {'background': 0, 'cat': 1}, 1),
+    lambda path: convert(os.path.join(root, 'tests', 'earlier_torch_1.4.0.pth'), path),
+    lambda _: from_torchvision(dict.fromkeys(names, torch.zeros(8)))])
+def test_a_mistake_in_a_layer_is_not_blamed_on_the_file(tmp_path, monkeypatch, load):
+    """A student who mistypes a layer sees the traceback of that line."""
+    def mistyped(self, pretrained=False):
+        nn.Module.__init__(self)
+        self.conv1_1 = nn.conv2d(3, 64, kernel_size=3, padding=1)
+
+    monkeypatch.setattr(VGGBase, '__init__', mistyped)
+    with pytest.raises(AttributeError, match='conv2d') as error:
+        load(str(tmp_path / 'c.pth'))
+    assert error.traceback[-1].name == 'mistyped'
+
+
+@pytest.fixture(scope='module')
+def shapes_detector(tmp_path_factory):
+    """A detector of circles and squares, with other priors than a new one's; and the path of its checkpoint."""
+    detector, path = SSD300(3, thin=32), str(tmp_path_factory.mktemp('shapes') / 'shapes.pth')
+    detector.priors_cxcy *= 0.9
+    for layer in detector.pred_convs.children():
+        nn.init.normal_(layer.bias)
+    save_checkpoint(path, 3, detector, None, make_label_map(['circle', 'square']), seed=0)
+    return detector, path
+
+
+@pytest.mark.parametrize('labels', [['circle', 'square'], ['triangle', 'square', 'circle'], ['square'], ['dog', 'cat']])
+@torch.no_grad()
+def test_a_start_from_a_checkpoint_keeps_what_has_the_same_name(shapes_detector, labels):
+    trained, path = shapes_detector
+    model, new_labels = start_from(path, make_label_map(labels), 32)
+    assert new_labels == [label for label in labels if label not in ('circle', 'square')]
+    assert torch.equal(model.priors_cxcy, trained.priors_cxcy) and model.thin == 32
+    image = torch.randn(1, 3, 300, 300)
+    (locs, scores), (trained_locs, trained_scores) = model(image), trained(image)
+    torch.testing.assert_close(locs, trained_locs)
+    old = ['background', 'circle', 'square']
+    for index, label in enumerate(['background', *labels]):
+        if label in old:
+            torch.testing.assert_close(scores[:, :, index], trained_scores[:, :, old.index(label)])
+    for name, layer in model.pred_convs.named_children():
+        for label in new_labels if name.startswith('cl_') else ():  # as in a new SSD300: random weights, no bias
+            index = 1 + labels.index(label)
+            assert layer.weight.unflatten(0, (-1, model.n_classes))[:, index].std() > 0.01
+            assert not layer.bias.view(-1, model.n_classes)[:, index].any()
+
+
+def test_what_cannot_be_started_from_is_named(shapes_detector, tmp_path):
+    def start(path, thin=32):
+        return start_from(path, make_label_map(['cat']), thin)
+
+    assert line_of(shapes_detector[1], lambda path: start(path, thin=1)) == (
+        'has thin = 32, but train.py has thin = 1: set thin = 32 there')
+    assert 'no checkpoint at' in line_of(tmp_path / 'none.pth', start)
+    earlier = os.path.join(root, 'tests', 'earlier_torch_1.4.0.pth')
+    assert 'convert it with "python convert_checkpoint.py' in line_of(earlier, start)

@@ -14,13 +14,12 @@ from torchvision.models.detection.image_list import ImageList
 import detect
 import eval as eval_script
 import torchvision_weights
-import train
-from checkpoints import load_checkpoint
+from checkpoints import start_from
 from datasets import to_input
 from demo import draw_image
 from errors import UserError
-from model import SSD300
-from torchvision_weights import coco_default_boxes, coco_detector, coco_index, from_torchvision, start_from_coco
+from model import thin_out
+from torchvision_weights import coco_default_boxes, coco_detector, coco_index, from_torchvision
 from utils import (
     cxcy_to_xy,
     find_jaccard_overlap,
@@ -102,7 +101,7 @@ def test_predictions_equal_torchvisions(theirs):
     boxes, labels = boxes[labels // 90], labels % 90 + 1
     kept = non_maximum_suppression(boxes, probabilities, labels, 0.45)[:60]
     found = theirs([to_pixels(image)])[0]
-    assert 0.05 < found['scores'][49] and found['scores'][0] < 0.999
+    assert found['scores'][49] > 0.05 and found['scores'][0] < 0.999
     for box, label, score in zip(found['boxes'][:50] / 300, found['labels'], found['scores']):
         same = kept[labels[kept] == label]
         overlaps = find_jaccard_overlap(box[None], boxes[same])[0]
@@ -119,27 +118,32 @@ def test_a_choice_of_classes_keeps_their_scores(theirs):
     torch.testing.assert_close(some_scores, scores[:, :, [0, 17, 3]], atol=1e-4, rtol=1e-4)
 
 
-def test_other_weights_are_refused():
-    with pytest.raises(UserError, match='ssd300_vgg16'):
-        from_torchvision({'features.0.weight': torch.zeros(1)})
+def refused(state_dict):
+    """The one line that says why torchvision's weights are refused."""
+    with pytest.raises(UserError, match='ssd300_vgg16, or feature_maps in utils.py were changed: ') as error:
+        from_torchvision(state_dict)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize('key, shape, line', [
+    ('backbone.features.0.weight', None, 'backbone.features.0.weight is missing'),
+    ('head.classification_head.module_list.0.bias', None, 'head.classification_head.module_list.0.bias is missing'),
+    ('backbone.features.2.weight', (64, 64, 5, 5), 'size mismatch for base.conv1_2.weight'),
+    ('backbone.features.0.weight', (64,), 'size mismatch for base.conv1_1.weight'),
+    ('backbone.scale_weight', (256,), 'size mismatch for rescale_factors'),
+    ('head.regression_head.module_list.1.bias', (23,), 'unflatten')])
+def test_other_weights_are_refused(theirs, key, shape, line):
+    state_dict = theirs.state_dict()
+    del state_dict[key]
+    assert line in refused(state_dict if shape is None else state_dict | {key: torch.zeros(shape)})
 
 
 def test_other_feature_maps_are_refused(theirs, monkeypatch):
-    fewer = dict(list(torchvision_weights.feature_maps.items())[:5])
-    monkeypatch.setattr(torchvision_weights, 'feature_maps', fewer)
-    with pytest.raises(UserError, match='feature_maps in utils.py were changed') as error:
-        from_torchvision(theirs.state_dict())
-    assert '\n' not in str(error.value)
-
-
-def test_weights_trained_from_coco_keep_its_priors(theirs, monkeypatch):
-    """Even if they are saved by hand and loaded into a new SSD300."""
-    monkeypatch.setattr(torchvision_weights, 'download_coco', theirs.state_dict)
-    model, _ = start_from_coco(make_label_map(['cat']), thin=64)
-    fresh = SSD300(2, thin=64)
-    assert not torch.equal(fresh.priors_cxcy, model.priors_cxcy)
-    fresh.load_state_dict(model.state_dict())
-    assert torch.equal(fresh.priors_cxcy, coco_default_boxes())
+    ours = torchvision_weights.feature_maps
+    monkeypatch.setattr(torchvision_weights, 'feature_maps',
+                        ours | {'conv7': ours['conv7']._replace(ratios=(1, 2, 1 / 2))})
+    assert 'unflatten' in refused(theirs.state_dict())
 
 
 def test_voc_labels_have_their_names_in_coco():
@@ -149,33 +153,24 @@ def test_voc_labels_have_their_names_in_coco():
     assert coco_index('background') is coco_index('__background__') is coco_index('triceratops') is None
 
 
-def test_fine_tuning_keeps_the_rows_of_known_labels(theirs, monkeypatch):
-    monkeypatch.setattr(torchvision_weights, 'download_coco', theirs.state_dict)
-    label_map = make_label_map(['triceratops', 'sofa', 'cat'])
-    model, anew = start_from_coco(label_map)
-    assert anew == ['triceratops']
+@pytest.mark.parametrize('thin', [1, 16])
+def test_a_start_from_coco_keeps_the_scores_of_known_labels(theirs, monkeypatch, thin):
+    monkeypatch.setattr('checkpoints.download_coco', theirs.state_dict)
+    model, new_labels = start_from('coco', make_label_map(['triceratops', 'sofa', 'cat', 'couch']), thin)
+    assert new_labels == ['triceratops'] and model.thin == thin
     coco = from_torchvision(theirs.state_dict())
-    torch.testing.assert_close(model.priors_cxcy, coco.priors_cxcy)
+    thin_out(coco, thin)
+    assert torch.equal(model.priors_cxcy, coco_default_boxes())
     for (key, mine), other in zip(model.state_dict().items(), coco.state_dict().values(), strict=True):
         if '.cl_' not in key:
             assert torch.equal(mine, other), key
             continue
-        mine, other = mine.unflatten(0, (-1, 4)), other.unflatten(0, (-1, 91))
-        assert torch.equal(mine[:, [0, 2, 3]], other[:, [0, coco_index('sofa'), coco_index('cat')]])
+        mine, other = mine.unflatten(0, (-1, 5)), other.unflatten(0, (-1, 91))
+        assert torch.equal(mine[:, [0, 2, 3, 4]], other[:, [0, *map(coco_index, ('sofa', 'cat', 'couch'))]])
         if key.endswith('.bias'):
             assert (mine[:, 1] == 0).all()
         else:
             assert mine[:, 1].abs().max() > 0 and not torch.equal(mine[:, 1], other[:, 1])
-
-
-def test_train_says_which_labels_start_anew(theirs, voc_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torchvision_weights, 'download_coco', theirs.state_dict)
-    for name, value in (('data_folder', voc_folder), ('pretrained', 'coco'), ('workers', 0), ('epochs', 1),
-                        ('checkpoint_path', str(tmp_path / 'a.pth')), ('lr', 1e-6)):
-        monkeypatch.setattr(train, name, value)
-    train.main()
-    assert "['circle', 'square', 'triangle']" in capsys.readouterr().out
-    torch.testing.assert_close(load_checkpoint(tmp_path / 'a.pth')['model']['priors_cxcy'], coco_default_boxes())
 
 
 def lists_with_labels(voc_folder, folder, labels):
