@@ -1,12 +1,16 @@
 """Image files of any kind, as upright images in 8-bit RGB; and sheets of images with captions."""
 import errno
 import os
-from contextlib import contextmanager
+import warnings
+from glob import glob
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from errors import UserError, one_line
+
+# Pillow refuses images above 179 million pixels, see `load_image`. From half of that on, it would warn of an attack.
+warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
 def is_image(name):
@@ -16,82 +20,158 @@ def is_image(name):
 
 
 def list_images(paths):
-    """Replace each folder among the paths with the images in it, by name. Raises UserError if it has none."""
+    """Replace each folder among the paths with the images in it, by name, and each pattern like *.jpg, which Windows
+    does not expand, with the files that match. Raises UserError if a folder has no images."""
     files = []
     for path in paths:
-        inside = [path]
-        if os.path.isdir(path):
-            inside = [os.path.join(path, name) for name in sorted(os.listdir(path))
-                      if is_image(name) and not name.startswith('.')]  # macOS's hidden files are not images
-        if not inside:
-            raise UserError(f'{path} has no images in it: give an image, or a folder with images')
-        files += inside
+        for match in [path] if os.path.exists(path) else sorted(glob(path)) or [path]:
+            inside = [match]
+            if os.path.isdir(match):
+                inside = [os.path.join(match, name) for name in sorted(os.listdir(match))
+                          if is_image(name) and not name.startswith('.')]  # macOS's hidden files are not images
+            if not inside:
+                raise UserError(f'{match} has no images in it: give an image, or a folder with images')
+            files += inside
     return files
 
 
-@contextmanager
-def opened_image(path):
-    """Open an image file; the pixels are read when they are needed.
+def open_image(path, if_missing='check the path'):
+    """Read an image file as an upright PIL image in 8-bit RGB, see `to_rgb`.
 
-    :raises UserError: the file is missing, or is not an image that Pillow can read whole
-    :raises OSError: the file may be good, but the system can't read it: too many open files, no permission, ...
-    :raises MemoryError: there is not enough memory for its pixels"""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: check the path') from None
-    except (MemoryError, UserError):
-        raise
-    except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
-        # Pillow's own OSErrors have no number. EINVAL is the system's answer to an offset before the beginning.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            error.filename = error.filename or path
-            raise
-        convert = '; convert it to JPEG or PNG' if isinstance(error, UnidentifiedImageError) else ''
-        raise UserError(f'{path} is not an image that can be read: {one_line(error)}{convert}') from None
+    :param if_missing: the remedy in the message if the file is missing
+    :raises UserError: the file is missing or is not an image that Pillow can read whole; or the system can't read it:
+        not enough memory, too many open files, no permission, ..."""
+    return read_image(path, if_missing)[0]
 
 
 def decode_once(path):
-    """Decode an image, to find out whether it is whole. Raises the same errors as `opened_image`. Returns (width,
-    height) in pixels, as `open_image` will have them, and EXIF's orientation: 1 if the image is stored upright, 2 to 4
-    if it is upside down or mirrored, 5 to 8 if its rows are the upright image's columns."""
-    with opened_image(path) as image:
+    """Read an image file as `open_image` does, to find out whether it can. Raises the same errors.
+
+    :return: the upright image's (width, height) in pixels; EXIF's orientation, see `exif_orientation`; and bits: 16 or
+        32 if `scale_to_8_bits` had to scale it, else 8"""
+    image, orientation, bits = read_image(path)
+    return image.size, orientation, bits
+
+
+def read_image(path, if_missing='check the path'):
+    """:return: the image of `open_image`; and the orientation and bits of `decode_once`"""
+    try:
+        image, orientation = load_image(path, if_missing)
+        return to_rgb(image), orientation, bits_of_mode.get(image.mode, 8)
+    except MemoryError:
+        raise UserError(f'{path} needs more memory than there is: end other programs, or cut it into tiles') from None
+
+
+def load_image(path, if_missing):
+    """:return: a PIL image with its pixels loaded, as Pillow reads it from the file; and EXIF's orientation"""
+    try:
+        # Not Image.open(path): Pillow would map an uncompressed TIFF into memory, and not turn it upright, or wrongly.
+        with open(path, 'rb') as file, Image.open(file) as image:
+            turned = exif_orientation(image) if image.format == 'TIFF' else 1  # by Pillow, when it loads the pixels
+            image.load()
+            return image, max(turned, exif_orientation(image))
+    except FileNotFoundError:
+        raise UserError(f'{path} is missing: {if_missing}') from None
+    except Image.DecompressionBombError:
+        raise UserError(f'{path} is too large, with more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: '
+                        'cut it into tiles') from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
+        raise UserError(why_not_read(path, error)) from None
+
+
+def why_not_read(path, error):
+    """:return: in one line, why Pillow raised this error when it read a file, and the remedy if there is one"""
+    # Pillow's own OSErrors have no number. EINVAL is the system's answer to an offset before the beginning.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return f'{path} can not be read: {one_line(error.strerror)}'
+    if not isinstance(error, UnidentifiedImageError):
+        return f'{path} is not an image that can be read: {one_line(error)}'
+    with open(path, 'rb') as file:
+        start = file.read(1000).strip(b'\0\r\n\t ')
+    if start.startswith(b'version https://git-lfs'):
+        return f'{path} is not an image but a Git LFS pointer to one: run "git lfs pull"'
+    if (start.startswith(b'<') or start.isascii()) and b'<svg' not in start:
+        what = 'text, perhaps a web page with an error' if start else 'empty'
+        return f'{path} is not an image but {what}: copy or download it again'
+    return f'{path} is not an image that can be read: Pillow does not know its format; convert it to JPEG or PNG'
+
+
+turns = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # EXIF's orientation -> what turns the stored image upright
+bits_of_mode = {'I;16': 16, 'I;16B': 16, 'I;16L': 16, 'I;16N': 16, 'I': 32, 'F': 32}  # Pillow's modes of more than 8
+
+
+def exif_orientation(image):
+    """:return: EXIF's orientation of a PIL image: 1 if it is stored upright, 2 to 4 if upside down or mirrored, 5 to 8
+        if its rows are the upright image's columns"""
+    try:
         orientation = image.getexif().get(0x0112)
-        orientation = orientation if orientation in range(1, 9) else 1  # files can have any value
-        turned = orientation >= 5 and image.format != 'TIFF'  # Pillow turns a TIFF upright by itself
-        image.load()
-        return image.size[::-1] if turned else image.size, orientation
-
-
-def open_image(path):
-    """Read an image file as a PIL image in RGB, see `to_rgb`. Raises the same errors as `opened_image`."""
-    with opened_image(path) as image:
-        return to_rgb(image)
+    except Exception:  # Pillow raises nearly anything on damaged EXIF; the pixels may be good
+        return 1
+    return int(orientation) if orientation in range(1, 9) else 1  # files can have any value
 
 
 def to_rgb(image):
-    """Bring a PIL image of any mode to 8-bit RGB, turned the way its EXIF orientation says, in a new image."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in 'IF':  # one channel of 16 or 32 bits: convert('RGB') would cut off all above 255
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-        brightest = 65535 if image.mode[0] == 'I' else max(float(pixels.max()), 1e-6)
-        image = Image.fromarray((pixels * (255 / brightest)).clip(0, 255).astype(np.uint8))
+    """Bring a PIL image of any mode to 8-bit RGB, turned the way its EXIF orientation says. It stays as it is; an image
+    that is upright and in RGB already is returned itself."""
+    image.load()
+    orientation = exif_orientation(image)
+    if orientation > 1:
+        image = image.transpose(turns[orientation])
+        # ImageOps.exif_transpose would also write the other EXIF tags anew, and fails at some that cameras write.
+        for key in 'exif', 'Raw profile type exif', 'xmp', 'XML:com.adobe.xmp':
+            image.info.pop(key, None)  # so that nobody turns it again
+    if image.mode in bits_of_mode:
+        image = scale_to_8_bits(image)
     if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')  # what is transparent gets white behind it, as on a page
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+def scale_to_8_bits(image):
+    """Scale a PIL image with one channel of 16 or 32 bits to 8, mode L; convert('RGB') would cut off all above 255. The
+    darkest pixel becomes black and the brightest white, but for half a percent at either end, such as glints.
+
+    A value that means "no data" would leave few levels of gray for the rest. So NaN, infinity and numbers beyond 1e30
+    become black; and a lowest or highest value that more than half a percent of the pixels have, and that is far from
+    the others, does not count."""
+    pixels = np.asarray(image, dtype=np.float32)  # (height, width)
+    valid = np.abs(pixels) < 1e30  # (height, width); not for NaN
+    if not valid.any():
+        return Image.new('L', image.size)
+    values = pixels[valid]  # (n)
+    sample = values[::1 + len(values) // 100_000]  # enough for percentiles
+    ends = [end for end in np.percentile(sample, (0.5, 99.5)).tolist() if np.mean(sample == end) > 0.005]
+    inner = sample[~np.isin(sample, ends)]
+    low, high = np.percentile(inner if len(inner) else sample, (0.5, 99.5)).tolist()
+    reach = high - low
+    for end in ends:
+        if low - reach <= end <= high + reach:  # it is not far, so at least a third of the levels is left for the rest
+            low, high = min(low, end), max(high, end)
+    if low == high:  # nearly all pixels are the same
+        low, high = values.min().item(), values.max().item()
+    scaled = (np.where(valid, pixels, low).clip(low, high) - low) * (255 / max(high - low, 1e-30))
+    return Image.fromarray(scaled.round().astype(np.uint8))
 
 
 def check_image_path(script, name, path):
     """Raise UserError unless Pillow can write an image with the extension of this path."""
-    if not is_image(path):
+    if not is_image(path) or Image.registered_extensions()[os.path.splitext(path)[1].lower()] not in Image.SAVE:
         raise UserError(f'{name} = {path!r} in {script}: end it in .png or .jpg')
 
 
 def save_tiles(path, rows, width, height, font_size=24):
     """Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to at most this width and
     height in pixels. Below each are 34 pixels, for one line in font size 24 or two in 10."""
+    tallest = 16383 if path.lower().endswith('.webp') else 65500  # pixels, of a WebP and of a JPEG file
+    most = tallest // (height + 34)
+    if len(rows) > most:
+        print(f'{path} has room for the first {most} of {len(rows)} rows')
+        rows = rows[:most]
     columns = max(1, *map(len, rows))
     sheet = Image.new('RGB', (columns * (width + 10), len(rows) * (height + 34)), 'white')
     for y, row in enumerate(rows):
