@@ -54,7 +54,7 @@ class PascalVOCDataset(Dataset):
         if isinstance(i, tuple):
             i, seed = i
             rng = random.Random(seed)
-        image = open_image(self.images[i])
+        image = open_image(self.images[i], if_missing='the lists name it, so run "python create_data_lists.py" again')
         boxes = torch.tensor(self.objects[i]['boxes'], dtype=torch.float32).view(-1, 4)  # (n_objects, 4)
         labels = torch.tensor(self.objects[i]['labels'], dtype=torch.long)  # (n_objects)
         difficulties = torch.tensor(self.objects[i]['difficulties'], dtype=torch.uint8)  # (n_objects)
