@@ -310,10 +310,10 @@ def check_parameters():
 def check_overwriting(saved):
     """Raise UserError if training would overwrite a checkpoint. `saved` is the content of the one to go on from, or an
     empty dict; that one may be overwritten."""
-    for path in (checkpoint_path, best_of(checkpoint_path)):
-        if os.path.exists(path) and not (saved.get('optimizer') and os.path.samefile(checkpoint, checkpoint_path)):
-            raise UserError(f'{path} exists, and training would overwrite it: to go on with it, set '
-                            f"checkpoint = '{path}' in train.py; else move it and its log away")
+    existing = [path for path in (checkpoint_path, best_of(checkpoint_path)) if os.path.exists(path)]
+    if existing and not ('optimizer' in saved and os.path.samefile(checkpoint, existing[0])):
+        raise UserError(f'{existing[0]} exists, and training would overwrite it: to go on with it, set '
+                        f"checkpoint = '{existing[0]}' in train.py; else move it and its log away")
 
 
 def main():
