@@ -1,5 +1,4 @@
-"""
-Real images, of blood cells: what the detector of "A first training on a laptop" in GUIDE.md finds, and what it gets
+"""Real images, of blood cells: what the detector of "A first training on a laptop" in GUIDE.md finds, and what it gets
 wrong. Follow that section first; its folder `cells` is not in the repository.
 """
 import os
@@ -8,10 +7,20 @@ import tempfile
 from functools import cache
 
 import torch
+from drawing import (
+    dashes,
+    figure,
+    object_color,
+    outline,
+    panels,
+    prediction_color,
+    rendered,
+    series,
+    show,
+    wrong_color,
+)
 from matplotlib.lines import Line2D
-from photographs import dashes, outline, panels, rendered, show, write
 from PIL import Image
-from style import figure, object_color, prediction_color, series, wrong_color
 from trained import find_in_all
 
 import overfit
@@ -28,9 +37,7 @@ shown = (65, 10)  # test images: together, they have about as many mistakes as o
 
 @cache
 def evaluated():
-    """
-    :return: the test images, a PascalVOCDataset, and `find_in_all` of the trained detector and these
-    """
+    """:return: the test images, a PascalVOCDataset, and `find_in_all` of the trained detector and these"""
     checkpoint = os.path.join(folder, 'checkpoint_ssd300.pth')
     if not os.path.exists(checkpoint):
         sys.exit(f'Error: {checkpoint} is missing: train it as "A first training on a laptop" says')
@@ -42,7 +49,7 @@ def evaluated():
 def draw_cells():
     """True positives, false positives and missed objects in two test images."""
     test_set, lists = evaluated()
-    letters = [{'WBC': 'W', 'Platelets': 'P'}.get(label) for label in test_set.label_map]  # most boxes are red cells
+    letters = [{'WBC': 'W', 'Platelets': 'P'}.get(label, '') for label in test_set.label_map]  # red ones: ''
     fig, axes = panels(1, 2, 3.3)
     for ax, i in zip(axes, shown):
         det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties = (values[i] for values in lists)
@@ -56,10 +63,8 @@ def draw_cells():
                   for target, (box, label) in enumerate(zip(true_boxes, true_labels)) if target not in found]
         show(ax, open_image(test_set.images[i]))
         for box, label, color, style, side in boxes:
-            outline(ax, box, color, linestyle=style, linewidth=3 if color == wrong_color else 2)
-            if letters[label]:
-                x_min, y_min, x_max, _ = box.tolist()
-                write(ax, x_min if side == 'left' else x_max, y_min, letters[label], color, ha=side, va='bottom')
+            outline(ax, box, color, letters[label], f'above {side}', linestyle=style,
+                    linewidth=3 if color == wrong_color else 2)
     lines = [Line2D([], [], color=object_color), Line2D([], [], color=wrong_color, linewidth=3),
              Line2D([], [], color=prediction_color, linestyle=dashes)]
     fig.legend(lines, ('true positive', 'false positive', 'missed'), loc='outside lower center', ncols=3,

@@ -1,5 +1,4 @@
-"""
-The tutorial's diagrams and curves. Drawings on a `canvas` are measured in tenths of an inch, with y downward as in
+"""The tutorial's diagrams and curves. Drawings on a `canvas` are measured in tenths of an inch, with y downward as in
 images. Whatever numbers they show come from the project's own functions.
 """
 import csv
@@ -10,31 +9,39 @@ import examples
 import torch
 import torch.nn.functional as F
 import trained
-from matplotlib.colors import to_rgba
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import PercentFormatter
-from photographs import photograph, rendered
-from style import (
+from drawing import (
+    arrow,
+    block,
+    canvas,
+    charts,
     faint,
     figure,
     ink,
     object_color,
+    outline,
     paper,
-    plt,
     prediction_color,
     prior_color,
+    rendered,
     series,
+    small,
+    table,
+    tint,
     width,
+    write,
     wrong_color,
 )
+from matplotlib.colors import to_rgba
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter
+from photographs import photograph
 from torchvision.models import vgg16
 
 import train
 from datasets import collate_fn
-from model import AuxiliaryConvolutions, MultiBoxLoss, PredictionConvolutions, VGGBase, own_priors
+from model import AuxiliaryConvolutions, MultiBoxLoss, PredictionConvolutions, VGGBase, match
 from utils import (
     average_precision,
-    create_prior_boxes,
     cxcy_to_gcxgcy,
     cxcy_to_xy,
     decimate,
@@ -45,66 +52,7 @@ from utils import (
     xy_to_cxcy,
 )
 
-small = 11  # points: no letters are smaller
 map_colors = dict(zip(feature_maps, series))
-
-
-# ------------------------------------------------------------------------------------------------------ Drawing tools
-
-def canvas(height):
-    """An empty drawing, 64 tenths of an inch wide and `height` high."""
-    drawing = plt.figure(figsize=(width, height / 10))
-    axes = drawing.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 10 * width), ylim=(height, 0))
-    axes.axis('off')
-    return drawing, axes
-
-
-def charts(height, columns=1):
-    """Axes side by side, in a figure `height` tenths of an inch high."""
-    return plt.subplots(1, columns, figsize=(width, height / 10), layout='constrained')
-
-
-def tint(color, strength=0.25):
-    """A color mixed with white."""
-    red, green, blue, _ = to_rgba(color)
-    return tuple(1 - strength * (1 - value) for value in (red, green, blue))
-
-
-def write(axes, x, y, text, **options):
-    """Text centered at a point, unless options say otherwise."""
-    return axes.text(x, y, text, **{'ha': 'center', 'va': 'center', 'fontsize': small, **options})
-
-
-def block(axes, x, y, w, h, text='', fill=paper, edge=ink, linewidth=1, **options):
-    """A rectangle with its upper left corner at (x, y), and text in its middle."""
-    axes.add_patch(plt.Rectangle((x, y), w, h, facecolor=fill, edgecolor=edge, linewidth=linewidth))
-    write(axes, x + w / 2, y + h / 2, text, **options)
-
-
-def arrow(axes, start, end, color=ink):
-    """A straight arrow between two points."""
-    axes.annotate('', end, start, arrowprops={'arrowstyle': '-|>', 'color': color, 'linewidth': 1.5, 'shrinkA': 0,
-                                              'shrinkB': 0, 'mutation_scale': 13})
-
-
-def outline(axes, box_xy, color, **options):
-    """A box in boundary coordinates."""
-    x_min, y_min, x_max, y_max = torch.as_tensor(box_xy).tolist()
-    axes.add_patch(plt.Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, **{
-        'facecolor': 'none', 'edgecolor': color, 'linewidth': 2, **options}))
-
-
-def table(axes, x, y, rows, cell, fills, **options):
-    """Rows of texts in a grid of cells with its upper left corner at (x, y); `fills` has a color for each."""
-    for i, row in enumerate(rows):
-        for j, text in enumerate(row):
-            block(axes, x + j * cell[0], y + i * cell[1], *cell, text, fills[i][j], linewidth=0.8, **options)
-
-
-def numbers(tensor):
-    """A tensor of whole numbers as rows of texts."""
-    return [[f'{value:.0f}'.replace('-', '−') for value in row] for row in tensor.tolist()]
 
 
 # ---------------------------------------------------------------------------------------------------------- The network
@@ -113,12 +61,10 @@ convolution_color = tint(faint, 0.4)
 
 
 def output_shapes(layers, module, image):
-    """
-    :param layers: dict of name -> layer of the module
+    """:param layers: dict of name -> layer of the module
     :param module: what to run
     :param image: its input
-    :return: dict of name -> shape of what the layer puts out, (channels, size, size), or (outputs) if fully connected
-    """
+    :return: dict of name -> shape of the layer's output, (channels, size, size), or (outputs) if fully connected"""
     shapes = {'image': tuple(image.shape[1:])}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, inputs, output, name=name: shapes.update({name: tuple(output.shape[1:])}))
@@ -132,16 +78,14 @@ def stages(shapes):
 
 
 def draw_layers(axes, groups, shapes, middle, colors):
-    """
-    Draw layers from left to right: each a slab as high as its map, and the wider the more channels; beneath each
+    """Draw layers from left to right: each a slab as high as its map, and the wider the more channels; beneath each
     group its shape and names.
 
     :param groups: lists of names
     :param shapes: see `output_shapes`
     :param middle: y of the slabs' middle
     :param colors: dict of name -> color, for slabs that are neither convolutions nor pools, or stand out
-    :return: dict of name -> (x of the middle, y of the upper edge) of its slab
-    """
+    :return: dict of name -> (x of the middle, y of the upper edge) of its slab"""
     sizes = {name: (0.5 + shape[0] / 600, shape[1] / 14) if len(shape) == 3 else (0.7, shape[0] / 320)
              for name, shape in shapes.items()}
     bottom = middle + max(height for _, height in sizes.values()) / 2
@@ -168,11 +112,9 @@ def draw_layers(axes, groups, shapes, middle, colors):
 
 
 def draw_legend(axes, entries):
-    """
-    Say above `draw_layers` what the colors of the slabs mean.
+    """Say above `draw_layers` what the colors of the slabs mean.
 
-    :param entries: tuples of (left edge, color, text)
-    """
+    :param entries: tuples of (left edge, color, text)"""
     for x, color, text in entries:
         block(axes, x, 1, 2, 1.6, fill=color, linewidth=0.8)
         write(axes, x + 3, 1.8, text, ha='left')
@@ -268,13 +210,6 @@ def draw_auxiliary():
     return drawing
 
 
-def priors_by_map():
-    """The priors, as a dict of map -> (tiles, priors of a tile, 4)."""
-    counts = {name: (map.size ** 2, len(map.ratios) + 1) for name, map in feature_maps.items()}
-    parts = create_prior_boxes().split([tiles * priors for tiles, priors in counts.values()])
-    return {name: part.view(*counts[name], 4) for name, part in zip(counts, parts)}
-
-
 @figure('ssd300.svg')
 def draw_ssd300():
     """The whole network: from the image to 8732 predictions, and what becomes of them."""
@@ -289,7 +224,7 @@ def draw_ssd300():
     write(axes, 27.5, 6, 'six feature maps')
     write(axes, 53, 6, 'tiles × priors = predictions')
     total = 0
-    for i, (name, priors) in enumerate(priors_by_map().items()):
+    for i, (name, priors) in enumerate(examples.priors_by_map().items()):
         y, feature_map = 9 + 7.1 * i + 0.4 * (i > 1), feature_maps[name]
         arrow(axes, (15, y + 2.7), (17.5, y + 2.7))
         draw_grid(axes, 18, y, 5.5, feature_map.size, map_colors[name])
@@ -311,6 +246,11 @@ def draw_ssd300():
         write(axes, x + 15, 66, title, weight='bold')
         write(axes, x + 15, 70, text)
     return drawing
+
+
+def numbers(tensor):
+    """A tensor of whole numbers as rows of texts."""
+    return [[f'{value:.0f}'.replace('-', '−') for value in row] for row in tensor.tolist()]
 
 
 def products(values, others):
@@ -374,13 +314,11 @@ def draw_decimation():
 
 @figure('one_tile.png')
 def draw_one_tile():
-    """
-    One tile of conv9_2: its channels, its priors, the box that one prior's offsets and scores make, and the prior's row
-    of offsets, with and without moving the channels last.
-    """
+    """One tile of conv9_2: its channels, its priors, the box that one prior's offsets and scores make, and the prior's
+    row of offsets, with and without moving the channels last."""
     size = feature_maps['conv9_2'].size
     row, column = divmod(examples.tile, size)
-    priors = priors_by_map()['conv9_2'][examples.tile]  # (6, 4)
+    priors = examples.priors_by_map()['conv9_2'][examples.tile]  # (6, 4)
     prior, prior_row = priors[examples.tile_prior], len(priors) * examples.tile + examples.tile_prior  # (4)
     ratios = '1', 'extra 1', '2', '3', '1/2', '1/3'
     colors = series[3], prior_color, series[2], series[5], series[1], faint
@@ -461,8 +399,8 @@ def draw_one_tile():
 def draw_receptive_fields():
     """For each feature map, how far its predictions see, and how large its priors are."""
     drawing, axes = charts(36)
-    for i, ((name, (_, field)), priors) in enumerate(zip(examples.receptive_fields().items(),
-                                                         priors_by_map().values())):
+    fields = [field for _, field in examples.receptive_fields().values()]
+    for i, (field, priors) in enumerate(zip(fields, examples.priors_by_map().values())):
         sides = 300 * priors[..., 2:]
         axes.barh(i, field, 0.7, color=tint(faint, 0.45), label='seen by a prediction' if i == 0 else None)
         axes.barh(i, sides.max() - sides.min(), 0.35, sides.min(), color=prior_color,
@@ -562,7 +500,7 @@ def draw_prior_sizes():
         axes.plot([0, end[0]], [0, end[1]], color=faint, linewidth=0.8, linestyle=':')
         axes.annotate(name, end, (4, 0) if ratio >= 1 else (0, 4), textcoords='offset points',
                       ha='left' if ratio >= 1 else 'center', va='center' if ratio >= 1 else 'bottom', fontsize=small)
-    for name, priors in priors_by_map().items():
+    for name, priors in examples.priors_by_map().items():
         widths, heights = priors[..., 2:].flatten(0, 1).unique(dim=0).unbind(dim=1)
         axes.plot(widths, heights, 'o', color=map_colors[name], markersize=8, label=name)
     axes.set(xlim=(0, 1.12), ylim=(0, 1.12), aspect='equal', xlabel='width, as a fraction of the image',
@@ -599,10 +537,11 @@ def draw_log_sizes():
 def draw_matching_steps():
     """Three objects and six priors, and how they are matched, step by step."""
     names, objects, priors = examples.matching_names, examples.matching_boxes, examples.matching_priors
-    criterion = MultiBoxLoss(priors)
+    labels = torch.arange(1, len(names) + 1)
     overlaps = find_jaccard_overlap(objects, cxcy_to_xy(priors))  # (3, 6)
-    own = own_priors(overlaps[None])[0]  # (3)
-    _, [classes] = criterion.match([objects], [torch.arange(1, len(names) + 1)])  # (6)
+    _, classes = match(objects, labels, priors)  # (6)
+    _, own_classes = match(objects, labels, priors, threshold=1)  # (6); only the objects' own priors reach it
+    own = (own_classes == labels.unsqueeze(1)).int().argmax(dim=1)  # (3)
     colors = (object_color, series[3], series[4])
     shown = [[f'{value:.2f}' for value in row] for row in overlaps.tolist()]
     best, taken = torch.zeros_like(overlaps, dtype=torch.bool), torch.zeros_like(overlaps, dtype=torch.bool)  # (3, 6)
@@ -616,7 +555,7 @@ def draw_matching_steps():
         block(axes, x, 3.5, 28, 28, edge=faint)
         offset = torch.tensor([x, 3.5] * 2)
         for (x_min, y_min, x_max, y_max), name, color in zip((objects * 28 + offset).tolist(), names, colors):
-            outline(axes, (x_min, y_min, x_max, y_max), color, facecolor=to_rgba(color, 0.25), linewidth=0)
+            outline(axes, (x_min, y_min, x_max, y_max), color, facecolor=to_rgba(color, 0.25), linewidth=1)
             label_y = {'cat': y_max + 1, 'dog': y_min - 1.2}.get(name, (y_min + y_max) / 2)
             write(axes, (x_min + x_max) / 2, label_y, name)
         for i, (prior, color) in enumerate(zip(priors, prior_colors)):
@@ -639,15 +578,16 @@ def draw_matching_steps():
             fills = [tint(color, 0.5) if mark else paper for mark in marked[i].tolist()]
             table(axes, 8, y + 3.3 + 2.8 * i, [row], (9, 2.8), [fills])
 
-    draw_table(36.5, 'Step 2: each prior takes the object that it overlaps most.', shown, best)
-    draw_table(54.5, 'Step 3: each object takes a prior of its own, the largest overlap first.\n'
-               f'Prior {own[0] + 1} is taken, so the {names[1]} takes its next best, prior {own[1] + 1}.', shown, taken)
+    draw_table(36.5, 'Step 1: each prior gets the object that it overlaps most.', shown, best)
+    draw_table(54.5, 'Step 2: each object chooses a prior of its own, the largest overlap first.\n'
+               f'Prior {own[0] + 1} is taken, so the {names[1]} chooses its next best, prior {own[1] + 1}.',
+               shown, taken)
     for i, (wanted, got) in enumerate(zip(overlaps.argmax(dim=1).tolist(), own.tolist())):
         if wanted != got:
             x, y = 8 + 9 * wanted, 57.8 + 2.8 * i  # the cell in the second table
             outline(axes, (x, y, x + 9, y + 2.8), wrong_color, linestyle='--', zorder=3)
-    write(axes, 2, 70, f'Step 4: the others need an overlap of {criterion.threshold}, or are background.', ha='left',
-          va='bottom')
+    write(axes, 2, 70, 'Step 3: other priors that overlap their object by less than 0.5 are background.',
+          ha='left', va='bottom')
     table(axes, 8, 71.2, [[('back-\nground', *names)[label] for label in classes.tolist()]], (9, 5),
           [[(paper, *(tint(color, 0.5) for color in colors))[label] for label in classes.tolist()]])
     return drawing
@@ -675,11 +615,9 @@ def draw_smooth_l1():
 
 
 def confidence_losses(model):
-    """
-    :param model: SSD300
+    """:param model: SSD300
     :return: confidence losses of the priors of the demo's first test image: of the positive ones, and of the others
-        from the hardest down
-    """
+        from the hardest down"""
     images, boxes, labels, _ = collate_fn([trained.test_set()[0]])
     with torch.no_grad():
         _, predicted_scores = model(images)  # (1, 8732, 4), (1, 8732, n_classes)

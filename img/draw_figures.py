@@ -1,5 +1,4 @@
-"""
-Draw the tutorial's figures with the project's own functions:
+"""Draw the tutorial's figures with the project's own functions:
 
     python img/draw_figures.py                          # all of them
     python img/draw_figures.py priors.png offsets.png   # only these
@@ -13,14 +12,12 @@ sys.path[:0] = [folder, os.path.dirname(folder)]
 import cells  # noqa: E402, F401
 import diagrams  # noqa: E402, F401
 import photographs  # noqa: E402, F401
-from style import figures, plt  # noqa: E402
+from drawing import figures, plt  # noqa: E402
 
 
 def save(name, drawing):
-    """
-    :param name: the figure's file name
-    :param drawing: what a function in `figures` returned
-    """
+    """:param name: the figure's file name
+    :param drawing: what a function in `figures` returned"""
     path = os.path.join(folder, name)
     if name.endswith('.gif'):
         (first, *others), durations = zip(*drawing)

@@ -2,7 +2,7 @@
 import torch
 
 from model import SSD300
-from utils import feature_maps
+from utils import create_prior_boxes, feature_maps
 
 # A fully connected layer as a convolution: a map of one channel, one output, and a larger map to slide over
 small_map = torch.tensor([[1., 2.], [3., 4.]])
@@ -29,10 +29,8 @@ n_objects = 5
 
 
 def receptive_fields():
-    """
-    :return: dict of feature map -> how many pixels wide the part of the image is that one of its tiles has seen, and
-        that its prediction convolution sees
-    """
+    """:return: dict of feature map -> how many pixels wide the part of the image is that one of its tiles has seen, and
+        that its prediction convolution sees"""
     model, field, step, fields = SSD300(n_classes=2), 1, 1, {}
     for name, layer in [*model.base.named_children(), *model.aux_convs.named_children()]:
         kernel, stride, dilation = ((value if isinstance(value, int) else value[0])
@@ -53,3 +51,10 @@ nms_labels = ('person', 'person', 'person', 'rocket', 'rocket', 'helmet')
 nms_scores = torch.tensor([0.95, 0.80, 0.60, 0.85, 0.70, 0.75])
 nms_boxes = torch.tensor([[0.04, 0.02, 0.71, 1.00], [0.08, 0.00, 0.62, 0.90], [0.27, 0.02, 0.61, 0.58],
                           [0.70, 0.00, 0.89, 0.56], [0.66, 0.04, 0.92, 0.62], [0.54, 0.66, 0.99, 1.00]])
+
+
+def priors_by_map():
+    """The priors: dict of feature map -> (tiles, priors of a tile, 4)."""
+    counts = {name: (map.size ** 2, len(map.ratios) + 1) for name, map in feature_maps.items()}
+    parts = create_prior_boxes().split([tiles * priors for tiles, priors in counts.values()])
+    return {name: part.view(*counts[name], 4) for name, part in zip(counts, parts)}

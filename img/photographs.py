@@ -1,5 +1,4 @@
-"""
-The tutorial's figures with photographs in them, and those of the demo's detector at work (see trained.py).
+"""The tutorial's figures with photographs in them, and those of the demo's detector at work (see trained.py).
 
 All boxes are drawn in fractional coordinates: `show` stretches an image over the square from 0 to 1, at the image's
 own aspect ratio.
@@ -10,27 +9,34 @@ import random
 from functools import partial
 
 import examples
-import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
-from PIL import Image, ImageColor
-from skimage import data
-from style import (
+from drawing import (
+    dashes,
     faint,
     figure,
+    grid,
     ink,
+    legend,
     object_color,
+    outline,
+    outline_all,
+    panels,
     paper,
-    plt,
     prediction_color,
     prior_color,
+    rendered,
     series,
+    show,
+    small,
     width,
+    write_on_plate,
     wrong_color,
 )
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from PIL import Image
+from skimage import data
 from trained import detector, images_folder, snapshots, test_set, write_table
 
 from datasets import centers_inside, crop_window, draw_window, expand_window, photometric_distort, transform
@@ -56,132 +62,36 @@ objects = {'astronaut': {'person': (20, 12, 364, 512), 'rocket': (355, 0, 472, 2
            'coffee': {'cup': (172, 18, 409, 308), 'saucer': (77, 68, 480, 388), 'spoon': (326, 66, 425, 327)},
            'motorcycle': {'motorcycle': (93, 45, 684, 452), 'bench': (41, 106, 283, 310)},
            'chelsea': {}}
-letters = 11  # points, of the text in figures
-dashes = (0, (4, 3))  # of lines: four line widths on, three off
 bright = ('#56c8ff', '#ffc020', '#ff4f8b')  # a color for each of the demo's classes, on dark images
 
 
 # ------------------------------------------------------------------------------------------------------------ Tools
 
 def photograph(name):
-    """
-    :param name: one of `objects`
-    :return: a PIL image in RGB, and the objects' boxes in boundary coordinates in pixels, (n_objects, 4)
-    """
+    """:param name: one of `objects`
+    :return: a PIL image in RGB, and the objects' boxes in boundary coordinates in pixels, (n_objects, 4)"""
     pixels = data.stereo_motorcycle()[0] if name == 'motorcycle' else getattr(data, name)()
     return Image.fromarray(pixels), torch.tensor(list(objects[name].values()), dtype=torch.float32).view(-1, 4)
 
 
 def fractional(boxes, image):
-    """
-    :param boxes: boundary coordinates in pixels, (n, 4)
+    """:param boxes: boundary coordinates in pixels, (n, 4)
     :param image: a PIL image
-    :return: fractional boundary coordinates, (n, 4)
-    """
+    :return: fractional boundary coordinates, (n, 4)"""
     return torch.as_tensor(boxes) / torch.tensor(image.size * 2)
 
 
-def panels(rows, columns, height, row_heights=None, column_widths=None):
-    """
-    :param height: of the figure, in inches
-    :param row_heights: of the rows, in proportion to each other
-    :param column_widths: of the columns, likewise
-    :return: a figure, and its axes as a flat list
-    """
-    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout='constrained', squeeze=False,
-                             height_ratios=row_heights, width_ratios=column_widths)
-    return fig, list(axes.flat)
-
-
-def show(ax, image, title='', window=(0, 0, 1, 1)):
-    """
-    Draw an image.
-
-    :param image: a PIL image
-    :param window: the part to show, fractional boundary coordinates; white where it reaches over the image's edge
-    """
-    x_min, y_min, x_max, y_max = window
-    ax.imshow(image, extent=(0, 1, 1, 0), aspect=image.height / image.width)
-    ax.set(xlim=(x_min, x_max), ylim=(y_max, y_min))
-    ax.axis('off')
-    ax.set_title(title, fontsize=12, pad=5)
-
-
-def outline(ax, box, color, text='', at='top left', **options):
-    """
-    Draw a box.
-
-    :param box: fractional boundary coordinates
-    :param text: written on a plate of the box's color in one of its corners, or above or below the box
-    :param at: where: 'top', 'bottom', 'above' or 'below', and 'left' or 'right'
-    :param options: of matplotlib's Rectangle
-    """
-    x_min, y_min, x_max, y_max = map(float, box)
-    options = {'linewidth': 2, 'zorder': 3} | options
-    ax.add_patch(Rectangle((x_min, y_min), x_max - x_min, y_max - y_min, fill=False, edgecolor=color, **options))
-    if text:
-        vertical, horizontal = at.split()
-        write(ax, x_min if horizontal == 'left' else x_max, y_min if vertical in ('top', 'above') else y_max, text,
-              color, ha=horizontal, va='top' if vertical in ('top', 'below') else 'bottom')
-
-
-def outline_all(ax, boxes, color, **options):
-    """Draw many boxes, see `outline`."""
-    for box in boxes:
-        outline(ax, box, color, **options)
-
-
-def write(ax, x, y, text, color, **options):
-    """Write on a plate of a color, in dark letters if it is bright."""
-    options = {'ha': 'left', 'va': 'top'} | options
-    on_plate = paper if ImageColor.getcolor(color, 'L') < 128 else ink
-    ax.text(x, y, text, color=on_plate, fontsize=letters, zorder=5,
-            bbox={'facecolor': color, 'edgecolor': 'none', 'pad': 1.5}, **options)
-
-
-def grid(ax, size, color=paper, **options):
-    """Draw the tiles of a feature map over an image."""
-    for line in range(size + 1):
-        ax.plot([line / size] * 2, [0, 1], color=color, **options)
-        ax.plot([0, 1], [line / size] * 2, color=color, **options)
-
-
-def legend(fig, colors, **options):
-    """
-    Say below a figure what the colors of its boxes mean.
-
-    :param colors: dict of text -> color
-    :param options: of matplotlib's legend
-    """
-    lines = [Line2D([], [], color=color) for color in colors.values()]
-    fig.legend(lines, list(colors), loc='outside lower center', ncols=len(lines), borderaxespad=0, **options)
-
-
 def class_colors():
-    """
-    :return: dict of label -> color for the demo's classes
-    """
+    """:return: dict of label -> color for the demo's classes"""
     _, label_map = detector()
     return dict(zip([label for label in label_map if label != 'background'], bright))
 
 
-def rendered(fig):
-    """
-    :return: the figure as a PIL image of the 256 colors that fit best, which makes a small file
-    """
-    fig.canvas.draw()
-    image = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert('RGB')
-    plt.close(fig)
-    return image.quantize(256, kmeans=5, dither=Image.Dither.NONE)
-
-
 def vary(image, boxes, rng):
-    """
-    :param image: a PIL image
+    """:param image: a PIL image
     :param boxes: boundary coordinates in pixels, (n_objects, 4)
     :param rng: the source of random numbers
-    :return: what `transform` makes of them for training: a PIL image, 300x300, and fractional boxes, (n, 4)
-    """
+    :return: what `transform` makes of them for training: a PIL image, 300x300, and fractional boxes, (n, 4)"""
     normalized, boxes, _, _ = transform(image, boxes, torch.ones(len(boxes)), torch.zeros(len(boxes)), 'TRAIN', rng)
     pixels = normalized.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)  # (300, 300, 3)
     return Image.fromarray((pixels * 255).round().byte().numpy()), boxes
@@ -195,15 +105,13 @@ watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
 
 
 def beside(box, taken, w, h):
-    """
-    Look for a place for a text: above, below or beside a box, where it covers least.
+    """Look for a place for a text: above, below or beside a box, where it covers least.
 
     :param box: fractional boundary coordinates, (4)
     :param taken: what the text should not cover, fractional boundary coordinates, (n, 4)
     :param w: the text's width, as a fraction of the image's
     :param h: its height, likewise
-    :return: its place, fractional boundary coordinates, (4)
-    """
+    :return: its place, fractional boundary coordinates, (4)"""
     x_min, y_min, x_max, y_max = box.tolist()
     corners = ((x_min, y_min - h), (x_max - w, y_min - h), (x_min, y_max), (x_max - w, y_max),
                (x_max, y_min), (x_min - w, y_min))
@@ -229,7 +137,7 @@ def draw_detections():
             outline(ax, fractional(box, image), colors[label], linewidth=1.5)
             place = beside(fractional(box, image), taken, 0.34 / (height * ratio), 0.14 / height)
             taken = torch.cat([taken, place.unsqueeze(0)])
-            ax.text(*xy_to_cxcy(place)[:2], f'{score:.2f}', color=paper, fontsize=letters, ha='center', va='center',
+            ax.text(*xy_to_cxcy(place)[:2], f'{score:.2f}', color=paper, fontsize=small, ha='center', va='center',
                     in_layout=False, zorder=5, path_effects=[withStroke(linewidth=2, foreground=ink)])
     legend(fig, colors)
     return rendered(fig)
@@ -237,10 +145,8 @@ def draw_detections():
 
 @figure('learning.gif')
 def draw_learning():
-    """
-    What the detector finds in six test images after more and more steps: of the best 50 boxes in each image
-    those above `min_score` in their class's color, and what else is among the best 5 in white.
-    """
+    """What the detector finds in six test images after more and more steps: of the best 50 boxes in each image
+    those above `min_score` in their class's color, and what else is among the best 5 in white."""
     colors = list(class_colors().values())
     frames = []
     for iteration, (boxes, labels, scores) in snapshots().items():
@@ -285,15 +191,15 @@ def draw_coordinates():
                 side.text(x, row, number, ha='right', color=ink if row else faint)
     boundary, center_size = axes[::2]
     boundary.plot([x_min, x_max], [y_min, y_max], 'o', color=object_color, markersize=8, zorder=4)
-    write(boundary, x_min - 0.04, y_min, 'x_min\ny_min', object_color, ha='right')
-    write(boundary, x_max + 0.04, y_max, 'x_max\ny_max', object_color, va='bottom')
+    write_on_plate(boundary, x_min - 0.04, y_min, 'x_min\ny_min', object_color, ha='right')
+    write_on_plate(boundary, x_max + 0.04, y_max, 'x_max\ny_max', object_color, va='bottom')
     center_size.plot(c_x, c_y, 'o', color=object_color, markersize=8, zorder=4)
-    write(center_size, c_x, c_y - 0.06, 'c_x, c_y', object_color, ha='center', va='bottom')
+    write_on_plate(center_size, c_x, c_y - 0.06, 'c_x, c_y', object_color, ha='center', va='bottom')
     arrow = {'arrowstyle': '<->', 'color': paper, 'linewidth': 2, 'shrinkA': 0, 'shrinkB': 0}
     center_size.annotate('', (x_min, 0.87), (x_max, 0.87), arrowprops=arrow)
     center_size.annotate('', (0.78, y_min), (0.78, y_max), arrowprops=arrow)
-    write(center_size, c_x, 0.87, 'w', object_color, ha='center', va='center')
-    write(center_size, 0.78, c_y, 'h', object_color, ha='center', va='center')
+    write_on_plate(center_size, c_x, 0.87, 'w', object_color, ha='center', va='center')
+    write_on_plate(center_size, 0.78, c_y, 'h', object_color, ha='center', va='center')
     return rendered(fig)
 
 
@@ -308,22 +214,13 @@ def draw_feature_maps():
     return rendered(fig)
 
 
-def priors_by_map():
-    """
-    :return: dict of feature map -> its priors, (size, size, priors per tile, 4)
-    """
-    maps = feature_maps.values()
-    parts = create_prior_boxes().split([m.size ** 2 * (len(m.ratios) + 1) for m in maps])
-    return {name: part.view(m.size, m.size, -1, 4) for name, m, part in zip(feature_maps, maps, parts)}
-
-
 @figure('priors.png')
 def draw_priors():
     """For each feature map the priors of one of its tiles; they may reach over the image's edge."""
     image, _ = photograph('astronaut')
     image = Image.blend(image, Image.new('RGB', image.size, paper), 0.4)  # pale, so that thin lines stand out
     fig, axes = panels(2, 3, 4.4)
-    for ax, (name, priors), color in zip(axes, priors_by_map().items(), series):
+    for ax, (name, priors), color in zip(axes, examples.priors_by_map().items(), series):
         size = len(priors)
         row, column = size // 2, size // 2 if size < 10 else int(0.7 * size)  # large priors in the middle
         show(ax, image, f'{name}: scale {feature_maps[name].scale:g}', (-0.02, -0.02, 1.08, 1.02))
@@ -354,12 +251,12 @@ def draw_offsets():
             'arrowstyle': '-|>', 'color': ink, 'linewidth': 2, 'shrinkA': 0, 'shrinkB': 0})
     ax.plot(p_x, p_y, 'o', color=prior_color, markersize=8, zorder=5)
     ax.plot(x, y, 'o', color=object_color, markersize=8, zorder=5)
-    write(ax, (p_x + x) / 2, p_y + 0.012, f'${g_cx:.1f}$', ink, ha='center')
-    write(ax, x + 0.012, (p_y + y) / 2, f'${g_cy:.1f}$', ink, va='center')
+    write_on_plate(ax, (p_x + x) / 2, p_y + 0.012, f'${g_cx:.1f}$', ink, ha='center')
+    write_on_plate(ax, x + 0.012, (p_y + y) / 2, f'${g_cy:.1f}$', ink, va='center')
     for line, (center, size, color) in enumerate(((p_x, p_w, prior_color), (x, w, object_color))):
         at = 0.64 + 0.045 * line
         ax.plot([center - size / 2, center + size / 2], [at, at], '|-', color=color, markersize=12, markeredgewidth=2)
-        write(ax, center, at, f'{size:.2f}', color, ha='center', va='center')
+        write_on_plate(ax, center, at, f'{size:.2f}', color, ha='center', va='center')
     lines = (rf'$g_{{cx}} = \frac{{{x:.2f} - {p_x:.2f}}}{{{p_w:.2f} \,/\, 10}} = {g_cx:.1f}$',
              rf'$g_{{cy}} = \frac{{{y:.2f} - {p_y:.2f}}}{{{p_h:.2f} \,/\, 10}} = {g_cy:.1f}$',
              rf'$g_w = 5\,\ln\,\frac{{{w:.2f}}}{{{p_w:.2f}}} = {g_w:.2f}$',
@@ -372,12 +269,10 @@ def draw_offsets():
 # ------------------------------------------------------------------------------- Matching, decoding and suppression
 
 def around(boxes, image, ratio):
-    """
-    :param boxes: fractional boundary coordinates, (n, 4)
+    """:param boxes: fractional boundary coordinates, (n, 4)
     :param image: a PIL image
     :param ratio: width to height, in pixels
-    :return: the smallest window of this ratio around all of them, and a little more
-    """
+    :return: the smallest window of this ratio around all of them, and a little more"""
     low, high = boxes[:, :2].min(dim=0).values, boxes[:, 2:].max(dim=0).values  # (2), (2)
     c_x, c_y, w, h = xy_to_cxcy(torch.cat([low, high])).tolist()
     w, h = w * image.width, h * image.height  # in pixels
@@ -414,7 +309,7 @@ def draw_decoding():
         locs, scores = model(normalized.unsqueeze(0))  # (1, 8732, 4), (1, 8732, n_classes)
     boxes = cxcy_to_xy(gcxgcy_to_cxcy(locs, model.priors_cxcy))[0]  # (8732, 4)
     scores = scores.softmax(dim=2)[0, :, 1:]  # (8732, n_classes - 1)
-    best, labels = scores.max(dim=1)  # (8732), (8732)
+    labels = scores.argmax(dim=1)  # (8732)
 
     fig, axes = panels(2, 2, 6.2)
     show(axes[0], image, f'every hundredth of {len(boxes)} boxes')
@@ -472,12 +367,10 @@ def draw_nms():
 # ------------------------------------------------------------------------------------------------------- Transforms
 
 class Extreme:
-    """
-    A source of random numbers for `photometric_distort` that asks for one distortion, as strong as it can be.
+    """A source of random numbers for `photometric_distort` that asks for one distortion, as strong as it can be.
 
     :param which: of the four distortions
-    :param end: 0 for the lowest strength, 1 for the highest
-    """
+    :param end: 0 for the lowest strength, 1 for the highest"""
 
     def __init__(self, which, end):
         self.chances, self.end = [1. if i != which else 0. for i in range(4)], end
@@ -523,12 +416,10 @@ def draw_expand():
 
 
 def show_crop(ax, image, boxes, window, title=''):
-    """
-    Draw an image, pale outside of a window, and the objects' boxes and centers, faint if the crop leaves them out.
+    """Draw an image, pale outside of a window, and the objects' boxes and centers, faint if the crop leaves them out.
 
     :param boxes: boundary coordinates in pixels, (n_objects, 4)
-    :param window: boundary coordinates in pixels, inside the image
-    """
+    :param window: boundary coordinates in pixels, inside the image"""
     corners = [round(edge) for edge in window]
     pale = Image.blend(image, Image.new('RGB', image.size, paper), 0.6)
     pale.paste(image.crop(corners), corners[:2])
@@ -611,16 +502,14 @@ locality_path = os.path.join(images_folder, 'locality.csv')
 
 
 def sensitivity(name):
-    """
-    Ask how much each pixel matters to a prediction of the demo's detector: by how much the largest class score changes
-    if the pixel does, the mean over test images.
+    """Ask how much each pixel matters to a prediction of the demo's detector: by how much the largest class score
+    changes if the pixel does, the mean over test images.
 
     :param name: a feature map
     :return: the share of each pixel, (300, 300), and the prior that the prediction is for, center-size coordinates (4):
-        the first one of the map's middle tile
-    """
+        the first one of the map's middle tile"""
     model, _ = detector()
-    of_map = priors_by_map()[name]  # (size, size, priors per tile, 4)
+    of_map = examples.priors_by_map()[name]  # (size, size, priors per tile, 4)
     prior = of_map[len(of_map) // 2, len(of_map) // 2, 0]  # (4)
     index = (model.priors_cxcy == prior).all(dim=1).nonzero().item()
     shares = torch.zeros(300, 300)
@@ -633,11 +522,9 @@ def sensitivity(name):
 
 
 def share_inside(shares, box):
-    """
-    :param shares: of each pixel, (300, 300)
+    """:param shares: of each pixel, (300, 300)
     :param box: fractional boundary coordinates (4)
-    :return: the share of the pixels inside the box, and the share of the image's area that the box covers
-    """
+    :return: the share of the pixels inside the box, and the share of the image's area that the box covers"""
     x_min, y_min, x_max, y_max = (300 * box).clamp(0, 300).round().int().tolist()
     inside = shares[y_min:y_max, x_min:x_max]
     return inside.sum().item(), inside.numel() / shares.numel()
@@ -645,10 +532,8 @@ def share_inside(shares, box):
 
 @figure('locality.png')
 def draw_locality():
-    """
-    How much each pixel matters to a prediction for a prior in the middle: the darker, the more. In blue the prior, and
-    thin a box twice as wide and high; in black the part of the image that the prediction can see at all.
-    """
+    """How much each pixel matters to a prediction for a prior in the middle: the darker, the more. In blue the prior,
+    and thin a box twice as wide and high; in black the part of the image that the prediction can see at all."""
     heat = LinearSegmentedColormap.from_list('heat', (paper, prediction_color, ink))
     fig, axes = panels(1, 3, 3)
     rows = []

@@ -22,9 +22,7 @@ n_watched = 12  # test images that we look at then
 
 
 def learn():
-    """
-    Train as demo.py does, on the CPU, and keep what the detector finds on the way.
-    """
+    """Train as demo.py does, on the CPU, and keep what the detector finds on the way."""
     demo.draw_dataset(data_folder, demo.n_train, demo.n_test)
     create_data_lists(data_folder, None, data_folder, labels=demo.shapes)
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
@@ -50,9 +48,7 @@ def learn():
 
 
 def start():
-    """
-    :return: the demo's training images, SSD300 with the random weights that the demo starts from, and its optimizer
-    """
+    """:return: the demo's training images, SSD300 with the demo's random weights, and its optimizer"""
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
     return train_set, *demo.start(train_set, demo.thin, 'cpu', demo.lr)
@@ -60,21 +56,17 @@ def start():
 
 @torch.no_grad()
 def find(model, images):
-    """
-    :param model: SSD300
+    """:param model: SSD300
     :param images: its input, (N, 3, 300, 300)
-    :return: boxes, labels and scores of what it finds at eval.py's settings, see `SSD300.detect_objects`
-    """
+    :return: boxes, labels and scores of what it finds at eval.py's settings, see `SSD300.detect_objects`"""
     return model.detect_objects(*model(images), min_score=0.01, max_overlap=0.45, top_k=200)
 
 
 def find_in_all(model, test_set):
-    """
-    :param model: SSD300
+    """:param model: SSD300
     :param test_set: a PascalVOCDataset
     :return: boxes, labels, scores of what it finds in all images, and boxes, labels, difficulties of their objects:
-        lists with a tensor for each image, as `calculate_mAP` takes them
-    """
+        lists with a tensor for each image, as `calculate_mAP` takes them"""
     lists = [[] for _ in range(6)]
     for images, *objects in DataLoader(test_set, batch_size=8, collate_fn=collate_fn):
         for values, of_batch in zip(lists, (*find(model, images), *objects)):
@@ -83,53 +75,41 @@ def find_in_all(model, test_set):
 
 
 def left_by_learn(path):
-    """
-    :param path: a file that `learn` writes
-    :return: the path, and the file is there
-    """
+    """:param path: a file that `learn` writes
+    :return: the path, and the file is there"""
     if not os.path.exists(path):
         learn()
     return path
 
 
 def test_set():
-    """
-    :return: the demo's test images, a PascalVOCDataset
-    """
+    """:return: the demo's test images, a PascalVOCDataset"""
     left_by_learn(checkpoint_path)
     return PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
 
 
 def snapshots():
-    """
-    :return: dict of iteration -> boxes, labels, scores: lists with a tensor for each image that was watched
-    """
+    """:return: dict of iteration -> boxes, labels, scores: lists with a tensor for each image that was watched"""
     return torch.load(left_by_learn(snapshots_path), weights_only=True)
 
 
 @cache
 def detector():
-    """
-    :return: the trained SSD300, and its dict of label -> index
-    """
+    """:return: the trained SSD300, and its dict of label -> index"""
     model, label_map = load_detector(left_by_learn(checkpoint_path))
     return model.eval(), label_map
 
 
 def read_table(path):
-    """
-    :param path: a .csv file that `learn` writes
-    :return: list of dicts of column -> number
-    """
+    """:param path: a .csv file that `learn` writes
+    :return: list of dicts of column -> number"""
     with open(left_by_learn(path), newline='') as file:
         return [{column: float(value) for column, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def write_table(path, columns, rows):
-    """
-    :param path: where a .csv file goes
+    """:param path: where a .csv file goes
     :param columns: their names
-    :param rows: list of tuples
-    """
+    :param rows: list of tuples"""
     with open(path, 'w', newline='') as file:
         csv.writer(file, lineterminator='\n').writerows([columns, *rows])
