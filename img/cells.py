@@ -21,12 +21,12 @@ from drawing import (
 )
 from matplotlib.lines import Line2D
 from PIL import Image
-from trained import find_in_all
+from torch.utils.data import DataLoader
 
 import overfit
 from checkpoints import load_detector
-from datasets import PascalVOCDataset
-from eval import mistakes_min_score
+from datasets import PascalVOCDataset, collate_fn
+from eval import evaluate, mistakes_min_score
 from images import open_image
 from mistakes import find_mistakes, judge, save_sheet
 from utils import average_precision, match_detections
@@ -37,12 +37,13 @@ shown = (65, 10)  # test images: together, they have about as many mistakes as o
 
 @cache
 def evaluated():
-    """:return: the test images, a PascalVOCDataset, and `find_in_all` of the trained detector and these"""
+    """:return: the test images, a PascalVOCDataset, and the first six arguments of `calculate_mAP`"""
     checkpoint = os.path.join(folder, 'checkpoint_ssd300.pth')
     if not os.path.exists(checkpoint):
         sys.exit(f'Error: {checkpoint} is missing: train it as "A first training on a laptop" says')
     test_set = PascalVOCDataset(folder, 'TEST', keep_difficult=True)
-    return test_set, find_in_all(load_detector(checkpoint)[0].eval(), test_set)
+    found = evaluate(DataLoader(test_set, batch_size=8, collate_fn=collate_fn), load_detector(checkpoint)[0])
+    return test_set, [*found.detections, *found.objects]
 
 
 @figure('cells.png')

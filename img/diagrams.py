@@ -686,13 +686,14 @@ def draw_learning_rate():
 @figure('loss_curve.svg')
 def draw_loss_curve():
     """The loss of the demo's training, and its two parts."""
-    rows = trained.read_table(trained.learning_path)
-    n_batches = max(row['batch'] for row in rows)
-    steps = [row['epoch'] * n_batches + row['batch'] for row in rows]
+    with open(trained.learning_path, newline='') as file:
+        rows = list(csv.DictReader(file))
+    n_batches = int(rows[-1]['batch'])
+    steps = [int(row['epoch']) * n_batches + int(row['batch']) for row in rows]
     drawing, axes = charts(34)
     for column, color, label in (('loss', ink, 'loss'), ('conf_loss', prediction_color, 'confidence loss'),
                                  ('loc_loss', prior_color, 'localization loss')):
-        axes.plot(steps, [row[column] for row in rows], color=color, label=label)
+        axes.plot(steps, [float(row[column]) for row in rows], color=color, label=label)
     axes.set(xlabel='step', ylabel='loss', xlim=(0, None), ylim=(0, None))
     axes.legend(fontsize=small)
     return drawing
