@@ -7,6 +7,7 @@ writes five JSON files, which train.py and eval.py read. Edit the parameters bel
 import json
 import math
 import os
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from errors import UserError, one_line, run, write_whole
 from images import decode_once
-from own_images import choose_split, find_images, turn_box
+from own_images import check_each_once, choose_split, compare_sizes, find_images, is_inside, turn_box
 from utils import create_prior_boxes, cxcy_to_xy, find_jaccard_overlap, make_label_map, voc_labels
 
 voc07_path = 'VOCdevkit/VOC2007'  # folder with images and annotations, for training and for the test
@@ -55,25 +56,28 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     :param test_fraction: share of the first folder's images used for the test if it does not say which, from 0 to 1
     :param keep_empty: keep training images without objects
     :raises UserError: no training image has an object of these classes, there is no test image, a label occurs twice,
-        or one of the reasons of `find_images` and `read_split`"""
+        or one of the reasons of `find_images`, `check_each_once` and `read_split`"""
     if isinstance(labels, str) or not isinstance(test_fraction, (int, float)) or not 0 <= test_fraction <= 1:
         raise UserError(f"labels = {labels!r}, test_fraction = {test_fraction!r} in create_data_lists.py: set labels "
                         "to None, or a list such as ['cat'], and test_fraction to a number from 0 to 1")
-    label_map = None if labels is None else make_label_map(labels)
-    splits, left_out = {'TRAIN': [], 'TEST': []}, []
+    # As they are read from annotations: text, without needless blanks.
+    label_map = None if labels is None else make_label_map([' '.join(str(label).split()) for label in labels])
+    chosen, splits, left_out = [], {'TRAIN': [], 'TEST': []}, []
     for folder, fraction in [(str(voc07_path), test_fraction)] + ([(voc12_path, None)] if voc12_path else []):
-        found = find_images(folder)
-        train, test = choose_split(folder, found, fraction)
-        for split, annotation_paths in (('TRAIN', train), ('TEST', test)):
-            images, reasons = read_split(folder, split, annotation_paths, found, label_map)
-            splits[split] += images
-            left_out += reasons
+        train, test = choose_split(folder, find_images(folder), fraction)
+        chosen += [(folder, 'TRAIN', train), (folder, 'TEST', test)]
+    check_each_once(chosen)
+    for folder, split, image_paths in chosen:
+        images, reasons = read_split(folder, split, image_paths, label_map)
+        splits[split] += images
+        left_out += reasons
     if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
         reasons = [reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']]
         raise UserError(f'no training image of {voc07_path} has an object with a box and one of the labels '
                         f'{list(labels or ())} ({"; ".join(sorted(set(reasons))[:5])}): set labels to those that occur')
     if not splits['TEST']:
-        raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or raise test_fraction')
+        raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or raise test_fraction; '
+                        'a folder with a single image needs at least another one')
     if labels is None:
         occurring = {label for images in splits.values() for _, annotation in images for label in annotation['labels']}
         label_map = make_label_map(sorted(occurring))
@@ -112,11 +116,14 @@ def print_summary(splits, label_map, left_out, n_empty):
         print(f'  {label:18}{counts["TRAIN"][label]:10}{counts["TEST"][label]:10}')
     images = [*splits['TRAIN'], *splits['TEST']]
     dropped = [f'{path}: {reason}' for path, annotation in images for reason in annotation['dropped']]
-    print(f'Left out {n_empty} training images without objects, swapped the edges of '
-          f'{sum(annotation["n_swapped"] for _, annotation in images)} boxes, and dropped {len(dropped)} boxes:')
+    n_swapped, n_clipped = (sum(annotation[key] for _, annotation in images) for key in ('n_swapped', 'n_clipped'))
+    print(f"Left out {n_empty} training images without objects, swapped the edges of {n_swapped} boxes, clipped "
+          f"{n_clipped} at the image's edge, and dropped {len(dropped)} boxes:")
     print('\n'.join('  ' + line for line in dropped) or '  none')
     print(f"Left out {len(left_out)} images that can't be read, or whose annotation can't:")
     print('\n'.join('  ' + line for line in left_out) or '  none')
+    for what, n in Counter(what for _, annotation in images for what in annotation['assumed']).items():
+        print(f'Read {n} images {what}.')
 
     boxes = torch.cat([torch.tensor(annotation['boxes']).view(-1, 4) / torch.tensor(annotation['size'] * 2)
                        for _, annotation in splits['TRAIN']])  # (n_objects, 4), fractional boundary coordinates
@@ -133,29 +140,31 @@ def print_summary(splits, label_map, left_out, n_empty):
 
 # ---------------------------------------------------------------------------------------------- Images and annotations
 
-def read_split(folder, split, annotation_paths, found, labels=None):
+def read_split(folder, split, image_paths, labels=None):
     """Read the images and annotations of a split. Raises UserError if more than a tenth of them can't be read.
 
-    :param annotation_paths: paths relative to the folder, see `find_images` for `found`
+    :param image_paths: dict of an annotation's path -> list of its image's path, relative to the folder
     :param labels: the labels of objects to keep, or a dict of them; or None to keep all
     :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out"""
     def read(annotation_path):
         """:return: an image's path and annotation; or the reason why they can't be read, a string"""
-        image_paths = [os.path.join(os.path.abspath(folder), path) for path in found.get(annotation_path, [])]
+        paths = [os.path.join(os.path.abspath(folder), path) for path in image_paths[annotation_path]]
         annotation_path = os.path.join(folder, annotation_path)
         try:
-            if not image_paths:
+            if not paths:
                 raise UserError(f'{annotation_path} or its image is missing')
-            if len(image_paths) > 1:
-                raise UserError(f'{" and ".join(image_paths)} have the name of {annotation_path}: keep one')
-            size, orientation = decode_once(image_paths[0])  # a broken image must be found now, not in training
-            return image_paths[0], parse_annotation(annotation_path, labels, size, orientation)
+            if len(paths) > 1:
+                raise UserError(f'{" and ".join(paths)} have the name of {annotation_path}: choose a folder that has '
+                                'just one of them, or move the others out of it')
+            size, orientation, bits = decode_once(paths[0])  # a broken image must be found now, not in training
+            annotation = parse_annotation(annotation_path, labels, size, orientation)
+            annotation['assumed'] += ['with more than 8 bits, each scaled to 8 by itself'] if bits > 8 else []
+            return paths[0], annotation
         except (UserError, OSError) as error:
             return str(error)
 
-    annotation_paths = dict.fromkeys(annotation_paths)  # each only once
     with ThreadPool() as pool:  # Pillow decodes in parallel
-        results = list(tqdm(pool.imap(read, annotation_paths), f'Reading {split}', len(annotation_paths), disable=None))
+        results = list(tqdm(pool.imap(read, image_paths), f'Reading {split}', len(image_paths), disable=None))
     left_out = [result for result in results if isinstance(result, str)]
     if 10 * len(left_out) > len(results):
         print('\n'.join(left_out[:10]), file=sys.stderr)
@@ -167,79 +176,87 @@ def read_split(folder, split, annotation_paths, found, labels=None):
 def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     """Read the objects from an XML file in Pascal VOC's format, and drop those whose box or label is invalid.
 
-    Pascal VOC counts pixels from 1; we subtract 1. A box may extend one pixel beyond the image, because some tools
-    count from 0 or round up: it is clipped. A box that extends further is dropped, and so is one of less than a tenth
-    of a pixel in width or height, which has next to no area. Rotated images: see `own_images.turn_box`.
+    Pascal VOC counts pixels from 1; we subtract 1. A box that crosses the image's edge is clipped if at least half of
+    its area is inside, or if it extends by just one pixel, because some tools count from 0 or round up. Otherwise it is
+    dropped, and so is one of less than a tenth of a pixel in width or height, which has next to no area.
 
     :param annotation_path: path of the XML file
     :param labels: the labels of objects to keep; or None to keep all, except background
     :param size: (width, height) of the upright image in pixels; or None if unknown
-    :param orientation: the image's EXIF orientation, 1 to 8, see `images.decode_once`
+    :param orientation: the image's EXIF orientation, 1 to 8, see `own_images.compare_sizes`
     :return: dict of boxes (boundary coordinates in pixels, from 0), labels (strings) and difficulties (0 or 1), a list
-        each, with one element for each object; dropped, a list of reasons, one for each dropped object; n_swapped, the
-        number of boxes with swapped edges, which were put in order; and size
+        each, with one element for each object; dropped, a list of reasons, one for each dropped object; n_swapped and
+        n_clipped, the numbers of boxes with swapped edges, which were put in order, and of those clipped by more than a
+        pixel; assumed, a list of what was assumed, to follow the word "images"; and size
     :raises UserError: the annotation can't be read, is for an image of another size, or has boxes in fractions"""
-    stated_size, objects = read_objects(annotation_path)
-    known = min(stated_size) > 0  # some tools write 0 for a size they don't know
-    as_stored = orientation >= 5 and size == stated_size[::-1] and size != stated_size  # its boxes must be turned
-    if known and size not in (None, stated_size) and not as_stored:
-        raise UserError(f'{annotation_path} is for an image of {stated_size[0]:g}x{stated_size[1]:g} pixels, '
-                        f'but the image has {size[0]}x{size[1]}: annotate it again, or remove it')
-    width, height = size or (stated_size if known else (math.inf, math.inf))
-    boxes = [box for _, _, box in objects if box is not None]
+    stated_size, objects, dropped = read_objects(annotation_path)
+    boxes = [box for _, _, box in objects]
+    as_stored, assumed = compare_sizes(annotation_path, stated_size, size, orientation, boxes)
+    width, height = size or (stated_size if min(stated_size) > 0 else (math.inf, math.inf))
     if boxes and max(map(max, boxes)) <= 1 and min(width, height) > 10:
         raise UserError(f'{annotation_path} has boxes in fractions, such as {boxes[0]}: export them in pixels')
-    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': [], 'n_swapped': 0, 'size': size}
+    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': dropped, 'n_swapped': 0, 'n_clipped': 0,
+                  'assumed': assumed, 'size': size}
     for label, difficult, box in objects:
         if label == 'background' or (labels is not None and label not in labels):
-            annotation['dropped'].append(f"label '{label}' is not one of the labels")
-        elif box is None:
-            annotation['dropped'].append(f'{label} has no bndbox')
+            dropped.append(f"label '{label}' is not one of the labels")
         elif not all(map(math.isfinite, box)):
-            annotation['dropped'].append(f'{label} {box} is not finite')
+            dropped.append(f'{label} {box} is not finite')
         else:
             ordered = [min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])]
             upright = turn_box(ordered, size, orientation) if as_stored else ordered
             x_min, y_min, x_max, y_max = (edge - 1 for edge in upright)
             clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
-            if min(x_min, y_min) < -1.1 or x_max > width + 0.1 or y_max > height + 0.1:  # a pixel, and rounding
-                annotation['dropped'].append(f'{label} {box} is outside the image of {width:.0f}x{height:.0f}')
-            elif min(clipped[2] - clipped[0], clipped[3] - clipped[1]) < 0.1:
-                annotation['dropped'].append(f'{label} {box} has no area')
+            sides = clipped[2] - clipped[0], clipped[3] - clipped[1]
+            crosses = not is_inside(upright, (width, height))
+            if crosses and (min(sides) < 0 or sides[0] * sides[1] < (x_max - x_min) * (y_max - y_min) / 2):
+                dropped.append(f'{label} {box} is mostly outside the image of {width:.0f}x{height:.0f}')
+            elif min(sides) < 0.1:
+                dropped.append(f'{label} {box} has no area')
             else:
                 annotation['boxes'].append(clipped)
                 annotation['labels'].append(label)
                 annotation['difficulties'].append(difficult)
                 annotation['n_swapped'] += ordered != box
+                annotation['n_clipped'] += crosses
     return annotation
 
 
-edges = 'bndbox/xmin', 'bndbox/ymin', 'bndbox/xmax', 'bndbox/ymax'  # of an object
+edges = 'xmin', 'ymin', 'xmax', 'ymax'  # of a bndbox
 difficult_words = {'': 0, 'unspecified': 0, 'false': 0, 'no': 0, 'true': 1, 'yes': 1}  # elsewhere a number
 
 
 def read_objects(annotation_path):
     """Read an XML file in Pascal VOC's format.
 
-    :return: the (width, height) that it states, 0 if missing; and a list of (label, difficult, box), one for each
-        object, with boundary coordinates in pixels from 1, or None if it has no bndbox but, say, a polygon
+    :return: the (width, height) that it states, 0 if missing; a list of (label, difficult, box), one for each bndbox,
+        with boundary coordinates in pixels from 1; and a list of reasons, one for each object or bndbox that is dropped
     :raises UserError: the file is not XML, or an object lacks a name or an edge"""
     content = Path(annotation_path).read_bytes()
     try:
-        root = ET.fromstring(content)
+        root = parse_xml(content)
         if root.tag != 'annotation':
             raise ValueError(f'its root is {root.tag}')
         size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
-        objects = []
-        for node in root.findall('object'):  # not VOC 2012's nested 'part' boxes
-            texts = [' '.join(node.findtext(path, '').split()) for path in ('name', *edges)]
-            has_box = node.find('bndbox') is not None
-            if '' in (texts if has_box else texts[:1]):
-                raise ValueError(f'an object has no {("name", *edges)[texts.index("")]}')
-            box = [float(text) for text in texts[1:]] if has_box else None
-            difficult = node.findtext('difficult', '').strip().lower()
-            difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
-            objects.append((texts[0], difficult, box))
+        objects, dropped = [], [f'a bndbox in {node.tag}, not in an object' for node in root.iter()
+                                if node.tag not in ('object', 'part') for _ in node.findall('bndbox')]
+        for node in root.iter('object'):  # at any depth, but not VOC 2012's nested 'part' boxes
+            for bndbox in node.findall('bndbox') or [()]:  # () if it has none but, say, a polygon
+                children = [*node, *bndbox]
+                tags = [child.tag for child in children]
+                texts = {child.tag: ' '.join((child.text or '').split()) for child in children}
+                missing = [tag for tag in ('name', *edges) if not texts.get(tag)]
+                repeated = [tag for tag in ('name', 'difficult', *edges) if tags.count(tag) > 1]
+                if missing and ('name' in missing or 'bndbox' in tags):
+                    raise ValueError(f'an object has no {missing[0]}')
+                difficult = texts.get('difficult', '').lower()
+                difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
+                if missing:
+                    dropped.append(f'{texts["name"]} has no bndbox')
+                elif repeated:
+                    dropped.append(f'{texts["name"]} has more than one {repeated[0]}')
+                else:
+                    objects.append((texts['name'], difficult, [float(texts[edge]) for edge in edges]))
         if len(objects) > 8732:
             raise ValueError(f'it has {len(objects)} objects, more than there are priors')
     except (ET.ParseError, LookupError, ValueError) as error:
@@ -249,7 +266,19 @@ def read_objects(annotation_path):
             reason = f'text at line {line}, column {column} has < or &, or another encoding than the file declares'
         raise UserError(f'{annotation_path} is not an annotation in VOC format ({reason}): an object needs a name, a '
                         'bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None
-    return size, objects
+    return size, objects, dropped
+
+
+def parse_xml(content):
+    """:return: the root of XML, given as bytes, without namespaces"""
+    try:
+        root = ET.fromstring(content)
+    except ValueError:  # the parser does not know an encoding such as GB2312, but Python does
+        encoding = re.search(r'encoding\s*=\s*["\']([\w.-]+)', content[:200].decode('latin-1'))
+        root = ET.fromstring(content.decode(encoding[1] if encoding else 'utf-8'))
+    for node in root.iter():
+        node.tag = node.tag.rpartition('}')[2]
+    return root
 
 
 def main():

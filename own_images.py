@@ -1,26 +1,29 @@
 """Any folder with images and annotations in Pascal VOC's format: which image belongs to which annotation, which are for
-training and which for the test, and boxes in images that are stored rotated.
+training and which for the test, and what the size that an annotation states says about its boxes.
 """
 import os
 import random
 import re
+import sys
 import unicodedata
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from errors import UserError
 from images import is_image
 
 split_names = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val',
-               'test': 'test', 'testing': 'test'}
+               'test': 'test', 'testing': 'test', 'trainval': 'trainval'}
 
 
 def find_images(folder):
-    """Find all annotations under a folder, and their images. The image has the annotation's name, and lies beside it,
-    or in the folder that corresponds (see `folders_of`), or anywhere, if just one has that name.
+    """Find all annotations under a folder, which are .xml files whose root is `annotation`, and their images. The image
+    has the annotation's name, and lies beside it, or in the folder that corresponds (see `words_of`), or anywhere, if
+    just one has that name.
 
     :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
     :raises UserError: the folder is missing, or has no annotation"""
-    images, unknown, found = {}, {}, {}
+    images, unknown, found, others = {}, {}, {}, []
     paths = list_files(folder)
     for path in paths:
         if is_image(path):
@@ -29,80 +32,168 @@ def find_images(folder):
             unknown.setdefault(name_of(os.path.splitext(path)[0]), []).append(path)
     for path in paths:
         if path.lower().endswith('.xml'):
-            same_name = images.get(name_of(path), [])
-            beside = [image for image in same_name if os.path.dirname(image) == os.path.dirname(path)]
-            corresponding = [image for image in same_name if folders_of(image) == folders_of(path)]
-            image_paths = beside or corresponding or same_name or unknown.get(name_of(path), [])
-            if image_paths or b'<annotation>' in Path(folder, path).read_bytes()[:1000]:  # others are not annotations
+            root = root_of(os.path.join(folder, path))
+            image_paths = choose_images(path, images.get(name_of(path), [])) or unknown.get(name_of(path), [])
+            if root == 'annotation' or (root is None and image_paths):  # the second is damaged
                 found[path] = image_paths
+            else:
+                others.append(f'{path}, whose root is {root}')
+    if others:
+        print(f'{folder}: .xml files that are no annotations, left alone: {len(others)}, such as {others[0]}.')
     if not found:
         what = 'has no annotations in VOC format (.xml)' if os.path.isdir(folder) else 'is not a folder'
         raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and '
                         'annotations, or download = True')
     n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
     print(f'{folder}: {len(found)} annotations. Images without annotation, which are not listed: {n_images}.')
-    return found
+    return leave_out_repeated(folder, found)
 
 
-def read_image_sets(folder, found):
-    """Read the lists in ImageSets/Main. A line is the name of an image, perhaps with folder and extension. A flag may
-    follow, as in VOC's lists of one class; here it does not matter.
+def root_of(path):
+    """:return: the tag of an XML file's root, without namespace; or None if it can't be read"""
+    try:
+        with open(path, 'rb') as file:  # of which only the beginning is read
+            return next(ET.iterparse(file, ['start']))[1].tag.rpartition('}')[2]
+    except (ET.ParseError, LookupError, ValueError, OSError):
+        return None
 
-    :return: dict of a list's name -> paths of annotations; a name without annotation or image stays as it is"""
-    by_name, image_sets = {}, {}
-    for path in found:
-        by_name.setdefault(name_of(path), []).append(path)
-    for path in list_files(folder):
-        list_name, extension = os.path.splitext(os.path.basename(path).lower())
-        if folders_of(path)[-2:] != ['imagesets', 'main'] or extension != '.txt':
-            continue
-        try:
-            with open(os.path.join(folder, path), encoding='utf-8-sig') as file:  # sig: skip a byte order mark
-                lines = [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]
-        except ValueError as error:
-            raise UserError(f'{os.path.join(folder, path)} is not a list in UTF-8 ({error}): save it as that') from None
-        for line in lines:
-            if name_of(line) not in by_name:
-                line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
-            same_name = by_name.get(name_of(line), [name_of(line)])
-            # The line's path may begin with folders of another computer, so compare only its end.
-            in_folder = [name for name in same_name if folders_of(line)[-len(folders_of(name)):] == folders_of(name)]
-            image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
-    return image_sets
 
+def choose_images(annotation_path, same_name):
+    """:return: of the images with an annotation's name, list of those that may be its image: one, if all is well"""
+    beside = [path for path in same_name if os.path.dirname(path) == os.path.dirname(annotation_path)]
+    corresponding = [path for path in same_name if words_of(path) == words_of(annotation_path)]
+    candidates = beside or corresponding or same_name
+    name = Path(annotation_path).stem  # a.rgb.xml means a.rgb.jpg, not a.bw.jpg; a.jpg.xml means a.jpg, not a.png
+    return [path for path in candidates if name in (Path(path).name, Path(path).stem)] or candidates
+
+
+def leave_out_repeated(folder, found):
+    """Of several annotations of an image, keep just the one that has boxes, as of horizontal and oriented boxes. If
+    several have boxes, all stay, and `check_each_once` finds them."""
+    of_image, without = {}, []
+    for path, image_paths in found.items():
+        of_image.setdefault(tuple(image_paths) or path, []).append(path)
+    for paths in of_image.values():
+        if len(paths) > 1:
+            with_boxes = [path for path in paths if b'<bndbox>' in Path(folder, path).read_bytes()]
+            without += [path for path in paths if len(with_boxes) == 1 and path not in with_boxes]
+    if without:
+        print(f'{folder}: annotations without a box whose image has another annotation, left alone: {len(without)}, '
+              f'such as {without[0]}.')
+    return {path: image_paths for path, image_paths in found.items() if path not in without}
+
+
+# ------------------------------------------------------------------------------------------------------ Train and test
 
 def choose_split(folder, found, test_fraction):
     """Choose the images for training and for the test: by the lists in ImageSets/Main called trainval, train, val or
-    test; without lists, by folders with these names; else at random, in the same way each time. Without a test, val
-    is the test.
+    test; without lists, by folders with these words in their names; else at random, in the same way each time. Without
+    a test, val is the test.
 
-    :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None if all are for training
-    :return: paths of annotations for training, and for the test, see `find_images`"""
-    sets, where = read_image_sets(folder, found), 'lists in ImageSets/Main:'
+    :param found: see `find_images`
+    :param test_fraction: share of the test if it is chosen at random, from 0 to 1; or None to leave out the test
+    :return: dicts like `found`, for training and for the test; without images for a name that has no annotation"""
+    sets, where = read_image_sets(folder, found), 'lists in ImageSets/Main'
     if not sets:
-        where = 'folders:'
-        for path, image_paths in found.items():
-            names = [name for either in (path, *image_paths) for name in folders_of(either) if name in split_names]
-            sets.setdefault(split_names[names[0]] if names else 'others', []).append(path)
+        sets, where = sets_by_folders(found), 'folders'
     trainval, train, val, test = (sets.get(name, []) for name in ('trainval', 'train', 'val', 'test'))
-    trainval = trainval or train + val or sorted(set(found).difference(test))
-    if test_fraction is None:
-        train, test, rule = trainval, [], 'all for training, by'
-    elif test:
+    used = {path for of_set in sets.values() for path in of_set}
+    trainval = trainval or train + val or sorted(set(found).difference(test) if test else used)
+    if test or test_fraction is None:
         train, rule = trainval, 'as given by'
     elif train and val:
         test, rule = val, 'val is the test, by'
     else:
-        paths = sorted({path for of_set in sets.values() for path in of_set}, key=os.path.splitext)
+        paths = sorted(used, key=os.path.splitext)
         random.Random(0).shuffle(paths)
         n_test = round(test_fraction * len(paths))
         train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
         rule = 'at random, from'
+    train, test = ({path: found.get(path, []) for path in paths} for paths in (train, test))  # each only once
     known = [name for name in ('trainval', 'train', 'val', 'test', 'others') if name in sets] or list(sets)
-    print(f'{folder}: {len(train)} images for training, {len(test)} for the test: {rule} its {where} '
-          f'{", ".join(f"{name} ({len(sets[name])})" for name in known)}.')
-    return train, test
+    counts = [f'{name} ({len(sets[name])})' for name in known]
+    n_others = len(found.keys() - used - train.keys())
+    counts += [f'in none ({n_others})'] if n_others else []
+    of_test = 'of the test left out' if test_fraction is None else 'for the test'
+    print(f'{folder}: {len(train)} images for training, {len(test)} {of_test}: {rule} its {where}: '
+          f'{", ".join(counts)}.')
+    return train, {} if test_fraction is None else test
 
+
+def read_image_sets(folder, found):
+    """Read the lists in ImageSets/Main, which are about the folder that has this ImageSets. A line is the name of an
+    image, perhaps with folder and extension. A flag may follow, as in VOC's lists of one class; here it is ignored.
+
+    :return: dict of a list's name -> paths of annotations; a name without annotation or image stays as it is"""
+    lists, elsewhere, image_sets = {}, [], {}
+    for path in list_files(folder):
+        *folders, name = path.lower().split(os.sep)
+        if folders[-2:] == ['imagesets', 'main'] and name.endswith('.txt'):
+            lists.setdefault(os.path.join(*path.split(os.sep)[:-3], ''), []).append(path)
+        elif name.endswith(('.txt', '.csv')) and split_names.keys() & set(re.split(r'[\W\d_]+', name)):
+            elsewhere.append(path)
+    if elsewhere and not lists:
+        print(f'{folder}: lists that are not in a folder ImageSets/Main are not read, such as {elsewhere[0]}.')
+    for inside, list_paths in lists.items():
+        by_name = {}
+        for path, image_paths in found.items():
+            if any(either.startswith(inside) for either in (path, *image_paths)):
+                by_name.setdefault(name_of(path), []).append(path)
+        for list_path in list_paths:
+            list_name = os.path.splitext(os.path.basename(list_path).lower())[0]
+            for line in read_lines(os.path.join(folder, list_path)):
+                if name_of(line) not in by_name:
+                    line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
+                same_name = by_name.get(name_of(line), [inside + name_of(line)])
+                # The line's path may begin with folders of another computer, so compare only its end.
+                in_folder = [path for path in same_name if words_of(line)[-len(words_of(path)):] == words_of(path)]
+                image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
+    return image_sets
+
+
+def read_lines(path):
+    """:return: list of the lines of a text file that are not empty, with / in paths, without quotation marks"""
+    try:
+        with open(path, encoding='utf-8-sig') as file:  # sig: skip a byte order mark
+            return [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]
+    except ValueError as error:
+        raise UserError(f'{path} is not a list in UTF-8 ({error}): save it as that') from None
+
+
+def sets_by_folders(found):
+    """Sort annotations by the innermost folder, of theirs or their image's, that is called train, val, ...; else by the
+    innermost with such a word in its name, as img_train or train2017, if two different words occur. A single one may
+    have another meaning.
+
+    :return: dict of a split's name, or 'others' -> paths of annotations"""
+    sets, called = {}, set()
+    for path, image_paths in found.items():
+        names = [name for either in (path, *image_paths) for name in os.path.dirname(either).lower().split(os.sep)]
+        words = [word for either in (path, *image_paths) for word in words_of(either)]
+        of_split = [word for word in words + names if word in split_names]
+        sets.setdefault(split_names[of_split[-1]] if of_split else 'others', []).append(path)
+        called.update(names)
+    return sets if len(sets.keys() - {'others'}) > 1 or called & split_names.keys() else {'others': list(found)}
+
+
+def check_each_once(chosen):
+    """Raise UserError if an image, by its real path, is for training and for the test, or there twice.
+
+    :param chosen: list of (folder, 'TRAIN' or 'TEST', what `choose_split` returns for it)"""
+    listed = {}
+    for folder, split, images in chosen:
+        for path, image_paths in images.items():
+            if len(image_paths) == 1:
+                real_path = os.path.realpath(os.path.join(folder, image_paths[0]))
+                listed.setdefault(real_path, []).append(f'for {split} with {os.path.join(folder, path)}')
+    repeated = [f'{path} is listed {" and ".join(uses)}' for path, uses in listed.items() if len(uses) > 1]
+    if repeated:
+        print('\n'.join(repeated[:10]), file=sys.stderr)
+        raise UserError(f'{len(repeated)} images are listed for training and the test, or with two annotations (see '
+                        f'above; {repeated[0]}): keep one annotation of each image, in one list')
+
+
+# -------------------------------------------------------------------------------------------------------- Files, names
 
 def list_files(folder):
     """:return: all files under a folder, relative to it and sorted; links are followed, hidden files left out"""
@@ -117,14 +208,16 @@ def list_files(folder):
     return sorted(paths, key=os.path.splitext)
 
 
-# Folders whose names only say what is in them: Annotations/day1/a.xml belongs to JPEGImages/day1/a.jpg
-content_folders = 'jpegimages', 'images', 'image', 'imgs', 'img', 'annotations', 'annotation', 'labels', 'xmls', 'xml'
+# Words in folders' names that only say what is in them: Annotations/day1/a.xml belongs to JPEGImages/day1/a.jpg
+content_words = {'jpegimages', 'images', 'image', 'imgs', 'img', 'jpegs', 'jpeg', 'jpg', 'png', 'annotations',
+                 'annotation', 'annots', 'annot', 'annos', 'anno', 'labels', 'label', 'xmls', 'xml'}
 
 
-def folders_of(path):
-    """:return: list of the folders on a path, in lower case, without `content_folders`"""
-    folders = os.path.dirname(path).replace(os.sep, '/').lower().split('/')
-    return [name for name in folders if name not in ('', '.', *content_folders)]
+def words_of(path):
+    """:return: list of the words and numbers in the names of a path's folders, in lower case, without `content_words`:
+        ['train', '2017'] for img_train2017/a.jpg and for annotations/train2017/a.xml"""
+    folders = unicodedata.normalize('NFC', os.path.dirname(path)).lower()
+    return [word for word in re.findall(r'[^\W\d_]+|\d+', folders) if word not in content_words]
 
 
 def name_of(path):
@@ -135,11 +228,46 @@ def name_of(path):
     return unicodedata.normalize('NFC', name)  # macOS writes an accent as a character of its own
 
 
+# ---------------------------------------------------------------------------------------------------- Sizes and boxes
+
+def compare_sizes(annotation_path, stated, size, orientation, boxes):
+    """Compare the size that an annotation states with its image's. It is a hint: some tools write it off by some pixels
+    (three or a hundredth are accepted), or width and height exchanged (accepted if the boxes fit only the image), or 0.
+    Cameras store some images rotated, with an EXIF orientation by which viewers (and `open_image`) turn them upright. A
+    tool that ignores it writes the size and boxes of the stored image, and the boxes must be turned. If both sizes are
+    the same (square images, orientations 2 to 4) or none is stated, boxes are taken to be upright.
+
+    :param stated: (width, height) that the annotation states, 0 if unknown
+    :param size: (width, height) of the upright image; or None if unknown
+    :param orientation: the image's EXIF orientation, 1 to 8
+    :param boxes: list of the annotation's boxes, in pixels from 1
+    :return: whether boxes must be turned; and a list of what was assumed, to follow the word "images" in a sentence
+    :raises UserError: the annotation is for an image of another size"""
+    def off(other):
+        """:return: how far the stated size is from another one, as a fraction of what is accepted"""
+        return max(abs(side - expected) / max(3, expected / 100) for side, expected in zip(stated, other))
+
+    if size in (None, stated) or not min(stated) > 0:
+        return False, []
+    fit, fit_stated = (all(is_inside(box, of) for box in boxes) for of in (size, stated))
+    if off(size[::-1]) <= 1 and off(size[::-1]) < off(size):
+        if orientation >= 5 and (fit_stated or not fit):
+            return True, []
+        if fit and not (boxes and fit_stated):
+            return False, ['whose annotation states width and height exchanged']
+    if off(size) <= 1:
+        return False, ['whose annotation states a size that is off by some pixels']
+    raise UserError(f'{annotation_path} is for an image of {stated[0]:g}x{stated[1]:g} pixels, but the image has '
+                    f'{size[0]}x{size[1]}: annotate it again; or, if its boxes are right, delete its <size>')
+
+
+def is_inside(box, size):
+    """Whether a box, in pixels from 1, is inside an image, but for a pixel (some tools count from 0) and rounding."""
+    return min(box) >= -0.1 and max(box[::2]) <= size[0] + 1.1 and max(box[1::2]) <= size[1] + 1.1
+
+
 def turn_box(box, size, orientation):
-    """Turn a box upright. Cameras store some images rotated, with an EXIF orientation by which viewers (and
-    `open_image`) turn them upright. A tool that ignores it writes the size and boxes of the stored image, and the boxes
-    must be turned. If both sizes are the same (square images, orientations 2 to 4) or none is stated, boxes are taken
-    to be upright.
+    """Turn a box of the stored image upright, see `compare_sizes`.
 
     :param box: boundary coordinates in the stored image, in pixels from 1
     :param size: (width, height) of the upright image in pixels
