@@ -17,6 +17,8 @@ from model import SSD300, VGGBase
 from torchvision_weights import from_torchvision, names
 from utils import make_label_map
 
+earlier = [os.path.join(root, 'tests', f'earlier_torch_{version}.pth') for version in ('1.0.1', '1.4.0')]
+
 
 def line_of(path, read=load_checkpoint):
     """The one line that says why a checkpoint is refused, without its path."""
@@ -43,11 +45,6 @@ def test_checkpoint_round_trip(tmp_path, thin):
         assert label_map == {'background': 0, 'a': 1, 'b': 2} and loaded.thin == thin
         for (key, a), (other_key, b) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
             assert key == other_key and torch.equal(a, b)
-
-
-def test_a_checkpoint_may_have_only_a_model(tmp_path):
-    save_checkpoint(tmp_path / 'c.pth', 3, SSD300(2, thin=64), None, {'background': 0, 'cat': 1}, seed=4)
-    assert set(load_checkpoint(tmp_path / 'c.pth')) == {'version', 'epoch', 'label_map', 'seed', 'thin', 'model'}
 
 
 def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -88,36 +85,37 @@ def test_a_damaged_checkpoint_is_named(tmp_path, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_without_memory_a_checkpoint_is_not_called_damaged(monkeypatch, error):
+@pytest.mark.parametrize('error, read', [
+    (MemoryError(), load_checkpoint), (MemoryError(), lambda path: convert(path, 'none.pth')),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), load_checkpoint)])
+def test_without_memory_a_checkpoint_is_not_called_damaged(monkeypatch, error, read):
     def load(*_, **__):
         raise error
 
     monkeypatch.setattr(torch, 'load', load)
     with pytest.raises(type(error)):
-        load_checkpoint(kept_checkpoint)
+        read(kept_checkpoint)
 
 
-@pytest.mark.parametrize('path', ['none.pth', '.'])
-def test_a_missing_checkpoint_says_how_to_make_it(tmp_path, path):
-    assert line_of(tmp_path / path).startswith('no checkpoint at') and 'python train.py' in line_of(tmp_path / path)
+def test_what_to_do_without_a_checkpoint(tmp_path):
+    for path in (tmp_path / 'none.pth', tmp_path):
+        assert line_of(path) == 'no checkpoint at : train one with "python train.py", or set the right path'
+    for path in earlier:
+        assert line_of(path) == ('is a checkpoint of the earlier implementation: convert it with '
+                                 '"python convert_checkpoint.py  NEW"')
 
 
 def write_kept_checkpoint(path):
-    """
-    Write a checkpoint of SSD300 with save_checkpoint, as training does, but small: each weight tensor has but one
-    value, and so has its momentum, which the file holds once. Call it with a new name when checkpoint_version changes.
-
-    :param path: the file
-    """
-    model, label_map = SSD300(n_classes=3), {'background': 0, 'cat': 1, 'dog': 2}
+    """Write a checkpoint of SSD300 with save_checkpoint, as training does, but small: a tensor of weights has but one
+    value, and so has its momentum; the file holds it once. Call it with a new name when checkpoint_version changes."""
+    model = SSD300(n_classes=3)
     optimizer = train.make_optimizer(model, 'sgd', 1e-3, 5e-4)
     values = torch.arange(1000.)
     for i, parameter in enumerate(model.parameters()):
         parameter.data = values[i:i + 1].expand(parameter.shape)
         optimizer.state[parameter]['momentum_buffer'] = values[500 + i:501 + i].expand(parameter.shape)
     model.priors_cxcy = values[:4].expand(8732, 4)
-    save_checkpoint(path, 7, model, optimizer, label_map, seed=11)
+    save_checkpoint(path, 7, model, optimizer, make_label_map(['cat', 'dog']), seed=11)
 
 
 @pytest.mark.parametrize('version', [1, 2])
@@ -138,48 +136,25 @@ def test_checkpoints_of_all_versions_are_read(version):
         assert (optimizer.state[parameter]['momentum_buffer'] == 500 + i).all()
 
 
-damaged = 'is damaged: take another checkpoint'
-
-
-damaged = 'is damaged: take another checkpoint'
-
-
 @pytest.mark.parametrize('change, line', [
     ({'version': 3}, 'has version 3, and is from a newer version of this project, which writes version 2'),
     ({'epoch': None}, "lacks ['epoch']"), ({'label_map': ['cat', 'dog']}, "lacks ['label_map']"),
-    ({'model': 3, 'seed': []}, "lacks ['model', 'seed']"), ({'optimizer': []}, damaged), ({'model': {}}, damaged),
-    ({'label_map': {}}, damaged), ({'label_map': {'background': 0, 'cat': 9, 'dog': 2}}, damaged),
-    ({'thin': 3}, damaged), ({'thin': '1'}, damaged), ({'thin': None}, damaged), ({'thin': 2}, 'does not fit SSD300'),
+    ({'model': 3, 'seed': []}, "lacks ['model', 'seed']"), ({'thin': 2}, 'does not fit SSD300'),
     ({'label_map': {'background': 0, 'a': 1}}, "does not fit SSD300 with its classes ['background', 'a']"),
-    ({'priors_cxcy': 'no tensor'}, damaged), ({'priors_cxcy': torch.rand(3, 4)}, 'the feature_maps of utils.py: '),
-    ({'priors_cxcy': torch.rand(8732, 3)}, 'priors_cxcy')])
+    ({'priors_cxcy': torch.rand(3, 4)}, 'feature_maps of utils.py: '), ({'priors_cxcy': torch.rand(8732, 3)}, 'fit'),
+    ({'model': {'base.conv1_1.bias': torch.zeros(0)}}, 'does not fit SSD300 with its classes'),
+    *(({key: value}, 'is damaged: take another checkpoint') for key, value in [
+        ('optimizer', []), ('label_map', {}), ('label_map', {'background': 0, 'cat': 9, 'dog': 2}), ('thin', 3),
+        ('thin', '1'), ('thin', None), ('priors_cxcy', 'no tensor'), ('model', {}), ('model', {'base.conv1_1.bias': 3}),
+        ('model', {'base.conv1_1.bias': torch.zeros(21)}), ('model', {3: torch.zeros(21)})])])
 def test_checkpoints_that_cannot_be_used_are_named(tmp_path, change, line):
     torch.save(torch.load(kept_checkpoint, weights_only=True) | change, tmp_path / 'c.pth')
     assert line in line_of(tmp_path / 'c.pth', load_detector)
 
 
-@pytest.mark.parametrize('first_layer, line', [
-    ({}, damaged), ({'base.conv1_1.bias': 3}, damaged), ({'base.conv1_1.bias': torch.zeros(21)}, damaged),
-    ({3: torch.zeros(21)}, damaged), ({'base.conv1_1.bias': torch.zeros(0)}, 'does not fit SSD300 with its classes')])
-def test_weights_with_another_first_layer_are_no_detector(tmp_path, first_layer, line):
-    saved = torch.load(kept_checkpoint, weights_only=True)
-    torch.save(saved | {'model': first_layer}, tmp_path / 'c.pth')
-    assert line in line_of(tmp_path / 'c.pth', load_detector)
-
-
-@pytest.mark.parametrize('version', ['1.0.1', '1.4.0'])
-def test_an_earlier_checkpoint_says_how_to_convert_it(version):
-    path = os.path.join(root, 'tests', f'earlier_torch_{version}.pth')
-    with pytest.raises(UserError) as error:
-        load_checkpoint(path)
-    assert str(error.value) == (f'{path} is a checkpoint of the earlier implementation: convert it with '
-                                f'"python convert_checkpoint.py {path} NEW"')
-
-
 @pytest.mark.parametrize('load', [
     lambda _: load_detector(kept_checkpoint), lambda _: start_from(kept_checkpoint, {'background': 0, 'cat': 1}, 1),
-    lambda path: convert(os.path.join(root, 'tests', 'earlier_torch_1.4.0.pth'), path),
-    lambda _: from_torchvision(dict.fromkeys(names, torch.zeros(8)))])
+    lambda path: convert(earlier[0], path), lambda _: from_torchvision(dict.fromkeys(names, torch.zeros(8)))])
 def test_a_mistake_in_a_layer_is_not_blamed_on_the_file(tmp_path, monkeypatch, load):
     """A student who mistypes a layer sees the traceback of that line."""
     def mistyped(self, pretrained=False):
@@ -224,12 +199,7 @@ def test_a_start_from_a_checkpoint_keeps_what_has_the_same_name(shapes_detector,
             assert not layer.bias.view(-1, model.n_classes)[:, index].any()
 
 
-def test_what_cannot_be_started_from_is_named(shapes_detector, tmp_path):
-    def start(path, thin=32):
-        return start_from(path, make_label_map(['cat']), thin)
-
-    assert line_of(shapes_detector[1], lambda path: start(path, thin=1)) == (
+def test_a_start_needs_only_a_model_that_is_as_thin(shapes_detector):
+    assert set(load_checkpoint(shapes_detector[1])) == {'version', 'epoch', 'label_map', 'seed', 'thin', 'model'}
+    assert line_of(shapes_detector[1], lambda path: start_from(path, {'background': 0, 'cat': 1}, 1)) == (
         'has thin = 32, but train.py has thin = 1: set thin = 32 there')
-    assert 'no checkpoint at' in line_of(tmp_path / 'none.pth', start)
-    earlier = os.path.join(root, 'tests', 'earlier_torch_1.4.0.pth')
-    assert 'convert it with "python convert_checkpoint.py' in line_of(earlier, start)

@@ -1,9 +1,11 @@
 """Checkpoints of the earlier implementation, converted to ours."""
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,21 +15,20 @@ from harmful import Malicious, Program
 import convert_checkpoint
 from checkpoints import load_checkpoint, load_detector
 from convert_checkpoint import convert
-from errors import UserError, run
+from errors import UserError
 from model import SSD300
 from utils import make_label_map, voc_labels
 
 
 def kept(version):
-    """Path of the checkpoint that an old version of PyTorch wrote: see earlier/write.py."""
+    """Path of the checkpoint that this version of PyTorch wrote: see earlier/write.py."""
     return os.path.join(root, 'tests', f'earlier_torch_{version}.pth')
 
 
 @pytest.mark.parametrize('version, location', [('1.0.1', 'cpu'), ('1.4.0', 'cuda:0')])
 def test_checkpoints_written_by_old_versions_of_pytorch(tmp_path, version, location):
     """They name the device once, for all tensors, and so are easily made a GPU's."""
-    with open(kept(version), 'rb') as file:
-        content = file.read()
+    content = Path(kept(version)).read_bytes()
     assert len(content) < 100_000 and content.count(b'X\3\0\0\0cpu') == 1
     old, new = tmp_path / 'c.pth.tar', tmp_path / 'c.pth'
     old.write_bytes(content.replace(b'X\3\0\0\0cpu', b'X' + bytes([len(location), 0, 0, 0]) + location.encode()))
@@ -49,10 +50,9 @@ def test_checkpoints_of_the_earlier_implementation(tmp_path, zipped):
     weights['priors_cxcy'] = torch.rand(8732, 4)
     torch.save(weights, tmp_path / 'weights.pth')
     # In a process of its own, because the earlier implementation's module has our module's name
-    names = ['zip.pth.tar', 'weights.pth', 'old.pth.tar']
-    write = os.path.join(root, 'tests', 'earlier', 'write.py')
-    subprocess.run([sys.executable, write, *names], cwd=tmp_path, check=True)
-    convert(tmp_path / names[0 if zipped else 2], tmp_path / 'c.pth')
+    subprocess.run([sys.executable, os.path.join(root, 'tests', 'earlier', 'write.py'), 'zip.pth.tar', 'weights.pth',
+                    'old.pth.tar'], cwd=tmp_path, check=True)
+    convert(tmp_path / ('zip.pth.tar' if zipped else 'old.pth.tar'), tmp_path / 'c.pth')
     model, label_map = load_detector(tmp_path / 'c.pth')
     assert label_map == make_label_map(voc_labels) and set(model.state_dict()) == set(weights)
     assert all(torch.equal(values, weights[key]) for key, values in model.state_dict().items())
@@ -62,8 +62,7 @@ def test_checkpoints_of_the_earlier_implementation(tmp_path, zipped):
 
 def change_earlier(path, old, new):
     """Write the checkpoint of PyTorch 1.0.1 with some bytes replaced."""
-    with open(kept('1.0.1'), 'rb') as file:
-        content = file.read()
+    content = Path(kept('1.0.1')).read_bytes()
     assert old in content
     path.write_bytes(content.replace(old, new))
 
@@ -113,17 +112,14 @@ def test_a_file_cannot_change_what_it_names(tmp_path, monkeypatch, name):
 def test_a_damaged_index_takes_no_memory(tmp_path):
     path = tmp_path / 'c.pth.tar'
     change_earlier(path, b'r\0\1\0\0', b'r\0\1\0\4')  # pickle's index for an object: 256, or 2^26 more
-    with open(path, 'rb') as file:
-        tracemalloc.start()
-        convert_checkpoint.torch.load(file, 'cpu', convert_checkpoint.SafePickle, weights_only=False)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 100e6
+    tracemalloc.start()
+    convert_checkpoint.torch.load(path, 'cpu', convert_checkpoint.SafePickle, weights_only=False)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
 
 
 def test_damaged_files_are_named(tmp_path):
-    with open(kept('1.4.0'), 'rb') as file:
-        content = file.read()
+    content = Path(kept('1.4.0')).read_bytes()
     for other in (b'', b'text', b'PK\x03\x04 no zip'):
         (tmp_path / 'c.pth.tar').write_bytes(other)
         assert 'is no checkpoint of the earlier implementation, or is damaged' in refused(tmp_path / 'c.pth.tar')
@@ -142,20 +138,10 @@ def test_damaged_files_are_named(tmp_path):
             os.remove(tmp_path / 'c.pth')
 
 
-def test_without_memory_a_file_is_not_called_damaged(tmp_path, monkeypatch):
-    def load(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr(torch, 'load', load)
-    with pytest.raises(MemoryError):
-        convert(kept('1.4.0'), tmp_path / 'c.pth')
-
-
 def test_an_earlier_checkpoint_for_other_classes_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_checkpoint, 'label_map', {'background': 0, 'cat': 1, 'dog': 2})
-    line = refused(shutil.copy(kept('1.0.1'), tmp_path))
-    assert 'is a checkpoint of the earlier implementation for 20 classes, and does not say which' in line
-    assert 'those for the 2 of VOC' in line
+    assert re.search('for 20 classes, .* does not say which: .* those for the 2 of VOC',
+                     refused(shutil.copy(kept('1.0.1'), tmp_path)))
 
 
 def test_no_file_is_overwritten(tmp_path):
@@ -163,16 +149,13 @@ def test_no_file_is_overwritten(tmp_path):
     with pytest.raises(UserError, match='new.pth exists: name another file'):
         convert(kept('1.0.1'), str(tmp_path / 'new.pth'))
     assert (tmp_path / 'new.pth').read_bytes() == b'mine' and os.listdir(tmp_path) == ['new.pth']
-    with pytest.raises(UserError, match='no checkpoint at .*none.pth'):
-        convert(str(tmp_path / 'none.pth'), str(tmp_path / 'other.pth'))
 
 
-@pytest.mark.parametrize('arguments', [[], ['a.pth'], ['a.pth', 'b.pth', 'c.pth']])
-def test_the_wrong_number_of_arguments_shows_the_usage(monkeypatch, arguments):
-    monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', *arguments])
-    with pytest.raises(SystemExit) as stop:
-        run(convert_checkpoint.main)
-    assert stop.value.code == 'Error: usage: python convert_checkpoint.py OLD NEW'
+def test_wrong_arguments_end_in_a_line(monkeypatch):
+    for arguments, line in (['a.pth'], 'usage: python convert_checkpoint.py OLD'), (['a', 'b'], 'no checkpoint at a'):
+        monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', *arguments])
+        with pytest.raises(UserError, match=line):
+            convert_checkpoint.main()
 
 
 def test_the_script_converts(tmp_path):
