@@ -125,11 +125,10 @@ def main():
     for path, output_path in zip(paths, output_paths(paths)):
         try:
             image = open_image(path)
-        except (UserError, OSError, MemoryError) as error:  # what follows takes less memory
-            message = str(error) or f'there is not enough memory for {path}: shrink it, or cut it into tiles'
+        except UserError as error:
             if len(paths) == 1:
-                raise UserError(message) from error
-            print(f'Error: {message}', file=sys.stderr)
+                raise
+            print(f'Error: {error}', file=sys.stderr)
             n_failed += 1
             continue
         model, label_map = kept_detector(checkpoint)

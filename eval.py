@@ -31,11 +31,10 @@ bfloat16 = False  # compute in 16 bits: faster on many GPUs, but the result diff
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` found. The lists have a tensor for each image, on the CPU; boxes are in fractional boundary
-    coordinates, and label 0 is the placeholder for no detection."""
+    """What `evaluate` found. Lists have a tensor for each image, on the CPU; boxes, fractional boundary coordinates."""
     average_precisions: dict  # label -> AP, see `utils.calculate_mAP`
     mAP: float  # their mean
-    detections: tuple  # three lists: boxes (n, 4), labels (n), scores (n)
+    detections: tuple  # three lists: boxes (n, 4), labels (n), of which 0 is the placeholder for none, scores (n)
     objects: tuple  # the ground truth, three lists: boxes (n_objects, 4), labels (n_objects), difficulties (n_objects)
     seconds: float  # to load the images and to detect
 
@@ -65,7 +64,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     lists = [all_gather_images(values) for values in lists]
     seconds = time.time() - start
     average_precisions, mAP = calculate_mAP(*lists, test_loader.dataset.label_map)
-    return Evaluation(average_precisions, mAP, detections=tuple(lists[:3]), objects=tuple(lists[3:]), seconds=seconds)
+    return Evaluation(average_precisions, mAP, tuple(lists[:3]), tuple(lists[3:]), seconds)
 
 
 def print_table(found, label_map):

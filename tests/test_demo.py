@@ -1,5 +1,6 @@
-"""The demo's images, and the network it trains; and that tests see no GPU."""
+"""The demo's images, and the demo itself; and that tests see no GPU."""
 import random
+import re
 from collections import Counter
 from colorsys import rgb_to_hsv
 
@@ -9,6 +10,7 @@ from conftest import root
 from PIL import Image
 
 import demo
+from checkpoints import load_checkpoint
 from create_data_lists import parse_annotation
 from demo import draw_dataset, draw_image, draw_shape, shapes
 from utils import find_jaccard_overlap
@@ -56,55 +58,34 @@ def test_the_same_seed_draws_the_same_data_set(tmp_path):
     assert parsed['difficulties'] == [int(difficult) for _, _, difficult in objects]
 
 
-@pytest.mark.parametrize('has_gpu', [False, True])
-def test_the_same_network_with_a_gpu_and_without(folder, tmp_path, monkeypatch, has_gpu):
-    """Up to training: the network, its optimizer, and what `fit` is told."""
-    told = []
-
-    class Stop(Exception):
-        pass
-
-    def stop(model, optimizer, train_set, path, *numbers, **options):
-        told.append((model.base.conv1_1.out_channels, type(optimizer).__name__, optimizer.param_groups[0]['lr'],
-                     numbers, options))
-        raise Stop
-
-    start = demo.start
-    monkeypatch.setattr(demo, 'start', lambda train_set, thin, device, lr: start(train_set, thin, 'cpu', lr))
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
-    monkeypatch.setattr(demo, 'draw_dataset', lambda *_: None)
-    monkeypatch.setattr(demo, 'create_data_lists', lambda *_, **__: None)
-    monkeypatch.setattr(demo, 'folder', folder)
-    monkeypatch.setattr(demo, 'fit', stop)
-    with pytest.raises(Stop):
-        demo.main()
-    assert told == [(8, 'AdamW', 1.5e-3, (4, 4), {'rise_and_fall': True, 'print_freq': 10, 'grad_clip': 10})]
+def test_the_whole_pipeline(tmp_path, monkeypatch, capsys):
+    """With few images and a very thin network: what it prints, and leaves behind."""
+    for name, value in {'folder': str(tmp_path), 'n_train': 6, 'n_test': 5, 'thin': 64, 'epochs': 1}.items():
+        monkeypatch.setattr(demo, name, value)
+    demo.main()
+    printed = capsys.readouterr().out
+    assert re.findall(r'^\d\. (\w+)', printed, re.M) == ['Drawing', 'Listing', 'Training', 'Evaluating', 'Detecting']
+    [in_table], [at_end] = (re.findall(pattern, printed, re.M) for pattern in (r'^mAP +\d+ +(.*)', r'^mAP (\S+) after'))
+    assert in_table == at_end and 0 <= float(at_end) <= 1
+    saved = load_checkpoint(str(tmp_path / 'checkpoint_ssd300.pth'))
+    assert list(saved['label_map'])[1:] == list(shapes) and (saved['thin'], saved['optimizer_kind']) == (64, 'AdamW')
+    [_, row] = (tmp_path / 'checkpoint_ssd300.csv').read_text().splitlines()
+    assert float(row.split(',')[5]) == pytest.approx(1.5e-3 / 0.93 / 2)  # the learning rate halfway, see `one_cycle`
+    assert Image.open(tmp_path / 'detections.png').size == (4 * 360, 3 * 324)
 
 
-gpu_tests = {'test_gpu.py': """
+gpu_test = """
 import os
 import torch
 
-def test_sees_a_gpu():
-    assert torch.cuda.is_available() and os.environ['CUDA_VISIBLE_DEVICES'] == '3'
-""", 'test_other.py': """
-import os
-import pytest
-import torch
-
-@pytest.fixture(scope='module')
-def device():
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
-
-def test_sees_none(device):
-    assert device == 'cpu' and not torch.cuda.is_available() and os.environ['CUDA_VISIBLE_DEVICES'] == ''
-"""}
+def test_what_is_seen():
+    assert (torch.cuda.is_available(), os.environ['CUDA_VISIBLE_DEVICES']) == """
 
 
 def test_only_test_gpu_sees_a_gpu(tmp_path, run_forked, monkeypatch):
-    """On a machine that seems to have one: the tests above, with this project's conftest.py."""
-    for name, text in gpu_tests.items():
-        (tmp_path / name).write_text(text)
+    """On a machine that seems to have one: tests with this project's conftest.py."""
+    (tmp_path / 'test_gpu.py').write_text(f"{gpu_test}(True, '3')")
+    (tmp_path / 'test_other.py').write_text(f"{gpu_test}(False, '')")
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3')
     code, printed = run_forked(tmp_path, f"""python -c "
 import sys, pytest, torch
