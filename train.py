@@ -20,16 +20,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
+import distributed
 from checkpoints import load_checkpoint, load_detector, save_checkpoint, start_from
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
-from distributed import (
-    all_reduce_mean,
-    data_parallel,
-    destroy_process_group,
-    get_rank,
-    get_world_size,
-    init_process_group,
-)
+from distributed import all_reduce_mean, data_parallel, get_rank, get_world_size
 from errors import UserError, run, write_whole
 from eval import evaluate, make_test_loader
 from model import SSD300, MultiBoxLoss, possible_thin, standardize
@@ -319,7 +313,7 @@ def check_overwriting(saved):
 def main():
     """Train with the parameters at the top of this file."""
     check_parameters()
-    device = init_process_group()
+    device = distributed.init_process_group()
     torch.manual_seed(seed)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
     if len(train_set) < get_world_size():
@@ -361,7 +355,7 @@ def main():
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
         told = 'There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.'
         raise KeyboardInterrupt(told) from None
-    destroy_process_group()
+    distributed.destroy_process_group()
 
 
 if __name__ == '__main__':
