@@ -1,10 +1,10 @@
-"""Errors that end in one line, and files that are never left half written. Skip this file on a first reading; `UserError`
-is all that the others need to know of it.
-"""
+"""Errors that end in one line, and files that are never left half written. On a first reading, skip this file."""
 import os
 import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
+
+import torch
 
 # --------------------------------------------------------------------------------------------------------------- Errors
 
@@ -12,43 +12,36 @@ class UserError(Exception):
     """Something the user can put right. Its message is one line; scripts print that line and exit with code 1."""
 
 
-not_enough_memory = 'there is not enough memory: lower batch_size'
-
-# PyTorch raises these as plain RuntimeError: words of its message -> our line, or None to print its own message, which
-# has the remedy. The first words that are found count.
-runtime_errors = {
-    'DataLoader worker (pid': None,  # it was killed
-    'Pin memory thread exited': None,
-    'Too many open files': None,
-    'received 0 items of ancdata': 'there are too many open files: raise the limit with "ulimit -n", or lower workers',
-    'out of memory': 'the GPU ran out of memory: lower batch_size, or end what else uses this GPU',
-    "can't allocate memory": not_enough_memory,
-    'not enough memory': not_enough_memory,  # on Windows
-    'onnection': 'another process ended or was killed: start all of them again, from the last checkpoint'}
-
-
 def run(main):
     """Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback."""
-    try:
-        for stream in (sys.stdout, sys.stderr):
+    for name in 'stdout', 'stderr':
+        stream = getattr(sys, name)
+        if stream is None:  # with pythonw, where tqdm would fail
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
+        elif hasattr(stream, 'reconfigure'):  # not in a notebook or IDLE
             stream.reconfigure(errors='backslashreplace')  # a name with letters that the console lacks
-        main()
-    except (EOFError, ConnectionError):  # from the data loader, if its worker died while it was passing on images
-        sys.exit('Error: a worker that loads images was killed, perhaps for lack of memory: lower workers or '
-                 'batch_size, and in a container raise its shared memory (--shm-size)')
-    except (UserError, OSError) as error:
-        # From a worker of a data loader, the message is a whole traceback, whose last line is ours.
-        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        sys.exit('Error: ' + line.split('UserError: ')[-1])
-    except MemoryError:
-        sys.exit(f'Error: {not_enough_memory}')
-    except RuntimeError as error:
-        lines = [line for words, line in runtime_errors.items() if words in str(error)]
-        if not lines:
+    try:
+        try:
+            main()
+        except (EOFError, ConnectionError):
+            time.sleep(1)  # if a worker was killed while it passed on images, PyTorch raises what it says of that now
             raise
-        # If a worker was killed, the cause names the signal and, if it was short of shared memory, the remedy.
-        message = f'{one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': ')
-        sys.exit(f'Error: {lines[0] or message}')
+    except UserError as error:
+        # From a worker of a data loader, the message is a whole traceback, whose last line is ours.
+        sys.exit('Error: ' + str(error).splitlines()[-1].split('UserError: ')[-1])
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        where = 'there is not enough memory' if isinstance(error, MemoryError) else 'the GPU ran out of memory'
+        lower = 'lower batch_size, or ' if 'batch_size' in main.__globals__ else ''
+        sys.exit(f'Error: {where}: {lower}end other programs that use it')
+    except OSError as error:
+        if error.errno is None:  # the system's have a number: a full disk, no permission, ...
+            raise
+        sys.exit(f'Error: {one_line(error)}')
+    except RuntimeError as error:
+        if not str(error).startswith(('DataLoader worker (pid', 'Pin memory thread exited')):  # one was killed
+            raise
+        # The cause names the signal and, if it was short of shared memory, the remedy.
+        sys.exit('Error: ' + f'{one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': '))
     except KeyboardInterrupt as stop:
         sys.exit(f'Stopped. {stop}'.strip())
 
@@ -84,8 +77,9 @@ def write_whole(*paths, mode='wb'):
         for temporary, path in zip(temporaries, paths):
             replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save raises RuntimeError after the OSError, which says more.
-        reason = error if isinstance(error, OSError) else error.__context__ or error
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save raises another after it
+        if not isinstance(reason, OSError):
+            raise
         state = 'is unchanged' if len(paths) == 1 else 'each is unchanged or complete'
         raise UserError(f'{", ".join(map(str, paths))} could not be written and {state}: {one_line(reason)}; check the '
                         'free space, the permissions, and whether another program has it open') from None
