@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import copy_lists
 from PIL import Image
 from tiny import TinyDetector
 from torch.utils.data import DataLoader
@@ -143,27 +144,18 @@ def test_an_evaluation_keeps_no_files_open(voc_folder):
     assert all(len(values) == 100 for values in (*found.detections, *found.objects))
 
 
-@pytest.fixture
-def images(voc_folder, tmp_path):
-    """Lists whose test images have many modes and shapes; the folder."""
-    shutil.copytree(voc_folder, tmp_path, dirs_exist_ok=True)
-    noise, paths = Image.effect_noise((500, 500), 100), []
-    for i, size in enumerate([(500, 375), (300, 300), (1, 1), (37, 451), (299, 7)]):
+def test_eval_and_detect_find_the_same(voc_folder, tmp_path, monkeypatch):
+    """In images of many modes and shapes: the same input to the last bit, the same precision, the same detections. What
+    PyTorch was set to stays."""
+    copy_lists(voc_folder, tmp_path)
+    original, paths = open_image(PascalVOCDataset(voc_folder, 'TEST').images[0]), []
+    for size in [(500, 375), (300, 300), (1, 1), (37, 451), (299, 7)]:
         for mode in ('L', 'RGB', 'P', 'RGBA', 'CMYK', 'I;16'):
-            paths.append(str(tmp_path / f'{i} {mode[0]}{len(mode)}.{"tif" if mode == "CMYK" else "png"}'))
-            image = noise.crop((i, 2 * i, i + size[0], 2 * i + size[1]))
-            if mode == 'RGB':
-                image = Image.merge('RGB', [image, image.rotate(90).resize(size), image.rotate(180)])
-            image.convert(mode).save(paths[-1])
-    lists = {'TEST_images.json': paths,
-             'TEST_objects.json': [{'boxes': [[0, 0, 1, 1]], 'labels': [1], 'difficulties': [0]}] * len(paths)}
-    for name, values in lists.items():
-        (tmp_path / name).write_text(json.dumps(values))
-    return str(tmp_path)
-
-
-def test_eval_and_detect_find_the_same(images, monkeypatch):
-    """The same input to the last bit, the same precision, the same detections; what PyTorch was set to stays."""
+            paths.append(str(tmp_path / f'{size} {mode[0]}{len(mode)}.{"tif" if mode == "CMYK" else "png"}'))
+            original.resize(size).convert('L' if mode == 'I;16' else mode).convert(mode).save(paths[-1])
+    objects = [{'boxes': [[0, 0, 1, 1]], 'labels': [1], 'difficulties': [0]}] * len(paths)
+    for name, values in ('images', paths), ('objects', objects):
+        (tmp_path / f'TEST_{name}.json').write_text(json.dumps(values))
     inputs, settings, cudnn = [], [], torch.backends.cudnn
     for name in 'allow_tf32', 'benchmark', 'deterministic':
         monkeypatch.setattr(cudnn, name, True)
@@ -174,7 +166,7 @@ def test_eval_and_detect_find_the_same(images, monkeypatch):
             settings.append((cudnn.allow_tf32, cudnn.enabled, cudnn.benchmark, cudnn.deterministic))
             return super().forward(image)
 
-    model, dataset = Model(len(label_map)), PascalVOCDataset(images, 'TEST')
+    model, dataset = Model(len(label_map)), PascalVOCDataset(str(tmp_path), 'TEST')
     found = eval_script.evaluate(DataLoader(dataset, collate_fn=collate_fn), model, min_score=0.5, top_k=50)
     assert len(inputs) == len(dataset) == 30
     n_found = 0
@@ -192,7 +184,7 @@ def test_eval_and_detect_find_the_same(images, monkeypatch):
     broken = torch.nn.Module()
     broken.priors_cxcy = torch.zeros(1)
     for run in (lambda: detect.find_objects(image, 0.5, 0.45, 50, broken, label_map),
-                lambda: eval_script.evaluate(load(images), broken)):
+                lambda: eval_script.evaluate(load(voc_folder), broken)):
         with pytest.raises(NotImplementedError):
             run()
         assert cudnn.allow_tf32  # also after an error

@@ -50,7 +50,7 @@ def test_without_detections_or_objects(n, n_objects):
     assert verdicts == [('background', None)] * n
 
 
-def test_missed_objects_are_those_that_no_correction_would_find():
+def test_missed_objects_are_those_that_no_correction_would_find(tmp_path, monkeypatch):
     """A cat found as a dog, a cat found by a loose box, a cat nobody found, a difficult one, and one found."""
     true_boxes = torch.tensor([[0., 0., .2, .2], [.3, 0., .5, .2], [.6, 0., .9, .3], [0., .5, .2, .7],
                                [.4, .5, .6, .7]])
@@ -62,8 +62,13 @@ def test_missed_objects_are_those_that_no_correction_would_find():
                       'dog': Counter({'classification': 1})}
     assert [mistake.true_box.tolist() for mistake in missed['cat']] == [true_boxes[2].tolist()] and not missed['dog']
     [wrong] = false_positives['dog']
-    assert (wrong.kind, wrong.image, wrong.label, wrong.true_label) == ('classification', 0, 'dog', 'cat')
     assert wrong.box.tolist() == wrong.true_box.tolist() == true_boxes[0].tolist()
+    Image.new('RGB', (9, 9)).save(tmp_path / 'a.png')
+    captions = []
+    monkeypatch.setattr(mistakes, 'save_tiles', lambda _, rows, *__, **___: captions.extend(
+        [caption for _, caption in row] for row in rows))
+    mistakes.save_sheet('', false_positives, missed, [tmp_path / 'a.png'])
+    assert captions == [['cat 0.80\nlocalization', 'cat\nmissed'], ['dog 0.90\nclassification: cat']]
 
 
 def random_lists(n_images):
