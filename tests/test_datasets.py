@@ -3,31 +3,21 @@ import json
 import pickle
 import random
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import copy_lists
-from PIL import Image
+from conftest import copy_lists, random_boxes
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import (
-    EpochSampler,
-    PascalVOCDataset,
-    centers_inside,
-    collate_fn,
-    crop_window,
-    draw_window,
-    expand_window,
-    flip,
-    photometric_distort,
-    to_input,
-    transform,
-)
+from datasets import EpochSampler, PascalVOCDataset, collate_fn, crop_window, draw_window, to_input, transform
 from demo import draw_background, shapes
 from errors import UserError
-from utils import find_jaccard_overlap, make_label_map, mean, std
+from model import MultiBoxLoss
+from utils import create_prior_boxes, find_jaccard_overlap, make_label_map, mean, std
 
 # --------------------------------------------------------------------------------------------------------- The data set
 
@@ -41,7 +31,7 @@ def test_dataset_items(voc_folder):
         image, boxes, labels, difficulties = dataset[0]
         assert image.shape == (3, 300, 300) and image.dtype == torch.float32
         assert boxes.shape == (len(labels), 4) and boxes.dtype == torch.float32
-        assert 0 <= boxes.min() and boxes.max() <= 1
+        assert boxes.min() >= 0 and boxes.max() <= 1
         assert labels.dtype == torch.long and difficulties.dtype == torch.uint8 and len(difficulties) == len(labels)
 
 
@@ -63,39 +53,28 @@ def test_a_split_in_any_case(voc_folder, split):
     """On Windows and macOS, the lists of "train" are found: nobody would notice a training without augmentation."""
     given, expected = PascalVOCDataset(voc_folder, split), PascalVOCDataset(voc_folder, split.upper())
     assert given.split == split.upper() and len(given) == len(expected)
-    for item in ((0, 5), (1, 6)):
-        assert all(map(torch.equal, given[item], expected[item]))
-
-    image, objects = draw_background((200, 150), random.Random(0)), (torch.tensor([[20., 30., 90., 90.]]),
-                                                                   torch.tensor([1]), torch.tensor([0]))
-    results = {name: transform(image, *objects, name, random.Random(7))
-               for name in (split, split.upper(), 'TRAIN', 'TEST')}
-    assert all(map(torch.equal, results[split], results[split.upper()]))
-    assert not torch.equal(results['TRAIN'][0], results['TEST'][0])
+    assert all(map(torch.equal, given[0, 5], expected[0, 5]))
+    assert torch.equal(given[0, 5][0], given[0, 6][0]) == (split == 'test')  # augmentation differs
 
 
 @pytest.mark.parametrize('split', ['val', 'trainval', '', 'TRAIN '])
 def test_another_split_is_refused(voc_folder, split):
-    for refused in (lambda: PascalVOCDataset(voc_folder, split),
-                    lambda: transform(Image.new('RGB', (9, 9)), torch.empty(0, 4), torch.empty(0).long(),
-                                      torch.empty(0).byte(), split)):
+    for refused in (lambda: PascalVOCDataset(voc_folder, split), lambda: transform(*[None] * 4, split)):
         with pytest.raises(UserError, match=f"the split '{split}' is unknown: take 'TRAIN' or 'TEST'"):
             refused()
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(voc_folder):
-    dataset, batches = PascalVOCDataset(voc_folder, 'TRAIN'), []
+    dataset, epochs = PascalVOCDataset(voc_folder, 'TRAIN'), []
     for workers in (0, 2):
         sampler = EpochSampler(len(dataset), seed=3)
         loader = DataLoader(dataset, 2, sampler=sampler, collate_fn=collate_fn, num_workers=workers,
                             persistent_workers=workers > 0)
-        epochs = []
         for epoch in range(2):
             sampler.set_epoch(epoch)
-            epochs.append([batch[0] for batch in loader])
-        assert not torch.equal(epochs[0][0], epochs[1][0])
-        batches.append(torch.cat(epochs[0] + epochs[1]))
-    assert batches[0].shape == (6, 3, 300, 300) and torch.equal(*batches)
+            epochs.append(torch.cat([images for images, *_ in loader]))
+    assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1], epochs[3]) and len(epochs[0]) == 3
+    assert not torch.equal(epochs[0], epochs[1])
 
 
 @pytest.mark.parametrize('n_objects', [(2, 0, 1), (0, 3), (0, 0), (1,)])
@@ -115,6 +94,17 @@ def test_a_batch_is_the_same_after_its_way_from_a_worker(n_objects):
                 assert value.dtype == of_image.dtype and value.shape == of_image.shape and value.equal(of_image)
 
 
+def test_a_worker_can_match(n_objects=(3, 0, 1)):
+    """Boxes and labels become what the loss makes of them itself; difficulties stay as they are."""
+    boxes, labels = [random_boxes(n) for n in n_objects], [torch.arange(n) + 1 for n in n_objects]
+    items = [(torch.rand(3, 4, 4), *objects, torch.zeros(len(objects[0]))) for objects in zip(boxes, labels)]
+    match = MultiBoxLoss(create_prior_boxes()).match
+    for workers in (0, 1):
+        [batch] = DataLoader(items, 3, collate_fn=partial(collate_fn, match=match), num_workers=workers)
+        assert all(map(torch.equal, batch[1:3], match(boxes, labels))) and batch[1].shape == (3, 8732, 4)
+        assert [len(difficulties) for difficulties in batch[3]] == list(n_objects)
+
+
 def test_other_values_than_tensors_arrive_too(n_images=3):
     """A data set of your own may yield arrays, or lists; an error on the way would leave training waiting forever."""
     items = [(torch.rand(3, 4, 4), np.ones((i, 4)), [1] * i, torch.tensor(i)) for i in range(n_images)]
@@ -124,62 +114,42 @@ def test_other_values_than_tensors_arrive_too(n_images=3):
     assert [number.item() for number in numbers] == list(range(n_images))
 
 
-def test_sampler_visits_each_image_once_in_a_new_order():
-    sampler, orders = EpochSampler(50, seed=0), []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        orders.append([i for i, _ in sampler])
-        assert sorted(orders[-1]) == list(range(50)) and list(sampler) == list(sampler)
-    assert orders[0] != orders[1] != orders[2]
-
-
-def test_an_image_is_varied_anew_in_each_epoch(voc_folder):
-    dataset, sampler, seen = PascalVOCDataset(voc_folder, 'TRAIN'), EpochSampler(3, seed=0), []
+def test_sampler_visits_each_image_once_in_an_order_and_with_seeds_of_the_epoch():
+    sampler, epochs = EpochSampler(50, seed=0), []
     for epoch in (0, 1, 2, 1):
         sampler.set_epoch(epoch)
-        [seed] = [seed for i, seed in sampler if i == 1]
-        seen.append(dataset[1, seed][0])
-    assert torch.equal(seen[1], seen[3])
-    assert not any(torch.equal(seen[i], seen[k]) for i, k in ((0, 1), (0, 2), (1, 2)))
+        epochs.append(list(sampler))
+        assert sorted(i for i, _ in epochs[-1]) == list(range(50))
+    orders = [[i for i, _ in epoch] for epoch in epochs]
+    assert epochs[1] == epochs[3] != list(EpochSampler(50, seed=1)) and orders[0] != orders[1] != orders[2]
+    assert len({seed for epoch in epochs[:3] for _, seed in epoch}) == 150
 
 
-def test_lists_that_do_not_belong_together_are_refused(folder, tmp_path):
+@pytest.mark.parametrize('split, name, change', [
+    ('TRAIN', 'TRAIN_images.json', lambda images: images[1:]),
+    ('TRAIN', 'TRAIN_images.json', lambda images: images + images[:1]),
+    ('TRAIN', 'label_map.json', lambda label_map: dict(list(label_map.items())[:-1])),
+    ('TEST', 'label_map.json', lambda label_map: {'background': 0, 'circle': 1}),
+    ('TRAIN', 'TRAIN_objects.json', lambda objects: [{'boxes': of_image['boxes'], 'labels': of_image['labels']}
+                                                     for of_image in objects]),
+    ('TRAIN', 'TRAIN_objects.json', lambda objects: [{**objects[0], 'boxes': []}, *objects[1:]]),
+    ('TRAIN', 'TRAIN_objects.json', lambda objects: [[] for _ in objects])],
+    ids=['fewer', 'more', 'label', 'labels', 'no difficulties', 'fewer boxes', 'no dict'])
+def test_each_list_that_does_not_belong_to_the_others_is_noticed(voc_folder, tmp_path, split, name, change):
     """As if the lists were copied one by one, or replaced while they were read."""
-    copy_lists(folder, tmp_path)
-    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
-    (tmp_path / 'TRAIN_images.json').write_text(json.dumps(images[1:]))
-    (tmp_path / 'label_map.json').write_text('{"background": 0, "circle": 1}')
-    for split in ('TRAIN', 'TEST'):
-        with pytest.raises(UserError, match=f'lists of {split} in .* do not belong together'):
-            PascalVOCDataset(tmp_path, split)
-
-
-@pytest.mark.parametrize('name, change', [
-    ('TRAIN_images.json', lambda images: images[1:]), ('TRAIN_images.json', lambda images: images + images[:1]),
-    ('label_map.json', lambda label_map: dict(list(label_map.items())[:-1])),
-    ('TRAIN_objects.json', lambda objects: [{'boxes': of_image['boxes'], 'labels': of_image['labels']}
-                                            for of_image in objects]),
-    ('TRAIN_objects.json', lambda objects: [{**objects[0], 'boxes': []}, *objects[1:]]),
-    ('TRAIN_objects.json', lambda objects: [[] for _ in objects])],
-    ids=['fewer', 'more', 'label', 'no difficulties', 'fewer boxes', 'no dict'])
-def test_each_list_that_does_not_belong_to_the_others_is_noticed(folder, tmp_path, name, change):
-    copy_lists(folder, tmp_path)
+    copy_lists(voc_folder, tmp_path)
     (tmp_path / name).write_text(json.dumps(change(json.loads((tmp_path / name).read_text()))))
-    with pytest.raises(UserError, match='lists of TRAIN in .* do not belong together'):
-        PascalVOCDataset(tmp_path, 'TRAIN')
+    with pytest.raises(UserError, match=f'lists of {split} in .* do not belong together'):
+        PascalVOCDataset(tmp_path, split)
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 7])
 def test_processes_share_the_batches_of_one(n):
-    alone = EpochSampler(23, seed=1)
-    alone.set_epoch(2)
-    shares = []
-    for process in range(n):
-        sampler = EpochSampler(23, 1, process, n)
+    alone, *samplers = [EpochSampler(23, seed=1), *(EpochSampler(23, 1, rank, n) for rank in range(n))]
+    for sampler in (alone, *samplers):
         sampler.set_epoch(2)
-        shares.append(list(sampler))
-        assert len(shares[-1]) == len(sampler) == 23 // n
-    together = [image for images in zip(*shares) for image in images]
+    assert [len(list(sampler)) for sampler in samplers] == [len(sampler) for sampler in samplers] == [23 // n] * n
+    together = [image for images in zip(*samplers) for image in images]
     assert together == list(alone)[:23 // n * n]
 
 
@@ -209,7 +179,7 @@ def find_rectangle(tensor):
 def test_boxes_stay_on_their_objects(monkeypatch, split):
     monkeypatch.setattr(datasets, 'photometric_distort', lambda image, rng: image)  # so that red stays red
     rng, areas = random.Random(1), []
-    for _ in range(200):
+    for _ in range(80 if split == 'TRAIN' else 20):
         image, boxes = image_with_rectangle(rng)
         tensor, boxes, labels, difficulties = transform(image, boxes, torch.tensor([3]), torch.tensor([0]), split, rng)
         assert tensor.shape == (3, 300, 300) and boxes.shape == (1, 4)
@@ -224,17 +194,11 @@ def test_expand_window():
     rng, image = random.Random(0), (10., 20., 110., 70.)
     scales = []
     for _ in range(2000):
-        x_min, y_min, x_max, y_max = expand_window(image, rng)
+        x_min, y_min, x_max, y_max = datasets.expand_window(image, rng)
         assert x_min <= 10 and y_min <= 20 and x_max >= 110 - 1e-9 and y_max >= 70 - 1e-9
         assert (x_max - x_min) / (y_max - y_min) == pytest.approx(2)
         scales.append((x_max - x_min) / 100)
     assert 1 <= min(scales) < 1.01 and 3.99 < max(scales) <= 4 and np.mean(scales) == pytest.approx(2.5, abs=.1)
-
-
-def test_beyond_the_image_there_is_the_mean():
-    image, boxes = draw_window(Image.new('RGB', (100, 100), 'white'), torch.empty(0, 4), (-100., -100., 300., 300.))
-    pixels = to_input(image)
-    assert pixels[:, :70, :].abs().max() < 0.02 and pixels[:, 80:145, 80:145].min() > 2 and boxes.shape == (0, 4)
 
 
 def test_a_window_is_drawn_in_any_size():
@@ -246,46 +210,34 @@ def test_a_window_is_drawn_in_any_size():
     assert drawn.getpixel((21, 79)) == (0, 0, 0)
 
 
+class RememberChoice(random.Random):
+    """Random numbers; what was chosen last, from which options."""
+
+    def choice(self, options):
+        self.options, self.chosen = options, super().choice(options)
+        return self.chosen
+
+
 def test_crop_window_keeps_its_promises():
-    rng, window, kept_whole, n_tries = random.Random(0), (0., 0., 400., 300.), 0, 1000
-    boxes = torch.tensor([[10., 10., 120., 90.], [200., 100., 390., 290.], [0., 250., 40., 299.]])
-    smallest = 1.
+    rng, window, kept_whole, n_tries = RememberChoice(0), (0., 0., 400., 300.), 0, 500
+    boxes = torch.tensor([[10., 10., 120., 90.], [20., 10., 390., 290.], [0., 250., 40., 299.]])
+    smallest, met = 1., set()
     for _ in range(n_tries):
         x_min, y_min, x_max, y_max = crop = crop_window(window, boxes, rng)
-        if crop == window:
+        assert set(rng.options) == {0., .1, .3, .5, .7, .9, None} and len(rng.options) == 7  # the paper's
+        if rng.chosen is None:
+            assert crop == window
             kept_whole += 1
             continue
         w, h = x_max - x_min, y_max - y_min
         assert x_min >= 0 and y_min >= 0 and x_max <= 400.01 and y_max <= 300.01
         assert 0.299 < w / 400 <= 1 and 0.299 < h / 300 <= 1 and 0.499 < w / h < 2.001
-        assert centers_inside(boxes, crop).any()
+        assert datasets.centers_inside(boxes, crop).any()
+        assert find_jaccard_overlap(torch.tensor([crop]), boxes).max() >= rng.chosen
         smallest = min(smallest, w * h / 120000)
-    assert smallest < 0.15
-    assert kept_whole / n_tries > 1 / 7 - .03  # one of seven choices, and more where no minimum overlap is met
-
-
-@pytest.mark.parametrize('min_overlap', [.1, .5, .9])
-def test_crop_window_meets_the_minimum_overlap(min_overlap):
-    class Choose(random.Random):
-        def choice(self, _):
-            return min_overlap
-
-    boxes = torch.tensor([[50., 50., 250., 250.]])
-    for seed in range(50):
-        crop = crop_window((0., 0., 300., 300.), boxes, Choose(seed))
-        assert find_jaccard_overlap(torch.tensor([crop]), boxes).item() >= min_overlap
-
-
-def test_crop_window_draws_the_minimum_overlaps_of_the_paper():
-    offered = []
-
-    class Remember(random.Random):
-        def choice(self, options):
-            offered.append(options)
-            return super().choice(options)
-
-    crop_window((0., 0., 100., 100.), torch.tensor([[10., 10., 90., 90.]]), Remember(0))
-    assert all(set(options) == {0., .1, .3, .5, .7, .9, None} and len(options) == 7 for options in offered) and offered
+        met.add(rng.chosen)
+    assert smallest < 0.15 and met == {0., .1, .3, .5, .7, .9}
+    assert kept_whole / n_tries > 1 / 7 - .05  # one of seven choices, and more where no minimum overlap is met
 
 
 def test_objects_whose_center_is_cut_off_are_left_out(monkeypatch):
@@ -301,31 +253,28 @@ def test_objects_whose_center_is_cut_off_are_left_out(monkeypatch):
 def test_flip():
     image = Image.new('RGB', (4, 2))
     image.putpixel((0, 1), red)
-    flipped, boxes = flip(image, torch.tensor([[0., .5, .25, 1.]]))
+    flipped, boxes = datasets.flip(image, torch.tensor([[0., .5, .25, 1.]]))
     assert flipped.getpixel((3, 1)) == red and boxes.tolist() == [[.75, .5, 1., 1.]]
-    again, boxes = flip(flipped, boxes)
+    again, boxes = datasets.flip(flipped, boxes)
     assert again.tobytes() == image.tobytes() and boxes.tolist() == [[0., .5, .25, 1.]]
-
-
-def test_photometric_distortion_varies_colors_within_bounds():
-    image, rng = Image.new('RGB', (8, 8), (100, 150, 50)), random.Random(0)
-    results = [photometric_distort(image, rng).getpixel((0, 0)) for _ in range(400)]
-    assert 0.02 < sum(result == (100, 150, 50) for result in results) / 400 < 0.3  # nothing drawn, or no effect
-    brightness = np.array([sum(result) for result in results]) / 300
-    assert 0.2 < brightness.min() < 0.6 and 1.4 < brightness.max() < 2.3
-    assert image.getpixel((0, 0)) == (100, 150, 50)
 
 
 def test_each_distortion_is_drawn_half_of_the_time_from_its_whole_range(monkeypatch):
     ranges = {'adjust_brightness': (.5, 1.5), 'adjust_contrast': (.5, 1.5), 'adjust_saturation': (.5, 1.5),
               'adjust_hue': (-18 / 255, 18 / 255)}
-    drawn, rng, image, n = [], random.Random(0), Image.new('RGB', (2, 2)), 2000
+    drawn, firsts, colors, n = [], set(), [], 1500
+    rng, image = random.Random(0), Image.new('RGB', (2, 2), (100, 150, 50))
     for name in ranges:
-        monkeypatch.setattr(datasets.FT, name, lambda image, value, name=name: (drawn.append((name, value)), image)[1])
-    firsts = set()
+        real = getattr(datasets.FT, name)
+
+        def draw(image, value, name=name, distort=real):
+            drawn.append((name, value))
+            return distort(image, value)
+
+        monkeypatch.setattr(datasets.FT, name, draw)
     for _ in range(n):
         n_before = len(drawn)
-        photometric_distort(image, rng)
+        colors.append(datasets.photometric_distort(image, rng).getpixel((0, 0)))
         firsts.update(name for name, _ in drawn[n_before:n_before + 1])
     assert firsts == set(ranges)  # in random order
     for name, (low, high) in ranges.items():
@@ -333,87 +282,77 @@ def test_each_distortion_is_drawn_half_of_the_time_from_its_whole_range(monkeypa
         assert 0.45 < len(values) / n < 0.55
         assert low <= min(values) < low + (high - low) / 50 and high - (high - low) / 50 < max(values) <= high
         assert np.mean(values) == pytest.approx((low + high) / 2, abs=(high - low) / 20)
+    assert 0.02 < colors.count((100, 150, 50)) / n < 0.3  # nothing drawn, or no effect
+    brightness = [sum(color) / 300 for color in colors]
+    assert 0.2 < min(brightness) < 0.6 and 1.4 < max(brightness) < 2.3
+    assert image.getpixel((0, 0)) == (100, 150, 50)
 
 
+@pytest.mark.parametrize('size', [(50, 80), (1, 1), (1, 700), (3000, 2)])
 @pytest.mark.parametrize('split', ['TRAIN', 'TEST'])
-def test_images_without_objects(split):
-    rng = random.Random(0)
-    for _ in range(20):
-        tensor, boxes, labels, difficulties = transform(Image.new('RGB', (50, 80)), torch.empty(0, 4),
-                                                        torch.empty(0).long(), torch.empty(0).byte(), split, rng)
-        assert tensor.shape == (3, 300, 300) and boxes.shape == (0, 4) and len(labels) == len(difficulties) == 0
-
-
-@pytest.mark.parametrize('size', [(1, 1), (1, 700), (3000, 2)])
-def test_images_of_extreme_size(size):
-    for seed in range(30):
-        boxes = torch.tensor([[0., 0., float(size[0]), float(size[1])]])
-        tensor, boxes, _, _ = transform(Image.new('RGB', size), boxes, torch.tensor([1]), torch.tensor([0]), 'TRAIN',
-                                        random.Random(seed))
-        assert tensor.isfinite().all() and (boxes[0, 2:] > boxes[0, :2]).all()
+def test_images_of_any_size_with_an_object_or_without(split, size):
+    for seed in range(20):
+        n, rng = seed % 2, random.Random(seed)
+        objects = torch.tensor([[0., 0., *size]])[:n], torch.ones(n), torch.zeros(n)
+        tensor, boxes, labels, difficulties = transform(Image.new('RGB', size), *objects, split, rng)
+        assert tensor.shape == (3, 300, 300) and tensor.isfinite().all() and len(labels) == len(difficulties) == n
+        assert boxes.shape == (n, 4) and (boxes[:, 2:] > boxes[:, :2]).all()
 
 
 def test_normalization():
     tensor = to_input(Image.new('RGB', (300, 300), (255, 0, 51)))
     assert tensor[:, 0, 0].tolist() == pytest.approx([(1 - .485) / .229, -.456 / .224, (.2 - .406) / .225], abs=1e-5)
+    assert to_input(Image.new('RGB', (300, 300), datasets.mean_color)).abs().max() < 0.02  # beyond the image
 
 
 def plain_transform(image, boxes, rng):
     """Training's transform, step by step on whole images, as a slow but plain reference."""
-    image = photometric_distort(image, rng)
-    pixels, boxes = np.asarray(image), boxes.numpy()
+    image, boxes = datasets.photometric_distort(image, rng), boxes.numpy()
     if rng.random() < 0.5:  # expand
-        height, width = pixels.shape[:2]
         scale = rng.uniform(1, 4)
-        canvas = np.full((round(height * scale), round(width * scale), 3), datasets.mean_color, dtype=np.uint8)
-        x, y = rng.randint(0, canvas.shape[1] - width), rng.randint(0, canvas.shape[0] - height)
-        canvas[y:y + height, x:x + width] = pixels
-        pixels, boxes = canvas, boxes + [x, y, x, y]
-    height, width = pixels.shape[:2]
-    found = False
-    while not found:  # crop
+        canvas = Image.new('RGB', (round(scale * image.width), round(scale * image.height)), datasets.mean_color)
+        x, y = rng.randint(0, canvas.width - image.width), rng.randint(0, canvas.height - image.height)
+        canvas.paste(image, (x, y))
+        image, boxes = canvas, boxes + np.array([x, y, x, y])
+    crop = None
+    while crop is None:
         min_overlap = rng.choice([None, 0, .1, .3, .5, .7, .9])
         if min_overlap is None:
             break
         for _ in range(50):
-            w, h = rng.uniform(.3, 1) * width, rng.uniform(.3, 1) * height
-            x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            w, h = rng.uniform(.3, 1) * image.width, rng.uniform(.3, 1) * image.height
+            x, y = rng.uniform(0, image.width - w), rng.uniform(0, image.height - h)
             centers = (boxes[:, :2] + boxes[:, 2:]) / 2
             inside = ((centers > [x, y]) & (centers < [x + w, y + h])).all(axis=1)
-            window = torch.tensor([[x, y, x + w, y + h]])
-            overlap = find_jaccard_overlap(window, torch.tensor(boxes, dtype=torch.float32)).max()
-            if .5 <= w / h <= 2 and overlap >= min_overlap and inside.any():
-                x, y, right, bottom = round(x), round(y), round(x + w), round(y + h)
-                pixels = pixels[y:bottom, x:right]
-                boxes = boxes[inside].clip([x, y, x, y], [right, bottom, right, bottom]) - [x, y, x, y]
-                found = True
+            shared = (np.minimum(boxes[:, 2:], [x + w, y + h]) - np.maximum(boxes[:, :2], [x, y])).clip(0).prod(axis=1)
+            overlap = shared / ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + w * h - shared)
+            if .5 <= w / h <= 2 and overlap.max() >= min_overlap and inside.any():
+                crop = round(x), round(y), round(x + w), round(y + h)
+                image, boxes = image.crop(crop), boxes[inside].clip(crop[:2] * 2, crop[2:] * 2) - np.array(crop[:2] * 2)
                 break
-    height, width = pixels.shape[:2]
-    boxes = boxes / [width, height, width, height]
+    boxes = boxes / (image.size * 2)
     if rng.random() < 0.5:  # flip
-        pixels, boxes = pixels[:, ::-1], np.stack([1 - boxes[:, 2], boxes[:, 1], 1 - boxes[:, 0], boxes[:, 3]], axis=1)
-    image = Image.fromarray(pixels).resize((300, 300), Image.Resampling.BILINEAR)
-    return to_input(image), torch.tensor(boxes, dtype=torch.float32)
+        image, boxes = ImageOps.mirror(image), np.abs([1, 0, 1, 0] - boxes[:, [2, 1, 0, 3]])
+    return to_input(image.resize((60, 60), Image.Resampling.BILINEAR)), torch.tensor(boxes, dtype=torch.float32)
 
 
-def test_pixels_and_boxes_are_distributed_as_in_a_plain_reference():
+def test_pixels_and_boxes_are_distributed_as_in_a_plain_reference(monkeypatch):
+    monkeypatch.setattr(datasets, 'draw_window', partial(draw_window, dims=(60, 60)))  # instead of 300, for speed
     image = draw_background((160, 120), random.Random(5))
     boxes = torch.tensor([[10., 20., 60., 90.], [80., 10., 150., 50.], [100., 70., 120., 100.]])
     n, rng = 600, random.Random(2)
-    samples = {'plain': [], 'ours': []}
+    samples = [], []
     for _ in range(n):
-        results = {'plain': plain_transform(image, boxes, rng),
-                   'ours': transform(image, boxes, torch.ones(3), torch.zeros(3), 'TRAIN', rng)[:2]}
-        for name, (tensor, kept) in results.items():
+        ours = transform(image, boxes, torch.ones(3), torch.zeros(3), 'TRAIN', rng)[:2]
+        for sample, (pixels, kept) in zip(samples, (ours, plain_transform(image, boxes, rng))):
             box = kept[0]  # of each variation: its colors' mean and spread, how many objects, where the first is
-            samples[name].append(torch.cat([
-                tensor.mean(dim=(1, 2)), tensor.std(dim=(1, 2)), torch.tensor([float(len(kept))]),
+            sample.append(torch.cat([
+                pixels.mean(dim=(1, 2)), pixels.std(dim=(1, 2)), torch.tensor([float(len(kept))]),
                 (box[:2] + box[2:]) / 2, box[2:] - box[:2], (kept[:, 2:] - kept[:, :2]).prod(dim=1).sum(0, True)]))
-    plain, ours = torch.stack(samples['plain']), torch.stack(samples['ours'])  # (n, 12)
     # Kolmogorov and Smirnov's test: the largest difference of the two shares of values below any bound. By chance, it
     # is above this limit once in a thousand times.
     limit = 1.95 * (2 / n) ** 0.5
-    for a, b in zip(plain.T, ours.T):
-        bounds = torch.cat([a, b]) + 1e-4
-        share_a, share_b = (torch.searchsorted(x.sort().values, bounds) / n for x in (a, b))
-        assert (share_a - share_b).abs().max() < limit
+    for ours, plain in zip(*(torch.stack(sample).T for sample in samples)):  # 12 values, (n) each
+        bounds = torch.cat([ours, plain]) + 1e-4
+        shares = [torch.searchsorted(values.sort().values, bounds) / n for values in (ours, plain)]
+        assert (shares[0] - shares[1]).abs().max() < limit
