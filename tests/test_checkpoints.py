@@ -34,7 +34,6 @@ def test_checkpoint_round_trip(tmp_path, thin):
     model.priors_cxcy *= 0.9
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     save_checkpoint(path, 4, model, optimizer, make_label_map(['a', 'b']), seed=7, mAP=0.5)
-    assert os.listdir(tmp_path) == ['c.pth']
     saved = load_checkpoint(path)
     assert (saved['epoch'], saved['seed'], saved['thin'], saved['mAP'], saved['version']) == (4, 7, thin, 0.5, 2)
     assert saved['optimizer']['param_groups'][0]['lr'] == 0.5 and saved['optimizer_kind'] == 'SGD'
@@ -200,6 +199,7 @@ def test_a_start_from_a_checkpoint_keeps_what_has_the_same_name(shapes_detector,
 
 
 def test_a_start_needs_only_a_model_that_is_as_thin(shapes_detector):
-    assert set(load_checkpoint(shapes_detector[1])) == {'version', 'epoch', 'label_map', 'seed', 'thin', 'model'}
+    saved = torch.load(shapes_detector[1], weights_only=True)
+    assert set(saved) == {'version', 'epoch', 'label_map', 'seed', 'thin', 'model'}
     assert line_of(shapes_detector[1], lambda path: start_from(path, {'background': 0, 'cat': 1}, 1)) == (
         'has thin = 32, but train.py has thin = 1: set thin = 32 there')
