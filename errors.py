@@ -22,28 +22,29 @@ def run(main):
             stream.reconfigure(errors='backslashreplace')  # a name with letters that the console lacks
     try:
         try:
-            main()
+            return main()
         except (EOFError, ConnectionError):
             time.sleep(1)  # if a worker was killed while it passed on images, PyTorch raises what it says of that now
             raise
     except UserError as error:
         # From a worker of a data loader, the message is a whole traceback, whose last line is ours.
-        sys.exit('Error: ' + str(error).splitlines()[-1].split('UserError: ')[-1])
+        line = 'Error: ' + str(error).splitlines()[-1].split('UserError: ')[-1]
     except (MemoryError, torch.OutOfMemoryError) as error:
         where = 'there is not enough memory' if isinstance(error, MemoryError) else 'the GPU ran out of memory'
         lower = 'lower batch_size, or ' if 'batch_size' in main.__globals__ else ''
-        sys.exit(f'Error: {where}: {lower}end other programs that use it')
+        line = f'Error: {where}: {lower}end other programs that use it'
     except OSError as error:
         if error.errno is None:  # the system's have a number: a full disk, no permission, ...
             raise
-        sys.exit(f'Error: {one_line(error)}')
+        line = f'Error: {one_line(error)}'
     except RuntimeError as error:
         if not str(error).startswith(('DataLoader worker (pid', 'Pin memory thread exited')):  # one was killed
             raise
         # The cause names the signal and, if it was short of shared memory, the remedy.
-        sys.exit('Error: ' + f'{one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': '))
+        line = 'Error: ' + f'{one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': ')
     except KeyboardInterrupt as stop:
-        sys.exit(f'Stopped. {stop}'.strip())
+        line = f'Stopped. {stop}'.strip()
+    sys.exit(line)  # not in the lines above: IPython 8 fails to show an exit during the handling of another error
 
 
 def check_numbers(script, least, **parameters):
