@@ -6,8 +6,9 @@ import random
 import re
 import sys
 import unicodedata
-import xml.etree.ElementTree as ET
+from contextlib import suppress
 from pathlib import Path
+from xml.parsers import expat
 
 from errors import UserError
 from images import is_image
@@ -51,11 +52,16 @@ def find_images(folder):
 
 def root_of(path):
     """:return: the tag of an XML file's root, without namespace; or None if it can't be read"""
-    try:
-        with open(path, 'rb') as file:  # of which only the beginning is read
-            return next(ET.iterparse(file, ['start']))[1].tag.rpartition('}')[2]
-    except (ET.ParseError, LookupError, ValueError, OSError):
-        return None
+    beginning, tags = b'', []
+    parser = expat.ParserCreate(namespace_separator='}')
+    parser.StartElementHandler = lambda tag, attributes: tags.append(tag)
+    with suppress(OSError, expat.ExpatError, LookupError, ValueError):
+        with open(path, 'rb') as file:
+            beginning = file.read(100_000)
+        parser.Parse(beginning)
+    if not tags and b'<annotation' in beginning:  # in an encoding that the parser does not know
+        return 'annotation'
+    return tags[0].rpartition('}')[2] if tags else None
 
 
 def choose_images(annotation_path, same_name):
@@ -63,8 +69,10 @@ def choose_images(annotation_path, same_name):
     beside = [path for path in same_name if os.path.dirname(path) == os.path.dirname(annotation_path)]
     corresponding = [path for path in same_name if words_of(path) == words_of(annotation_path)]
     candidates = beside or corresponding or same_name
-    name = Path(annotation_path).stem  # a.rgb.xml means a.rgb.jpg, not a.bw.jpg; a.jpg.xml means a.jpg, not a.png
-    return [path for path in candidates if name in (Path(path).name, Path(path).stem)] or candidates
+    if len(candidates) > 1:  # a.rgb.xml means a.rgb.jpg, not a.bw.jpg; a.jpg.xml means a.jpg, not a.png
+        name = Path(annotation_path).stem
+        candidates = [path for path in candidates if name in (Path(path).name, Path(path).stem)] or candidates
+    return candidates
 
 
 def leave_out_repeated(folder, found):
@@ -189,8 +197,8 @@ def check_each_once(chosen):
     repeated = [f'{path} is listed {" and ".join(uses)}' for path, uses in listed.items() if len(uses) > 1]
     if repeated:
         print('\n'.join(repeated[:10]), file=sys.stderr)
-        raise UserError(f'{len(repeated)} images are listed for training and the test, or with two annotations (see '
-                        f'above; {repeated[0]}): keep one annotation of each image, in one list')
+        raise UserError(f'{len(repeated)} images are listed twice (see above): keep one annotation of each image in '
+                        'the folder, and name it in one list')
 
 
 # -------------------------------------------------------------------------------------------------------- Files, names
@@ -215,9 +223,9 @@ content_words = {'jpegimages', 'images', 'image', 'imgs', 'img', 'jpegs', 'jpeg'
 
 def words_of(path):
     """:return: list of the words and numbers in the names of a path's folders, in lower case, without `content_words`:
-        ['train', '2017'] for img_train2017/a.jpg and for annotations/train2017/a.xml"""
-    folders = unicodedata.normalize('NFC', os.path.dirname(path)).lower()
-    return [word for word in re.findall(r'[^\W\d_]+|\d+', folders) if word not in content_words]
+        ['train', '2017'] for img_train2017/a.jpg, Annotations/train2017/a.xml and TrainImages/2017/a.jpg"""
+    folders = re.sub('(?<=[a-z])(?=[A-Z])', ' ', unicodedata.normalize('NFC', os.path.dirname(path)))
+    return [word for word in re.findall(r'[^\W\d_]+|\d+', folders.lower()) if word not in content_words]
 
 
 def name_of(path):
