@@ -1,4 +1,5 @@
 """The demo's images, and the demo itself; and that tests see no GPU."""
+import csv
 import random
 import re
 from collections import Counter
@@ -60,7 +61,7 @@ def test_the_same_seed_draws_the_same_data_set(tmp_path):
 
 def test_the_whole_pipeline(tmp_path, monkeypatch, capsys):
     """With few images and a very thin network: what it prints, and leaves behind."""
-    for name, value in {'folder': str(tmp_path), 'n_train': 6, 'n_test': 5, 'thin': 64, 'epochs': 1}.items():
+    for name, value in {'folder': str(tmp_path), 'n_train': 6, 'n_test': 5, 'thin': 64, 'epochs': 2}.items():
         monkeypatch.setattr(demo, name, value)
     demo.main()
     printed = capsys.readouterr().out
@@ -69,8 +70,8 @@ def test_the_whole_pipeline(tmp_path, monkeypatch, capsys):
     assert in_table == at_end and 0 <= float(at_end) <= 1
     saved = load_checkpoint(str(tmp_path / 'checkpoint_ssd300.pth'))
     assert list(saved['label_map'])[1:] == list(shapes) and (saved['thin'], saved['optimizer_kind']) == (64, 'AdamW')
-    [_, row] = (tmp_path / 'checkpoint_ssd300.csv').read_text().splitlines()
-    assert float(row.split(',')[5]) == pytest.approx(1.5e-3 / 0.93 / 2)  # the learning rate halfway, see `one_cycle`
+    [_, *log] = csv.reader((tmp_path / 'checkpoint_ssd300.csv').open())  # of the second step and the fourth
+    assert [float(row[5]) for row in log] == pytest.approx([1.5e-3 * left / 4 / 0.93 for left in (3, 1)])  # the rates
     assert Image.open(tmp_path / 'detections.png').size == (4 * 360, 3 * 324)
 
 

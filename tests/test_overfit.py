@@ -1,6 +1,7 @@
 """overfit.py: it learns a few images, and shows it."""
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -92,6 +93,14 @@ def test_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch)
 def test_fewer_images_than_asked_for(voc_folder, tmp_path):
     train_set, _, sheet = learn(voc_folder, tmp_path, 9, 1)
     assert sheet.size == (2 * tile[0], len(train_set) * tile[1])
+
+
+def test_the_learning_rate_follows_one_cycle(voc_folder, tmp_path, monkeypatch, capsys):
+    """With a rate only for the first of four steps, the loss changes once."""
+    monkeypatch.setattr(overfit, 'one_cycle', lambda step, n_steps: step == 0 and n_steps == 4)
+    learn(voc_folder, tmp_path, 1, 4)
+    first, *others = re.findall(r'loss (\S+)', capsys.readouterr().out)
+    assert len(others) == 3 and first != others[0] and len(set(others)) == 1
 
 
 def test_a_loss_that_is_not_finite(voc_folder, tmp_path):
