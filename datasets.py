@@ -1,6 +1,5 @@
 """The data set: images and objects from the lists that create_data_lists.py wrote, their augmentation for training, and
-how they become a batch.
-"""
+how they become a batch."""
 import json
 import os
 import random
@@ -46,8 +45,7 @@ class PascalVOCDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, i):
-        """:param i: an image's index; or (index, seed), where the same seed gives the same augmentation (see
-            EpochSampler)
+        """:param i: an image's index; or (index, seed): the same seed gives the same augmentation, see EpochSampler
         :return: image (3, 300, 300), boxes in fractional boundary coordinates (n_objects, 4), labels (n_objects),
             difficulties (n_objects) uint8, 1 for difficult"""
         rng = random
@@ -120,9 +118,8 @@ def collate_fn(batch, match=None):
 
 
 class TensorList(list):
-    """A list of tensors that a worker, another process, sends as numpy arrays. By default on Linux, PyTorch would open
-    a file of shared memory for each tensor, 96 in a batch of 32 images. That takes longer than the images, and many
-    systems let a program open only 1,024."""
+    """A list of tensors that a worker, another process, sends as numpy arrays. On Linux, PyTorch would open a file for
+    each tensor, 96 in a batch of 32 images, which takes long; and many systems let a program open only 1,024."""
 
     def __reduce__(self):
         """What pickle sends: a function, and the arguments from which it makes this list again."""
@@ -190,7 +187,7 @@ def crop_window(window, boxes, rng=random):
         min_overlap = rng.choice([0., .1, .3, .5, .7, .9, None])  # None: no crop
         if min_overlap is None:
             break
-        # All 50 tries at once: sides are 0.3 to 1 of the window's, the position inside it is random
+        # All 50 tries at once: sides are 0.3 to 1 of the window's, the position inside it is random.
         draws = torch.tensor([rng.random() for _ in range(50 * 4)]).view(50, 4)
         sizes = torch.tensor([x_max - x_min, y_max - y_min])  # (2)
         sides = (0.3 + 0.7 * draws[:, :2]) * sizes  # (50, 2)

@@ -4,11 +4,10 @@ An image goes through three sets of convolutions. The base (elsewhere: the backb
 auxiliary convolutions higher-level ones on coarser and coarser maps, and the prediction convolutions (elsewhere: the
 heads) turn six of these maps into 8732 predictions, one for each prior: how the prior has to move and stretch to fit an
 object, and a score for each class. `MultiBoxLoss` says how wrong they are; `SSD300.detect_objects` turns them into
-detections.
+detections. Each class names the section of README.md that explains it.
 
-Each class names the section of README.md that explains it. In the comments on shapes, N is the number of images in
-the batch; the numbers of channels are those of the whole network (a thin one has fewer, see `thin_out`). For boxes and
-priors, see utils.py.
+In comments on shapes, N is the number of images in the batch; numbers of channels are those of the whole network (a
+thin one has fewer, see `thin_out`). For boxes and priors, see utils.py.
 """
 import math
 import os
@@ -19,19 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import VGG16_Weights
 
+import utils
 from distributed import all_reduce_mean, local_rank_0_first
 from errors import UserError
-from utils import (
-    create_prior_boxes,
-    cxcy_to_gcxgcy,
-    cxcy_to_xy,
-    decimate,
-    feature_maps,
-    find_jaccard_overlap,
-    gcxgcy_to_cxcy,
-    non_maximum_suppression,
-    xy_to_cxcy,
-)
+from utils import cxcy_to_gcxgcy, cxcy_to_xy, decimate, feature_maps, find_jaccard_overlap, gcxgcy_to_cxcy, xy_to_cxcy
 
 
 class VGGBase(nn.Module):
@@ -42,7 +32,6 @@ class VGGBase(nn.Module):
 
     def __init__(self, pretrained=False):
         super().__init__()
-
         self.conv1_1 = nn.Conv2d(3, 64, kernel_size=3, padding=1)
         self.conv1_2 = nn.Conv2d(64, 64, kernel_size=3, padding=1)
         self.pool1 = nn.MaxPool2d(kernel_size=2, stride=2)
@@ -83,9 +72,8 @@ class VGGBase(nn.Module):
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
-        # A ReLU follows each convolution; relu_ changes the values in place, which saves memory. ReLU and max pooling
-        # commute, so the first three pools come first: this leaves ReLU a quarter of the work. (conv4_3's features are
-        # needed after ReLU, and pool5 does not shrink the map.)
+        # relu_ changes the values in place, which saves memory. The first three pools come before ReLU, which leaves it
+        # a quarter of the work: the result is the same. (conv4_3's features are needed after it; pool5 keeps the size.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
@@ -135,10 +123,8 @@ def fully_connected_to_convolution(weight, bias, channels, size, m):
     """Turn a fully connected layer into the convolution that computes the same values, then decimate it. See "A fully
     connected layer is a convolution", and "Decimation, and a kernel with holes".
 
-    :param weight: (n_outputs, channels * size * size)
-    :param bias: (n_outputs)
-    :param channels: channels of the layer's input before it was flattened
-    :param size: width and height of that input
+    :param weight: (n_outputs, channels * size * size), with bias (n_outputs)
+    :param channels: channels of the layer's input before it was flattened, whose width and height are `size`
     :param m: keep every m-th of the filters, channels, rows and columns, a tuple of four; None keeps all
     :return: the convolution's weight (n_filters, n_channels, n_rows, n_columns) and bias (n_filters)"""
     return decimate(weight.view(-1, channels, size, size), m), decimate(bias, m[:1])
@@ -161,7 +147,6 @@ class AuxiliaryConvolutions(nn.Module):
 
     def __init__(self):
         super().__init__()
-
         self.conv8_1 = nn.Conv2d(1024, 256, kernel_size=1)
         self.conv8_2 = nn.Conv2d(256, 512, kernel_size=3, stride=2, padding=1)
 
@@ -218,10 +203,9 @@ class PredictionConvolutions(nn.Module):
             setattr(self, f'cl_{name}', nn.Conv2d(feature_map.channels, n_priors * n_classes, kernel_size=3, padding=1))
         xavier_initialization(self)
 
-    def forward(self, conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats):
-        """:param conv4_3_feats: (N, 512, 38, 38), and so on, see `utils.feature_maps`
+    def forward(self, *feats):
+        """:param feats: the six maps, in the order of `utils.feature_maps`: conv4_3's (N, 512, 38, 38), and so on
         :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits"""
-        feats = (conv4_3_feats, conv7_feats, conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats)
         locs, classes_scores = [], []
         for name, feat in zip(feature_maps, feats, strict=True):
             loc = getattr(self, f'loc_{name}')(feat)  # (N, n_priors * 4, size, size)
@@ -269,7 +253,7 @@ class SSD300(nn.Module):
 
     def create_prior_boxes(self):
         """:return: the priors in fractional center-size coordinates, (8732, 4), see `utils.create_prior_boxes`"""
-        return create_prior_boxes()
+        return utils.create_prior_boxes()
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As in nn.Module. Priors in the state_dict replace the network's own; a state_dict without priors, such as the
@@ -284,7 +268,6 @@ class SSD300(nn.Module):
 
         # Divide by the L2 norm over the channels, at each tile (`normalize` replaces a norm of 0 by a tiny number).
         conv4_3_feats = F.normalize(conv4_3_feats, dim=1) * self.rescale_factors  # (N, 512, 38, 38)
-
         return self.pred_convs(conv4_3_feats, conv7_feats, *aux_feats)  # (N, 8732, 4), (N, 8732, n_classes)
 
     @torch.no_grad()
@@ -315,7 +298,7 @@ class SSD300(nn.Module):
             ranks, classes = torch.where(scores > min_score)  # of each candidate: row and column, (n), (n)
             boxes = boxes[indices[ranks, classes]]  # (n, 4)
             scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
-            kept = non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
+            kept = utils.non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
             boxes, labels, scores = boxes[kept], labels[kept], scores[kept]  # (n_kept, 4), (n_kept), (n_kept)
             if len(kept) == 0:  # the placeholder
                 boxes, labels, scores = boxes.new_tensor([[0., 0., 1., 1.]]), labels.new_zeros(1), scores.new_zeros(1)
@@ -333,8 +316,7 @@ def thin_out(model, thin):
     of 1 / thin. With thin = 4 the network needs a fourteenth of the operations. See "A thin network".
 
     :param model: SSD300, whose layers are changed in place
-    :param thin: one of `possible_thin`
-    :raises ValueError: thin is another number"""
+    :param thin: one of `possible_thin`; another raises ValueError"""
     if thin not in possible_thin:
         raise ValueError(f'thin is {thin!r}, not one of {possible_thin}')
     for layer in model.modules():
@@ -345,6 +327,8 @@ def thin_out(model, thin):
             weight, bias = decimate(layer.weight.detach(), m), decimate(layer.bias.detach(), m[:1])
             # With thin = 4, a sum over a quarter of the inputs has a quarter of the variance, and over fifteen layers
             # the signal would vanish. So multiply the weights by the square root of the ratio of the numbers of inputs.
+            # (conv4_3's features are normalized: whatever their number, they have the same length. So with thin = 4,
+            # these weights make the predictions from conv4_3 twice as large.)
             layer.weight = nn.Parameter(weight * math.sqrt(layer.in_channels / weight.size(1)))
             layer.bias = nn.Parameter(bias.clone())
             layer.out_channels, layer.in_channels = weight.shape[:2]
@@ -424,7 +408,7 @@ class MultiBoxLoss(nn.Module):
     "Multibox loss". Several processes must compute it at the same time, because they exchange the number of positives.
 
     :param priors_cxcy: priors in center-size coordinates, (8732, 4)
-    :param threshold: a prior that overlaps no object by at least this is background, unless it is an object's own prior
+    :param threshold: see `match`
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
     :param min_negatives: least number of hard negatives in each image; with 0, images without objects teach nothing"""
@@ -444,9 +428,8 @@ class MultiBoxLoss(nn.Module):
     def losses(self, predicted_locs, predicted_scores, boxes, labels):
         """:param predicted_locs: offsets from the priors, (N, 8732, 4)
         :param predicted_scores: logits, (N, 8732, n_classes)
-        :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4); or one tensor
-            (N, 8732, 4), if a data loader's workers have matched them already, see `match`
-        :param labels: the objects' labels, a list of N tensors (n_objects); or one tensor (N, 8732)
+        :param boxes: ground truth in fractional boundary coordinates, a list of N tensors (n_objects, 4), with labels,
+            a list of N tensors (n_objects); or the two tensors that `match` makes of them
         :return: the loss, which is confidence loss + alpha * localization loss; the localization loss; the confidence
             loss. They are scalars, and 0 if there is no object in the batch, unless `min_negatives` is above 0."""
         if isinstance(boxes, (list, tuple)):
@@ -454,7 +437,6 @@ class MultiBoxLoss(nn.Module):
         device = predicted_locs.device
         true_boxes = boxes.to(device, non_blocking=True)  # (N, 8732, 4)
         true_classes = labels.to(device, non_blocking=True)  # (N, 8732)
-        priors_cxcy = self.priors_cxcy.to(device, non_blocking=True)  # (8732, 4)
 
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
@@ -465,6 +447,7 @@ class MultiBoxLoss(nn.Module):
         divisor = all_reduce_mean(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
+        priors_cxcy = self.priors_cxcy.to(device, non_blocking=True)  # (8732, 4)
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), priors_cxcy)  # (N, 8732, 4)
         loc_loss = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction='none').sum(dim=2)  # (N, 8732)
         loc_loss = loc_loss.where(positive, 0).sum() / divisor
@@ -479,12 +462,9 @@ class MultiBoxLoss(nn.Module):
         return conf_loss + self.alpha * loc_loss, loc_loss, conf_loss
 
     def match(self, boxes, labels):
-        """Match the objects of each image of a batch, see the function `match`. It takes place on the CPU, where a data
-        loader leaves boxes; its workers can do it, see `datasets.collate_fn`.
-
-        :param boxes: a list of N tensors (n_objects, 4), with labels, N tensors (n_objects), as in `forward`
-        :return: true_boxes (N, 8732, 4) and true_classes (N, 8732), on the CPU"""
-        matched = [match(of_image.cpu(), labels_of_image.cpu(), self.priors_cxcy, self.threshold)
-                   for of_image, labels_of_image in zip(boxes, labels, strict=True)]
-        true_boxes, true_classes = zip(*matched, strict=True)
+        """The function `match` for each of N images, on the CPU, where a data loader leaves boxes; its workers can call
+        it, see `datasets.collate_fn`. Returns true_boxes (N, 8732, 4) and true_classes (N, 8732)."""
+        images = zip(boxes, labels, strict=True)
+        matched = [match(boxes.cpu(), labels.cpu(), self.priors_cxcy, self.threshold) for boxes, labels in images]
+        true_boxes, true_classes = zip(*matched)
         return torch.stack(true_boxes), torch.stack(true_classes)  # (N, 8732, 4), (N, 8732)

@@ -1,6 +1,5 @@
 """The parts of a detector besides its network: labels, box coordinates and overlaps, priors and their encoding,
-non-maximum suppression, and mean average precision. Read it beside README.md, from top to bottom; the sections named
-here are those of README.md.
+non-maximum suppression, and mean average precision. The sections named here are those of README.md.
 
 Boxes come in three forms, and the name or the docstring says which:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
@@ -62,21 +61,21 @@ def cxcy_to_xy(cxcy):
 
 
 def find_intersection(set_1, set_2):
-    """Areas (..., n1, n2) of the intersections of every box of one set with every box of another. The sets are tensors
-    (..., n1, 4) and (..., n2, 4) in boundary coordinates."""
-    set_1, set_2 = set_1.unsqueeze(-2), set_2.unsqueeze(-3)  # (..., n1, 1, 4), (..., 1, n2, 4)
-    lower = torch.max(set_1[..., :2], set_2[..., :2])  # (..., n1, n2, 2)
-    upper = torch.min(set_1[..., 2:], set_2[..., 2:])  # (..., n1, n2, 2)
-    return (upper - lower).clamp(min=0).prod(dim=-1)  # (..., n1, n2)
+    """Areas (n1, n2) of the intersections of every box of one set with every box of another. The sets are tensors
+    (n1, 4) and (n2, 4) in boundary coordinates."""
+    set_1, set_2 = set_1.unsqueeze(1), set_2.unsqueeze(0)  # (n1, 1, 4), (1, n2, 4)
+    lower = torch.max(set_1[..., :2], set_2[..., :2])  # (n1, n2, 2)
+    upper = torch.min(set_1[..., 2:], set_2[..., 2:])  # (n1, n2, 2)
+    return (upper - lower).clamp(min=0).prod(dim=-1)  # (n1, n2)
 
 
 def find_jaccard_overlap(set_1, set_2):
-    """Jaccard overlaps (..., n1, n2), from 0 to 1, of every box of one set with every box of another. The sets are
-    tensors (..., n1, 4) and (..., n2, 4) in boundary coordinates. See "Jaccard index"."""
-    intersection = find_intersection(set_1, set_2)  # (..., n1, n2)
-    areas_1 = (set_1[..., 2:] - set_1[..., :2]).prod(dim=-1)  # (..., n1)
-    areas_2 = (set_2[..., 2:] - set_2[..., :2]).prod(dim=-1)  # (..., n2)
-    union = areas_1.unsqueeze(-1) + areas_2.unsqueeze(-2) - intersection  # (..., n1, n2)
+    """Jaccard overlaps (n1, n2), from 0 to 1, of every box of one set with every box of another. The sets are tensors
+    (n1, 4) and (n2, 4) in boundary coordinates. See "Jaccard index"."""
+    intersection = find_intersection(set_1, set_2)  # (n1, n2)
+    areas_1 = (set_1[:, 2:] - set_1[:, :2]).prod(dim=1)  # (n1)
+    areas_2 = (set_2[:, 2:] - set_2[:, :2]).prod(dim=1)  # (n2)
+    union = areas_1.unsqueeze(1) + areas_2.unsqueeze(0) - intersection  # (n1, n2)
     return intersection / union.clamp(min=1e-12)  # 0, not 0/0, for two boxes without area
 
 
@@ -145,8 +144,8 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score"""
-    # batched_nms keeps classes apart by shifting the boxes of each by the largest coordinate + 1. So that no class
-    # reaches into the next one, and no box is lost to rounding beside an enormous one, limit the boxes to a range.
+    # batched_nms keeps classes apart: it moves each by the largest coordinate + 1 more than the one before. Boxes that
+    # begin left of -1 would reach into that one, and enormous ones would erase others by rounding. So limit them.
     return batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)
 
 
@@ -166,8 +165,7 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
         and is in neither; without any objects the mean is NaN."""
     matches = [match_detections(*image) for image in zip(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                                                          true_difficulties)]
-    true_positive = torch.cat([match[0] for match in matches])  # of all detections, bool (n_all)
-    ignored = torch.cat([match[1] for match in matches])  # bool (n_all)
+    true_positive, ignored, _ = (torch.cat(values) for values in zip(*matches))  # of all detections, bool (n_all)
     det_labels, det_scores = torch.cat(det_labels).cpu(), torch.cat(det_scores).cpu()  # (n_all), (n_all)
     true_labels, difficult = torch.cat(true_labels).cpu(), torch.cat(true_difficulties).cpu() > 0  # of all objects
 
@@ -204,8 +202,7 @@ def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels,
     largest, target = overlap.max(dim=1)  # (n), (n)
     target = target.where(largest > 0.5, -1)  # (n)
 
-    difficult, found = true_difficulties.tolist(), set()
-    targets = target.tolist()
+    targets, difficult, found = target.tolist(), true_difficulties.tolist(), set()
     for i in det_scores.sort(descending=True, stable=True).indices.tolist():  # from the highest score down
         if targets[i] == -1:
             continue
