@@ -106,8 +106,7 @@ def load_detector(checkpoint, labels=None):
 
 def start_from(pretrained, label_map, thin):
     """SSD300 for the classes of a dict of label -> index, on the CPU, with the weights and priors of another detector:
-    'coco' for torchvision's, or the path of a checkpoint. Class scores are kept by the class's name, and random for new
-    ones.
+    'coco' for torchvision's, or the path of a checkpoint. Class scores are kept by name, and random for new classes.
 
     :param thin: keep every thin-th channel, see `model.thin_out`; a checkpoint must have been as thin
     :return: the model, and a list of the new labels
