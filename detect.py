@@ -7,17 +7,16 @@ parameters below first.
 """
 import os
 import sys
-from contextlib import contextmanager
 from functools import cache
 
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 
 from checkpoints import load_detector
 from datasets import to_input
 from errors import UserError, run
-from images import list_images, open_image, to_rgb
-from utils import make_color_map
+from images import check_font, list_images, load_font, open_image, to_rgb
+from utils import full_precision, make_color_map
 
 img_path = 'photo.jpg'  # image or folder, if none is given on the command line
 checkpoint = 'checkpoint_ssd300.pth'  # the weights, from train.py; None for torchvision's, trained on COCO's 80 classes
@@ -25,33 +24,21 @@ output_folder = 'detections'  # where the annotated copies go
 min_score = 0.4  # a detection's score must be above this
 max_overlap = 0.45  # of two boxes of a class with a larger Jaccard overlap, the one with the lower score is suppressed
 top_k = 200  # keep at most this many detections in an image
+font = None  # a .ttf, .otf or .ttc file for the labels; None for Pillow's own font, which has English letters
 show = False  # also open a window with each annotated image
 
-load_font = cache(ImageFont.load_default)  # loading a size takes longer than drawing, so each is kept
 
-
-def detect(original_image, min_score, max_overlap=0.45, top_k=200, suppress=None, detector=None):
+def detect(original_image, min_score, max_overlap=0.45, top_k=200, suppress=None, detector=None, font=None):
     """Detect objects in a PIL image of any mode. Returns a copy, in RGB and upright, with boxes, labels and scores.
 
     :param min_score: with max_overlap and top_k, see `SSD300.detect_objects`
     :param suppress: a label, or a list of labels, to leave out
-    :param detector: (model, label_map), see `kept_detector`; None for the checkpoint at the top of this file"""
+    :param detector: (model, label_map), see `kept_detector`; None for the checkpoint at the top of this file
+    :param font: a font file for the labels, see `images.load_font`; None for Pillow's own"""
     model, label_map = detector or kept_detector(checkpoint)
     image = to_rgb(original_image)
     detections = find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress)
-    return draw_objects(image, detections, label_map)
-
-
-@contextmanager
-def full_precision():
-    """PyTorch lets convolutions on recent GPUs use TF32, with a mantissa of 10 bits. Turn it off for a while, so that
-    neither what detect.py finds nor eval.py's mAP depends on the GPU."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    return draw_objects(image, detections, label_map, font)
 
 
 @torch.no_grad()
@@ -71,16 +58,17 @@ def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppres
     return [detection for detection in detections if detection[0] not in unwanted]
 
 
-def draw_objects(image, detections, label_map):
+def draw_objects(image, detections, label_map, font=None):
     """:param image: a PIL image in RGB, which stays as it is
     :param detections: list of (label, score, box) by decreasing score, see `find_objects`
     :param label_map: dict of label -> index, which chooses the colors
+    :param font: see `detect`
     :return: a copy of the image with boxes, labels and scores"""
     image = image.copy()
     draw = ImageDraw.Draw(image)
     colors = make_color_map(label_map)
     line_width = max(1, round(min(image.size) / 150))
-    font = load_font(max(10, round(min(image.size) / 25)))
+    font = load_font(font, max(10, round(min(image.size) / 25)))
     for label, score, (x_min, y_min, x_max, y_max) in reversed(detections):  # the best on top
         color, text = colors[label], f'{label} {score:.2f}'
         draw.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)), outline=color, width=line_width)
@@ -132,8 +120,9 @@ def main():
             n_failed += 1
             continue
         model, label_map = kept_detector(checkpoint)
+        check_font('detect.py', font, tuple(label_map))
         detections = find_objects(image, min_score, max_overlap, top_k, model, label_map)
-        annotated = draw_objects(image, detections, label_map)
+        annotated = draw_objects(image, detections, label_map, font)
         os.makedirs(output_folder, exist_ok=True)
         annotated.save(output_path, quality=95)  # of a JPEG
         if show:

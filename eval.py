@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from checkpoints import load_detector
 from datasets import PascalVOCDataset, collate_fn
-from detect import full_precision
 from distributed import all_gather_images, destroy_process_group, get_rank, get_world_size, init_process_group
 from errors import UserError, run
-from images import check_image_path
+from images import check_font, check_image_path
 from mistakes import find_mistakes, print_counts, save_sheet
-from utils import calculate_mAP
+from utils import calculate_mAP, full_precision
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to evaluate, from train.py; None for torchvision's, trained on COCO
@@ -27,6 +26,7 @@ batch_size = 32  # images in a batch; fewer if memory runs out
 workers = 4  # processes that load images
 mistakes_path = 'mistakes.png'  # where to save an image of the worst mistakes; None for none
 mistakes_min_score = 0.4  # the lowest score of the detections whose mistakes are counted and drawn: see detect.py
+font = None  # a .ttf, .otf or .ttc file for the labels in that image; None for Pillow's own font: see detect.py
 bfloat16 = False  # compute in 16 bits: faster on many GPUs, but the result differs a little
 
 
@@ -95,6 +95,8 @@ def main():
     if label_map != test_set.label_map:
         raise UserError(f'{checkpoint} detects {list(label_map)[1:]}, but the lists in {data_folder} have '
                         f'{list(test_set.label_map)[1:]}: write lists with the labels of the checkpoint')
+    if mistakes_path is not None and get_rank() == 0:
+        check_font('eval.py', font, tuple(label_map))
     found = evaluate(make_test_loader(test_set, batch_size, workers, device), model.to(device), bfloat16=bfloat16)
     if get_rank() == 0:
         print_table(found, label_map)
@@ -102,7 +104,7 @@ def main():
         if mistakes_path is not None:
             counts, *worst = find_mistakes([*found.detections, *found.objects], label_map, mistakes_min_score)
             print_counts(counts, mistakes_min_score)
-            save_sheet(mistakes_path, *worst, test_set.images)
+            save_sheet(mistakes_path, *worst, test_set.images, font)
             print(f'The false positives with the highest scores, and the largest missed objects: {mistakes_path}')
     destroy_process_group()
 

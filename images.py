@@ -1,11 +1,13 @@
 """Image files of any kind, as upright images in 8-bit RGB; and sheets of images with captions."""
 import errno
 import os
+import sys
 import warnings
+from functools import cache
 from glob import glob
 
 import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from errors import UserError, one_line
 
@@ -164,9 +166,37 @@ def check_image_path(script, name, path):
         raise UserError(f'{name} = {path!r} in {script}: end it in .png or .jpg')
 
 
-def save_tiles(path, rows, width, height, font_size=24):
+@cache
+def load_font(path, size):
+    """A Pillow font from a .ttf, .otf or .ttc file; None for Pillow's own. Each is kept: loading takes longer than to
+    draw with it. Raises UserError if the file can't be read."""
+    if path is None:
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(path, size)
+    except OSError as error:
+        raise UserError(f'font = {path!r} is not a font that can be read ({error}): set it to the path of a .ttf, .otf '
+                        "or .ttc file, or to None for Pillow's own") from None
+
+
+@cache
+def check_font(script, path, labels):
+    """Print a line, once, if the font (see `load_font`) has no picture of some characters of a tuple of labels."""
+    font = load_font(path, 20)
+    unknown = bytes(font.getmask('\U0010ffff'))  # of no character: what the font shows for all that it lacks
+    characters = sorted({character for character in ''.join(labels) if not character.isspace()})
+    lacking = [character for character in characters if bytes(font.getmask(character)) == unknown]
+    if lacking:
+        name = "Pillow's own font" if path is None else path
+        print(f'{name} lacks {len(lacking)} characters of the labels, such as {lacking[0]}: set font in {script} to a '
+              'file that has them, for instance one of Noto Sans from fonts.google.com/noto', file=sys.stderr)
+
+
+def save_tiles(path, rows, width, height, font=None):
     """Save a sheet of `rows`, lists of (PIL image, caption). Images are shrunk in place to at most this width and
-    height in pixels. Below each are 34 pixels, for one line in font size 24 or two in 10."""
+    height in pixels. Below each are 34 pixels, for one line in font size 24 or two in 10. `font` is a Pillow font, see
+    `load_font`; None for Pillow's own in size 24."""
+    font = font or load_font(None, 24)
     tallest = 16383 if path.lower().endswith('.webp') else 65500  # pixels, of a WebP and of a JPEG file
     most = tallest // (height + 34)
     if len(rows) > most:
@@ -179,6 +209,6 @@ def save_tiles(path, rows, width, height, font_size=24):
             drawn = Image.new('RGB', (width, height + 34), 'white')  # a tile, which cuts off long captions
             image.thumbnail((width, height))
             drawn.paste(image)
-            ImageDraw.Draw(drawn).text((2, height + 2), caption, fill='black', font_size=font_size, spacing=2)
+            ImageDraw.Draw(drawn).text((2, height + 2), caption, fill='black', font=font, spacing=2)
             sheet.paste(drawn, (x * (width + 10), y * (height + 34)))
     sheet.save(path)

@@ -6,7 +6,7 @@ from collections import Counter, namedtuple
 import torch
 from PIL import ImageDraw
 
-from images import open_image, save_tiles
+from images import load_font, open_image, save_tiles
 from utils import find_jaccard_overlap, match_detections
 
 # What a detection can be. All but 'true positive' and 'ignored' are mistakes.
@@ -92,8 +92,8 @@ def print_counts(counts, min_score):
         print(f'{label:20}' + ''.join(f'{of_label[column]:15}' for column in columns))
 
 
-def save_sheet(path, false_positives, missed, image_paths):
-    """Save a row for each class of `find_mistakes`: the false positives with the highest scores, the largest missed."""
+def save_sheet(path, false_positives, missed, image_paths, font=None):
+    """Save a row for each class: false positives with the highest scores, the largest missed. `font`: see eval.py."""
     rows = [[] for _ in missed]
     for row, label in zip(rows, missed):
         for mistake in false_positives[label][:n_shown] + missed[label][:n_shown]:
@@ -101,7 +101,7 @@ def save_sheet(path, false_positives, missed, image_paths):
             score = '' if mistake.score is None else f' {mistake.score:.2f}'
             of_object = f': {mistake.true_label}' if mistake.kind in ('classification', 'both') else ''
             row.append((image, f'{label}{score}\n{mistake.kind}{of_object}'))
-    save_tiles(path, rows, tile, tile, font_size=10)
+    save_tiles(path, rows, tile, tile, load_font(font, 10))
 
 
 def draw_mistake(image, box, true_box):

@@ -3,6 +3,7 @@ import os
 import re
 import sys
 
+import matplotlib
 import pytest
 import torch
 from PIL import Image, ImageColor, ImageDraw
@@ -16,6 +17,7 @@ from model import SSD300
 from utils import make_color_map, make_label_map
 
 label_map = make_label_map(shapes)
+dejavu = os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')  # no Chinese
 
 
 @pytest.fixture(scope='module')
@@ -268,3 +270,33 @@ def test_text_is_readable_on_every_label_color():
         image = detect.draw_objects(background, [(label, 0.5, (0, 100, 300, 280))], many)
         band = image.crop((4, 80, 60, 98)).convert('L')
         assert band.getextrema()[1] - band.getextrema()[0] > 90
+
+
+@pytest.mark.parametrize('labels, font, lacks', [
+    (['cat', 'big dog_2'], None, None), (['кот', 'cat'], None, "Pillow's own font lacks 3 characters of the labels"),
+    (['кот', 'قطة', 'naïve e\u0301', 'a\tb'], dejavu, None),
+    (['汽车', 'кот'], dejavu, 'DejaVuSans.ttf lacks 2 characters of the labels, such as 汽: set font in a.py to a')])
+def test_labels_in_any_script(capsys, labels, font, lacks):
+    """One line says what the font lacks. In Pillow's own, two letters that it lacks look the same."""
+    for _ in range(2):
+        images.check_font('a.py', font, tuple(labels))
+    printed = capsys.readouterr()
+    assert printed.out == '' and printed.err.count('\n') == (lacks is not None) and (lacks or '') in printed.err
+    drawn = [detect.draw_objects(Image.new('RGB', (300, 200)), [(label, 0.9, (50, 60, 250, 160))], {label: 1}, font)
+             for label in ('ко', 'ок')]
+    assert (drawn[0].tobytes() == drawn[1].tobytes()) == (font is None)
+
+
+def test_the_font_of_detect(run_detect, tmp_path, capsys):
+    Image.new('RGB', (200, 100)).save(tmp_path / 'x.png')
+    copies = []
+    for font, lacks in (None, False), (dejavu, False), (dejavu.replace('DejaVuSans', 'STIXSizOneSymReg'), True):
+        run_detect(tmp_path / 'x.png', font=font)
+        copies.append(Image.open(tmp_path / 'out' / 'x.png').tobytes())
+        assert copies[-1] == detect.detect(Image.new('RGB', (200, 100)), 0.4, font=font).tobytes()
+        assert ('font in detect.py' in capsys.readouterr().err) == lacks
+    assert len(set(copies)) == 3
+    (tmp_path / 'a.ttf').write_text('no font')
+    for path in str(tmp_path / 'a.ttf'), 'none.ttf':
+        with pytest.raises(UserError, match=f'^font = {path!r} is not a font that can be read'):
+            run_detect(tmp_path / 'x.png', font=path)

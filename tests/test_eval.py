@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 
+import matplotlib
 import pytest
 import torch
 from conftest import copy_lists
@@ -188,3 +189,15 @@ def test_eval_and_detect_find_the_same(voc_folder, tmp_path, monkeypatch):
         with pytest.raises(NotImplementedError):
             run()
         assert cudnn.allow_tf32  # also after an error
+
+
+def test_the_font_of_the_sheet(voc_folder, monkeypatch, capsys):
+    """It is checked before the evaluation, and draws the captions."""
+    sheets, font = [], os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
+    for path in None, font:
+        run_main(monkeypatch, FindsEverything(len(label_map)), data_folder=voc_folder, workers=0, font=path)
+        sheets.append(Image.open(eval_script.mistakes_path).tobytes())
+    assert len(sheets[0]) == len(sheets[1]) and sheets[0] != sheets[1]
+    capsys.readouterr()
+    with pytest.raises(UserError, match="^font = 'none.ttf'"):
+        run_main(monkeypatch, None, data_folder=voc_folder, font='none.ttf')
