@@ -1,88 +1,62 @@
 """Everything at once on a GPU; all other tests run on the CPU, because conftest.py hides the GPU from them."""
-import csv
 import warnings
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import draw_and_list, random_boxes
-from torch.utils.data import DataLoader
+from together import train_main
 
+import distributed
 import train
-from checkpoints import load_checkpoint, load_detector, save_checkpoint
-from datasets import PascalVOCDataset, collate_fn
+from checkpoints import load_detector
+from datasets import PascalVOCDataset
 from detect import find_objects
-from eval import evaluate
+from eval import evaluate, make_test_loader
 from images import open_image
 from model import SSD300
-from train import fit, make_optimizer, restore
 from utils import average_precision, match_detections
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """Lists of 12 training images and 6 for the test."""
-    return draw_and_list(tmp_path_factory.mktemp('gpu'), 12, 6)
-
-
-def save_without_counting(*args, **more):
-    """Save a checkpoint, for which each tensor is waited for, without counting these waits."""
-    torch.cuda.set_sync_debug_mode('default')
-    save_checkpoint(*args, **more)
-
-
-def train_two_epochs(folder, path, device, bfloat16):
+def train_two_epochs(folder, path, device, **parameters):
     """The second epoch goes on from the first one's checkpoint. Returns the losses, and how often its steps waited."""
-    train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
-    torch.manual_seed(0)
-    model, saved = SSD300(n_classes=4, thin=16).to(device), None
-    for epoch in (0, 1):
-        if saved is not None:
-            model = load_detector(path)[0].to(device)
-        optimizer = make_optimizer(model, 'sgd', 1e-4, 5e-4)
-        if saved is not None:
-            restore(optimizer, saved)
-        with warnings.catch_warnings(record=True) as waits:
+    plain = train.train
+
+    def train_warning(*args, **options):
+        torch.cuda.set_sync_debug_mode('warn')
+        plain(*args, **options)
+        torch.cuda.set_sync_debug_mode('default')
+    for epochs, checkpoint in (1, None), (2, path):
+        with patch.object(distributed, 'init_process_group', lambda: torch.device(device)), \
+                patch.object(train, 'train', train_warning), warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter('always')
-            torch.cuda.set_sync_debug_mode('warn')
-            try:
-                fit(model, optimizer, train_set, path, epoch + 1, 2, epoch, warm_up=8, print_freq=3, bfloat16=bfloat16)
-            finally:
-                torch.cuda.set_sync_debug_mode('default')
-        saved = load_checkpoint(path)
-    with open(path.replace('.pth', '.csv'), newline='') as file:
-        losses = torch.tensor([float(row['loss']) for row in csv.DictReader(file)])
+            _, log = train_main(SSD300, data_folder=folder, checkpoint_path=path, checkpoint=checkpoint, thin=16,
+                                epochs=epochs, lr=1e-4, warm_up=8, print_freq=3, workers=1, **parameters)
+    losses = torch.tensor([float(row['loss']) for row in log])
     return losses, sum('synchronizing' in str(wait.message) for wait in waits)
 
 
 @pytest.mark.parametrize('bfloat16, tolerance', [(False, 1e-3), (True, 0.05)])
-def test_training_evaluation_and_detection_as_on_a_cpu(folder, tmp_path, monkeypatch, bfloat16, tolerance):
-    monkeypatch.setattr(train, 'save_checkpoint', save_without_counting)
+def test_training_evaluation_and_detection_as_on_a_cpu(tmp_path, bfloat16, tolerance):
+    folder, path = draw_and_list(tmp_path, 12, 6), str(tmp_path / 'gpu.pth')
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        expected, _ = train_two_epochs(folder, str(tmp_path / 'cpu.pth'), 'cpu', False)
-        losses, n_waits = train_two_epochs(folder, str(tmp_path / 'gpu.pth'), 'cuda', bfloat16)
+        expected, _ = train_two_epochs(folder, str(tmp_path / 'cpu.pth'), 'cpu')
+        losses, n_waits = train_two_epochs(folder, path, 'cuda', bfloat16=bfloat16)
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0)
-    assert 0 < n_waits <= 6 * 4  # a step asks whether it is finite, and matching in each of its few rounds
+    assert 0 < n_waits <= 6 + 2  # each of six steps asks whether it is finite, and two print losses
 
-    found = {}
+    mAPs, scores = {}, {}
     test_set = PascalVOCDataset(folder, 'TEST', keep_difficult=True)
-    saved = load_checkpoint(tmp_path / 'gpu.pth')
-    images = [open_image(path) for path in test_set.images]
-    for device in ('cpu', 'cuda'):
-        model = load_detector(tmp_path / 'gpu.pth')[0].to(device).eval()
-        _, mAP = evaluate(DataLoader(test_set, 4, collate_fn=collate_fn), model)
-        detections = [find_objects(image, 0.05, 0.45, 5, model, saved['label_map']) for image in images]
-        found[device] = mAP, [[score for _, score, _ in of_image] for of_image in detections]
-    assert found['cuda'][0] == pytest.approx(found['cpu'][0], abs=0.02)
-    for on_gpu, on_cpu in zip(found['cuda'][1], found['cpu'][1]):
-        assert on_gpu == pytest.approx(on_cpu, abs=1e-3)
-
-
-def test_average_precision_of_tensors_on_the_gpu():
-    true_positives = torch.rand(40) < 0.5
-    assert average_precision(true_positives.cuda(), 30) == average_precision(true_positives, 30) > 0
-    assert average_precision(true_positives[:0].cuda(), 30) == 0
+    for device in 'cpu', 'cuda':
+        model, label_map = load_detector(path)
+        model.to(device).eval()
+        mAPs[device] = evaluate(make_test_loader(test_set, 4, 1, torch.device(device)), model).mAP
+        scores[device] = [score for name in test_set.images for _, score, _ in
+                          find_objects(open_image(name), 0.05, 0.45, 5, model, label_map)]
+    assert mAPs['cuda'] == pytest.approx(mAPs['cpu'], abs=0.02)
+    assert scores['cuda'] == pytest.approx(scores['cpu'], abs=1e-3)
 
 
 @pytest.mark.parametrize('n, n_objects', [(300, 12), (0, 12), (300, 0)])
@@ -95,4 +69,6 @@ def test_matching_of_detections_on_the_gpu(n, n_objects):
     assert n == 0 or n_objects == 0 or all(0 < kind.sum() < n for kind in expected[:2])
     for device_of_objects in ('cuda', 'cpu'):
         on_gpu = [value.cuda() for value in values[:3]] + [value.to(device_of_objects) for value in values[3:]]
-        assert all(map(torch.equal, match_detections(*on_gpu), expected))
+        found = match_detections(*on_gpu)
+        assert all(map(torch.equal, found, expected))
+    assert average_precision(found[0].cuda(), 30) == average_precision(expected[0], 30)

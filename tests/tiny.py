@@ -1,34 +1,27 @@
-"""A network for tests of what is around the network: it takes milliseconds where SSD300 takes seconds."""
+"""A network, images and a loss for tests of what is around them."""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import SSD300
+from model import SSD300, MultiBoxLoss
 
 
 class TinyDetector(SSD300):
-    """
-    Predictions of SSD300's shapes, from nothing but the image's mean color; detection and checkpoints are SSD300's.
-
-    :param n_classes: number of classes, background included
-    :param pretrained: not supported
-    :param thin: not supported
-    """
+    """Predictions of SSD300's shapes, from nothing but the image's mean color, in milliseconds instead of seconds;
+    detection and checkpoints are SSD300's. It can be neither pretrained nor thin."""
 
     def __init__(self, n_classes, pretrained=False, thin=1):
         assert not pretrained and thin == 1
         nn.Module.__init__(self)
-        self.n_classes = n_classes
+        self.n_classes, self.thin = n_classes, thin
         self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (8732, 4)
-        self.base = nn.ModuleDict({'conv1_1': nn.Conv2d(3, 64, 1)})  # which tells `load_detector` how thin a network is
+        self.base = nn.ModuleDict({'conv1_1': nn.Conv2d(3, 64, 1)})
         self.aux_convs = self.pred_convs = nn.ModuleDict()
         self.head = nn.Linear(3, 8732 * (4 + n_classes))
 
     def forward(self, image):
-        """
-        :param image: images, a tensor (N, 3, 300, 300)
-        :return: locs (N, 8732, 4), classes_scores (N, 8732, n_classes)
-        """
+        """:param image: images, a tensor (N, 3, 300, 300)
+        :return: locs (N, 8732, 4), classes_scores (N, 8732, n_classes)"""
         color = F.adaptive_avg_pool2d(image, 1)  # (N, 3, 1, 1)
         color = self.base['conv1_1'](color)[:, :3].flatten(1)  # (N, 3)
         predictions = self.head(color).view(len(image), 8732, 4 + self.n_classes)
@@ -36,17 +29,15 @@ class TinyDetector(SSD300):
 
 
 class SpoiledImages(torch.utils.data.Dataset):
-    """
-    A data set in which one image has a single color that no image has.
+    """A data set in which one image has a single color that no image has.
 
     :param dataset: PascalVOCDataset
     :param spoiled: the image's index
-    :param value: of all its pixels: NaN, infinite, or so large that the loss becomes infinite
-    """
+    :param value: of all its pixels: NaN, infinite, or so large that the loss becomes infinite"""
 
     def __init__(self, dataset, spoiled, value):
         self.dataset, self.spoiled, self.value = dataset, spoiled, value
-        self.images, self.label_map = dataset.images, dataset.label_map
+        self.label_map = dataset.label_map
 
     def __len__(self):
         return len(self.dataset)
@@ -54,3 +45,21 @@ class SpoiledImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         image, *objects = self.dataset[i]
         return torch.full_like(image, self.value) if i[0] == self.spoiled else image, *objects
+
+
+class SpoiledLoss(MultiBoxLoss):
+    """A loss that is infinite, but not its gradient, or the other way round, in one batch.
+
+    :param what: 'loss' or 'gradient'
+    :param batches: how many are left up to that one"""
+
+    def __init__(self, priors_cxcy, what, batches):
+        super().__init__(priors_cxcy)
+        self.what, self.batches = what, batches
+
+    def losses(self, predicted_locs, *args):
+        self.batches -= 1
+        loss, *parts = super().losses(predicted_locs, *args)
+        if self.batches == 0 and self.what == 'gradient':
+            predicted_locs.register_hook(lambda gradient: gradient * float('inf'))
+        return loss + float('inf') if self.batches == 0 and self.what == 'loss' else loss, *parts
