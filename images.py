@@ -91,13 +91,16 @@ def why_not_read(path, error):
     if not isinstance(error, UnidentifiedImageError):
         return f'{path} is not an image that can be read: {one_line(error)}'
     with open(path, 'rb') as file:
-        start = file.read(1000).strip(b'\0\r\n\t ')
+        start = file.read(1000).strip(b'\0\r\n\t \xef\xbb\xbf')  # the last three are a text's byte order mark
     if start.startswith(b'version https://git-lfs'):
         return f'{path} is not an image but a Git LFS pointer to one: run "git lfs pull"'
     if (start.startswith(b'<') or start.isascii()) and b'<svg' not in start:
         what = 'text, perhaps a web page with an error' if start else 'empty'
         return f'{path} is not an image but {what}: copy or download it again'
-    return f'{path} is not an image that can be read: Pillow does not know its format; convert it to JPEG or PNG'
+    reason = 'Pillow does not know its format; convert it to JPEG or PNG'
+    if start.startswith((b'\xff\xd8', b'\x89PNG')):  # JPEG or PNG
+        reason = 'its beginning is damaged; copy or download it again'
+    return f'{path} is not an image that can be read: {reason}'
 
 
 turns = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -197,7 +200,7 @@ def save_tiles(path, rows, width, height, font=None):
     height in pixels. Below each are 34 pixels, for one line in font size 24 or two in 10. `font` is a Pillow font, see
     `load_font`; None for Pillow's own in size 24."""
     font = font or load_font(None, 24)
-    tallest = 16383 if path.lower().endswith('.webp') else 65500  # pixels, of a WebP and of a JPEG file
+    tallest = 16383 if str(path).lower().endswith('.webp') else 65500  # pixels, of a WebP and of a JPEG file
     most = tallest // (height + 34)
     if len(rows) > most:
         print(f'{path} has room for the first {most} of {len(rows)} rows')

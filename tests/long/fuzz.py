@@ -1,5 +1,4 @@
-"""
-Write thousands of valid, damaged and unusual annotations, images and checkpoints, and read them:
+"""Write thousands of valid, damaged and unusual annotations, images and checkpoints, and read them:
 
     python tests/long/fuzz.py
 
@@ -26,22 +25,20 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path[:0] = [root, os.path.join(root, 'tests')]
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(sys.path[0]))
 
-from tiny import TinyDetector  # noqa: E402
+from tiny import TinyDetector
 
-import checkpoints  # noqa: E402
-from checkpoints import save_checkpoint  # noqa: E402
-from create_data_lists import parse_annotation  # noqa: E402
-from datasets import transform  # noqa: E402
+import checkpoints
+from checkpoints import save_checkpoint
+from create_data_lists import parse_annotation
+from datasets import transform
 from errors import UserError
-from images import decode_once, open_image  # noqa: E402
-from utils import cxcy_to_gcxgcy, xy_to_cxcy  # noqa: E402
+from images import decode_once, open_image
+from utils import cxcy_to_gcxgcy, xy_to_cxcy
 
-n_annotations = 20_000
-n_images = 4_000
-n_checkpoints = 1_000
+n_files = {'annotation': 20_000, 'image': 4_000, 'checkpoint': 1_000}
 seed = 0
 max_seconds = 20  # to read one file
 known_labels = 'cat', 'dog', 'white horse'
@@ -64,12 +61,8 @@ def time_limit(seconds, what):
 
 
 def read_or_report(path, read):
-    """
-    :param path: path of the file
-    :param read: function that reads it
-    :return: what `read` returned; or None if it raised UserError with one line that names the file
-    :raises AssertionError: the message of UserError does not name the file; other errors of `read` pass through
-    """
+    """Read a file by a function; None if that raised UserError with one line that names the file. Raises AssertionError
+    if the line does not; other errors pass through."""
     with time_limit(max_seconds, path), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Pillow's, about unusual files
         warnings.simplefilter('error', RuntimeWarning)  # numpy's, about NaN and overflow
@@ -84,11 +77,7 @@ def read_or_report(path, read):
 # ------------------------------------------------------------------------------------------------------ Annotations
 
 class RandomAnnotation:
-    """
-    A valid annotation of an image (`root`), and what `parse_annotation` must return for it (`expected`).
-
-    :param rng: a random.Random
-    """
+    """A valid annotation of an image (`root`), and what `parse_annotation` must return for it (`expected`)."""
 
     def __init__(self, rng):
         self.rng = rng
@@ -175,7 +164,7 @@ def mutate_tree(root, rng):
     elif what == 2:
         child.tag = rng.choice(['object', 'bndbox', 'xmin', 'xmax', 'name', 'Object', 'size', 'part', 'difficult'])
     elif what == 3:
-        rng.choice([element for element in root.iter()][:1] + [parent]).append(ET.fromstring(ET.tostring(child)))
+        rng.choice([root, parent]).append(ET.fromstring(ET.tostring(child)))
     elif what == 4:
         child.text = rng.choice(strange_texts)
     elif len(parent) > 1:  # swap two, for example xmin and xmax
@@ -185,44 +174,28 @@ def mutate_tree(root, rng):
 
 def mutate_bytes(data, rng):
     """Cut, change, insert, repeat or remove bytes."""
-    data = bytearray(data)
-    what, at = rng.randrange(6), rng.randrange(len(data) + 1)
-    if what == 0:
-        return bytes(data[:at])
-    if what == 1:
-        return bytes(data[at:])
-    if what == 2:
-        for _ in range(rng.choice([1, 3, 30])):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-    elif what == 3:
-        data[at:at] = rng.randbytes(rng.choice([1, 4, 1000]))
-    elif what == 4:
-        data[at:at] = data[at:at + rng.randint(1, 200)] * rng.choice([1, 2, 1000])
-    else:
-        del data[at:at + rng.choice([1, 2, 50])]
-    return bytes(data)
+    changed, at = bytearray(data), rng.randrange(len(data) + 1)
+    for _ in range(rng.choice([1, 3, 30])):
+        changed[rng.randrange(len(data))] = rng.randrange(256)
+    return rng.choice([
+        bytes(changed), data[:at], data[at:], data[:at] + rng.randbytes(rng.choice([1, 4, 1000])) + data[at:],
+        data[:at] + data[at:at + rng.randint(1, 200)] * rng.choice([1, 2, 1000]) + data[at:],
+        data[:at] + data[at + rng.choice([1, 2, 50]):]])
 
 
 def xml_bomb(rng):
     """XML that expands to a large text, refers to another file, or is very deep or long."""
-    what = rng.randrange(7)
-    if what == 0:
-        entities = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">'
-                           for i in range(rng.randint(1, 15)))
-        return f'<!DOCTYPE annotation [{entities}]><annotation><object><name>&e0;</name></object></annotation>'
-    if what == 1:
-        address = rng.choice(['file:///etc/passwd', '/dev/zero', 'http://127.0.0.1:9/x', 'label_map.json'])
-        return (f'<!DOCTYPE annotation [<!ENTITY {rng.choice(["", "% "])}e SYSTEM "{address}">]>'
-                '<annotation><object><name>&e;</name></object></annotation>')
-    if what == 2:
-        return f'<!DOCTYPE annotation [<!ENTITY e "{"a" * 100_000}">]><annotation>{"&e;" * 100_000}</annotation>'
-    if what == 3:
-        return '<annotation>' + '<object>' * 100_000
-    if what == 4:
-        return '<annotation>' + '<object>' * 50_000 + '</object>' * 50_000 + '</annotation>'
-    if what == 5:
-        return '<annotation ' + ' '.join(f'a{i}="{i}"' for i in range(50_000)) + '/>'
-    return '<annotation><!--' + '-' * rng.randrange(4) + 'x' * 1_000_000 + '--></annotation>'
+    entities = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' for i in range(rng.randint(1, 15)))
+    address = rng.choice(['file:///etc/passwd', '/dev/zero', 'http://127.0.0.1:9/x', 'label_map.json'])
+    return rng.choice([
+        f'<!DOCTYPE annotation [{entities}]><annotation><object><name>&e0;</name></object></annotation>',
+        f'<!DOCTYPE annotation [<!ENTITY {rng.choice(["", "% "])}e SYSTEM "{address}">]>'
+        '<annotation><object><name>&e;</name></object></annotation>',
+        f'<!DOCTYPE annotation [<!ENTITY e "{"a" * 100_000}">]><annotation>{"&e;" * 100_000}</annotation>',
+        '<annotation>' + '<object>' * 100_000,
+        '<annotation>' + '<object>' * 50_000 + '</object>' * 50_000 + '</annotation>',
+        '<annotation ' + ' '.join(f'a{i}="{i}"' for i in range(50_000)) + '/>',
+        '<annotation><!--' + '-' * rng.randrange(4) + 'x' * 1_000_000 + '--></annotation>'])
 
 
 def fuzz_annotation(path, rng):
@@ -290,9 +263,7 @@ modes_of_format = {  # the modes that Pillow can write
 
 
 def make_image(rng):
-    """
-    :return: an image file's bytes; the PIL image as stored in it; and its EXIF orientation
-    """
+    """:return: an image file's bytes; the PIL image as stored in it; and its EXIF orientation"""
     format = rng.choice(list(modes_of_format))
     mode = rng.choice(modes_of_format[format])
     size = rng.choice([(rng.randint(1, 400), rng.randint(1, 400)), (1, rng.randint(1, 2000)), (rng.randint(1, 2000), 1),
@@ -300,8 +271,7 @@ def make_image(rng):
     if rng.random() < 0.01 and format != 'WEBP':  # limited to 16,383 pixels a side
         size = rng.choice([(20_000, rng.randint(1, 300)), (rng.randint(1, 300), 20_000)])
     image, orientation, options = draw_random(size, mode, rng), 1, {}
-    # TIFF files can't have invalid orientations, and Pillow does not turn those of 16 bits.
-    if format in ('JPEG', 'PNG', 'WEBP', 'TIFF', 'MPO') and (format, mode) != ('TIFF', 'I;16') and rng.random() < 0.5:
+    if format in ('JPEG', 'PNG', 'WEBP', 'TIFF', 'MPO') and rng.random() < 0.5:  # a TIFF can't have an invalid one
         orientation = rng.choice([*range(1, 9)] if format == 'TIFF' else [0, 9, 65535, *range(1, 9)])
         options['exif'] = Image.Exif()
         options['exif'][orientation_tag] = orientation
@@ -367,7 +337,9 @@ def fuzz_image(path, rng):
     if kind == 'valid':
         assert None not in (header, opened), 'a valid image was refused'
         size = image.size[::-1] if 5 <= orientation <= 8 else image.size
-        assert header == (size, orientation if orientation in range(1, 9) else 1), (header, size, orientation)
+        orientation = orientation if orientation in range(1, 9) else 1
+        bits_are_right = (header[2] > 8) == (image.mode in ('I', 'I;16', 'F'))
+        assert header[:2] == (size, orientation) and bits_are_right, (header, image, orientation)
     if opened is None:
         return 'reported'
     assert header is not None and opened.mode == 'RGB' and opened.size == header[0], (header, opened)
@@ -384,7 +356,7 @@ def check_transforms(image, rng):
     for split in ('TRAIN', 'TEST'):
         tensor, kept, labels, _ = transform(image, boxes, torch.ones(len(boxes)), torch.zeros(len(boxes)), split, rng)
         assert tensor.shape == (3, 300, 300) and tensor.isfinite().all() and len(kept) == len(labels) >= 1
-        assert 0 <= kept.min() and kept.max() <= 1
+        assert kept.min() >= 0 and kept.max() <= 1
         offsets = cxcy_to_gcxgcy(xy_to_cxcy(kept), torch.tensor([.5, .5, .1, .1]))  # infinite for a box without area
         assert offsets.isfinite().all(), (image.size, boxes, kept)
 
@@ -419,19 +391,17 @@ def fuzz_checkpoint(path, rng):
 # ------------------------------------------------------------------------------------------------------------------
 
 def fuzz(kind, n, folder, seed=0):
-    """
-    Write and read many files.
+    """Write and read many files.
 
     :param kind: 'annotation', 'image' or 'checkpoint'
     :param n: number of files
     :param folder: path of the folder where the file is written; a file that fails is kept
     :param seed: seed of the random numbers; each file has its own generator
     :return: Counter of 'read' and 'reported'
-    :raises AssertionError: a file was neither read correctly nor reported; it names the file
-    """
-    one = {'annotation': fuzz_annotation, 'image': fuzz_image, 'checkpoint': fuzz_checkpoint}[kind]
-    path = os.path.join(folder, {'annotation': 'a.xml', 'image': 'a.jpg', 'checkpoint': 'a.pth'}[kind])
-    results = Counter()
+    :raises AssertionError: a file was neither read correctly nor reported; it names the file"""
+    one, name = {'annotation': (fuzz_annotation, 'a.xml'), 'image': (fuzz_image, 'a.jpg'),
+                 'checkpoint': (fuzz_checkpoint, 'a.pth')}[kind]
+    path, results = os.path.join(folder, name), Counter()
     for i in range(n):
         try:
             results[one(path, random.Random(f'{seed} {i}'))] += 1
@@ -443,7 +413,7 @@ def fuzz(kind, n, folder, seed=0):
 def main():
     """Run all kinds, and print the results."""
     folder = tempfile.mkdtemp()
-    for kind, n in (('annotation', n_annotations), ('image', n_images), ('checkpoint', n_checkpoints)):
+    for kind, n in n_files.items():
         start = time.time()
         results = fuzz(kind, n, folder, seed)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
