@@ -78,16 +78,16 @@ def choose_images(annotation_path, same_name):
 def leave_out_repeated(folder, found):
     """Of several annotations of an image, keep just the one that has boxes, as of horizontal and oriented boxes. If
     several have boxes, all stay, and `check_each_once` finds them."""
-    of_image, without = {}, []
+    of_image, without = {}, set()
     for path, image_paths in found.items():
         of_image.setdefault(tuple(image_paths) or path, []).append(path)
     for paths in of_image.values():
         if len(paths) > 1:
             with_boxes = [path for path in paths if b'<bndbox>' in Path(folder, path).read_bytes()]
-            without += [path for path in paths if len(with_boxes) == 1 and path not in with_boxes]
+            without.update(set(paths).difference(with_boxes) if len(with_boxes) == 1 else ())
     if without:
         print(f'{folder}: annotations without a box whose image has another annotation, left alone: {len(without)}, '
-              f'such as {without[0]}.')
+              f'such as {min(without)}.')
     return {path: image_paths for path, image_paths in found.items() if path not in without}
 
 
@@ -118,10 +118,10 @@ def choose_split(folder, found, test_fraction):
         train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
         rule = 'at random, from'
     train, test = ({path: found.get(path, []) for path in paths} for paths in (train, test))  # each only once
-    known = [name for name in ('trainval', 'train', 'val', 'test', 'others') if name in sets] or list(sets)
+    known = [name for name in ('trainval', 'train', 'val', 'test') if name in sets] or list(sets)
     counts = [f'{name} ({len(sets[name])})' for name in known]
-    n_others = len(found.keys() - used - train.keys())
-    counts += [f'in none ({n_others})'] if n_others else []
+    not_used = found.keys() - train.keys() - test.keys()
+    counts += [f'not used ({len(not_used)})'] if not_used else []
     of_test = 'of the test left out' if test_fraction is None else 'for the test'
     print(f'{folder}: {len(train)} images for training, {len(test)} {of_test}: {rule} its {where}: '
           f'{", ".join(counts)}.')

@@ -8,7 +8,6 @@ import re
 import shutil
 import tarfile
 import threading
-import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from PIL import Image
 
 import create_data_lists as script
 import errors
-from create_data_lists import choose_split, create_data_lists, find_images, parse_annotation, read_split
+from create_data_lists import create_data_lists, find_images, parse_annotation, read_split
 from demo import draw_dataset
 from errors import UserError, run
 from images import open_image
@@ -25,31 +24,24 @@ from utils import voc_labels
 
 # ---------------------------------------------------------------------------------------------------------- Annotations
 
+def size_of(width, height):
+    return f'<size><width>{width}</width><height>{height}</height></size>'
+
+
+def bndbox(box):
+    return '<bndbox>' + ''.join(f'<{e}>{v}</{e}>' for e, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), box)) + '</bndbox>'
+
+
 def annotation(*objects, size='<size><width>100</width><height>80</height></size>'):
     """XML of an annotation; an object is (name, box, more XML)."""
-    edges = ('xmin', 'ymin', 'xmax', 'ymax')
     return f'<annotation>{size}' + ''.join(
-        f'<object><name>{name}</name>{more}<bndbox>' + ''.join(f'<{e}>{v}</{e}>' for e, v in zip(edges, box))
-        + '</bndbox></object>' for name, box, more in objects) + '</annotation>'
+        f'<object><name>{name}</name>{more}{bndbox(box)}</object>' for name, box, more in objects) + '</annotation>'
 
 
 def parse(tmp_path, text, labels=voc_labels, **options):
     path = tmp_path / 'a.xml'
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return parse_annotation(str(path), labels, **options)
-
-
-def test_a_word_of_the_parser_as_a_number_is_named(tmp_path):
-    message = r"VOC format \(could not convert string to float: 'invalid token'\): an object"
-    with pytest.raises(UserError, match=message):
-        parse(tmp_path, annotation(('dog', ('invalid token', 2, 3, 4), '')))
-
-
-def test_a_folder_that_is_none_is_named(tmp_path):
-    with pytest.raises(UserError, match='^None is not a folder: set the paths in create_data_lists.py'):
-        create_data_lists(None, None, tmp_path)
-    with pytest.raises(UserError, match='test_fraction = None in create_data_lists.py: set'):
-        create_data_lists(str(tmp_path), None, tmp_path, test_fraction=None)
 
 
 def test_annotation(tmp_path):
@@ -58,34 +50,81 @@ def test_annotation(tmp_path):
                                         ('person', (45.5, 10.25, 60, 20), part), ('cat', (0, 0, 101, 81), '')))
     assert parsed['boxes'] == [[0, 0, 99, 79], [44.5, 9.25, 59, 19], [0, 0, 100, 80]]  # the last was a pixel outside
     assert parsed['labels'] == ['dog', 'person', 'cat'] and parsed['difficulties'] == [1, 0, 0]
-    assert parsed['dropped'] == []
+    assert parsed['dropped'] == parsed['assumed'] == [] and parsed['n_clipped'] == parsed['n_swapped'] == 0
 
 
-def test_a_box_may_extend_a_pixel_beyond_the_image_and_a_tenth_for_rounding(tmp_path):
-    inside = -0.05, -0.05, 101.05, 81.05
-    outside = (-0.2, 5, 9, 9), (5, -0.2, 9, 9), (5, 5, 101.2, 9), (5, 5, 9, 81.2)
-    parsed = parse(tmp_path, annotation(*[('dog', box, '') for box in (inside, *outside)]))
-    assert parsed['boxes'] == [[0, 0, 100, 80]] and len(parsed['dropped']) == 4
+@pytest.mark.parametrize('box, expected, n_clipped', [  # in an image of 100x80 pixels
+    ((-.05, -.05, 101.05, 81.05), [0, 0, 100, 80], 0),  # a pixel, and a tenth for rounding
+    ((-.2, 5, 9, 9), [0, 4, 8, 8], 1), ((5, -.2, 9, 9), [4, 0, 8, 8], 1), ((5, 5, 101.2, 9), [4, 4, 100, 8], 1),
+    ((5, 5, 9, 81.2), [4, 4, 8, 80], 1), ((-3, -3, 120, 90), [0, 0, 100, 80], 1),
+    ((9, 30, 5, -3), [4, 0, 8, 29], 1),  # swapped, too
+    ((-48, 5, 51, 9), [0, 4, 50, 8], 1), ((-50, 5, 51, 9), 'mostly outside', 0),  # half of it is inside, less than half
+    ((61, 41, 141, 121), 'mostly outside', 0), ((61, 41, 111, 91), [60, 40, 100, 80], 1),
+    ((-1e308, 5, 1e308, 9), 'mostly outside', 0), ((120, 5, 130, 9), 'mostly outside', 0),
+    ((-5, 5, -3, 9), 'mostly outside', 0),
+    ((5, 5, 5, 9), 'no area', 0), ((0, 5, .5, 9), 'no area', 0), ((5, 5, 5.05, 9), 'no area', 0),
+    ((5, 5, 9, '5.00000001'), 'no area', 0), (('nan', 5, 5, 9), 'not finite', 0), ((5, 5, 'inf', 9), 'not finite', 0)])
+@pytest.mark.parametrize('size', [(100, 80), (0, 0)])  # as the annotation states it; the second: unknown
+def test_boxes_are_read_clipped_or_dropped(tmp_path, box, expected, n_clipped, size):
+    text = annotation(('dog', box, ''), ('cat', (5, 5, 10, 9), ''), size=size_of(*size))
+    parsed = parse(tmp_path, text, size=(100, 80))
+    assert parsed['boxes'] == ([[4, 4, 9, 8]] if isinstance(expected, str) else [expected, [4, 4, 9, 8]])
+    assert [expected in reason for reason in parsed['dropped']] == ([True] if isinstance(expected, str) else [])
+    assert parsed['n_clipped'] == n_clipped
 
 
-@pytest.mark.parametrize('name, box, reason', [
-    ('dog', (5, 5, 5, 9), 'no area'), ('dog', ('nan', 5, 5, 9), 'not finite'),
-    ('dog', (5, 5, 110, 9), 'outside'), ('dog', (-5, 5, 10, 9), 'outside'),
-    ('dog', (5, 5, 'inf', 9), 'not finite'), ('dog', (0, 5, .5, 9), 'no area'), ('dog', (5, 5, 5.05, 9), 'no area'),
-    ('dog', (5, 5, 9, '5.00000001'), 'no area'),
-    ('dragon', (5, 5, 10, 9), 'dragon'), ('background', (5, 5, 10, 9), 'background')])
-def test_wrong_objects_are_dropped_with_a_reason(tmp_path, name, box, reason):
-    parsed = parse(tmp_path, annotation((name, box, ''), ('cat', (5, 5, 10, 9), '')))
-    assert parsed['boxes'] == [[4, 4, 9, 8]] and len(parsed['dropped']) == 1 and reason in parsed['dropped'][0]
+box = (5, 6, 40, 30)
+polygon = '<object><name>dog</name><polygon><x1>3</x1></polygon></object>'
+dog, cat = (f'<object><name>{name}</name>{bndbox(box)}</object>' for name in ('dog', 'cat'))
 
 
-def test_without_a_size_in_the_annotation_the_images_counts(tmp_path):
-    for size in ('', '<size><width>0</width><height>0</height></size>', '<size><width>100</width></size>'):
-        text = annotation(('dog', (5, 5, 110, 9), ''), ('cat', (5, 5, 100, 80), ''), size=size)
-        assert len(parse(tmp_path, text, size=(100, 80))['dropped']) == 1
-        assert len(parse(tmp_path, text)['dropped']) == 0
-    with pytest.raises(UserError, match='a.xml is for an image of 100x80 pixels, but the image has 80x100: '):
-        parse(tmp_path, annotation(), size=(80, 100))
+@pytest.mark.parametrize('xml, labels, reasons', [
+    (f'<object><name>dog</name><difficult>1</difficult>{bndbox(box) * 3}</object>', ['dog'] * 3, []),
+    (f'<objects>{dog}{cat}</objects>', ['dog', 'cat'], []), (f'<a><b>{dog}</b></a><c>{cat}</c>', ['dog', 'cat'], []),
+    (dog.replace('</object>', f'{cat}</object>'), ['dog', 'cat'], []),  # one in the other
+    (dog + cat.replace('<name>', '<name>dog</name><name>'), ['dog'], ['cat has more than one name']),
+    (dog + cat.replace('<xmin>', '<xmin>3</xmin><xmin>'), ['dog'], ['cat has more than one xmin']),
+    (dog + cat.replace('<name>', '<difficult/><difficult/><name>'), ['dog'], ['cat has more than one difficult']),
+    (dog + bndbox(box), ['dog'], ['a bndbox in annotation, not in an object']),
+    (f'<object><name>cat</name><boxes>{bndbox(box) * 2}</boxes></object>{dog}', ['dog'],
+     ['a bndbox in boxes, not in an object'] * 2 + ['cat has no bndbox']),
+    (dog + polygon, ['dog'], ['dog has no bndbox']), (dog.replace('<name>', '<polygon/><name>'), ['dog'], []),
+    (dog + dog.replace('dog', 'dragon'), ['dog'], ["label 'dragon' is not one of the labels"]),
+    (dog + dog.replace('dog', 'background'), ['dog'], ["label 'background' is not one of the labels"])])
+def test_what_an_annotation_holds_is_read_or_dropped_with_a_reason(tmp_path, xml, labels, reasons):
+    parsed = parse(tmp_path, f'<annotation>{xml}</annotation>')
+    assert parsed['labels'] == labels and parsed['dropped'] == reasons
+    assert parsed['boxes'] == [[4, 5, 39, 29]] * len(labels)
+    assert parsed['difficulties'] == [int('<difficult>1' in xml)] * len(labels)
+
+
+close = ['whose annotation states a size that is off by some pixels']
+exchanged = ['whose annotation states width and height exchanged']
+
+
+@pytest.mark.parametrize('size, stated, box, assumed', [
+    ((640, 480), (640, 480), box, []), ((640, 480), (0, 0), box, []), ((640, 480), (640, 0), box, []),
+    ((640, 480), ('', ''), box, []), ((640, 480), ('nan', 'nan'), box, []), ((640, 480), (-1, -1), box, []),
+    ((200, 100), (203, 97), box, close), ((1000, 600), (1010, 594), box, close), ((102, 100), (100, 102), box, close),
+    ((200, 100), (204, 100), box, None), ((1000, 600), (1010, 593), box, None),  # more than three, and a hundredth
+    ((640, 480), (320, 240), box, None), ((640, 480), (1280, 960), box, None), ((640, 480), ('inf', 480), box, None),
+    ((640, 480), (480, 640), (50, 60, 600, 300), exchanged), ((640, 480), (479, 642), (50, 60, 600, 300), exchanged),
+    ((640, 480), (480, 640), None, exchanged),
+    ((640, 480), (480, 640), (50, 60, 300, 300), None), ((640, 480), (480, 640), (50, 60, 600, 600), None)])
+def test_the_stated_size_is_a_hint(tmp_path, size, stated, box, assumed):
+    text = annotation(*[('dog', box, '')] * (box is not None), size=size_of(*stated))
+    if assumed is not None:
+        parsed = parse(tmp_path, text, size=size)
+        assert parsed['assumed'] == assumed and len(parsed['boxes']) == (box is not None) and not parsed['dropped']
+    else:
+        message = '^[^ ]*a.xml is for an image of {}x{} pixels, but the image has {}x{}: .* delete its <size>$'
+        with pytest.raises(UserError, match=message.format(*stated, *size)):
+            parse(tmp_path, text, size=size)
+
+
+def test_without_an_image_the_stated_size_counts(tmp_path):
+    for size, n_dropped in (('', 0), (size_of(0, 0), 0), ('<size><width>100</width></size>', 0), (size_of(60, 80), 1)):
+        assert len(parse(tmp_path, annotation(('dog', (5, 5, 250, 9), ''), size=size))['dropped']) == n_dropped
 
 
 laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' for i in range(12))
@@ -95,7 +134,7 @@ laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' fo
     '', 'no xml', '<annotation><object></object></annotation>', annotation(('dog', ('a', 1, 2, 3), '')),
     annotation(('dog', (1, 2), '')), annotation(('', (1, 2, 3, 4), '')), annotation((' ', (1, 2, 3, 4), '')),
     '<html><body>Page not found</body></html>', '<?xml version="1.0" encoding="klingon"?>' + annotation(),
-    '<?xml version="1.0" encoding="utf-7"?>' + annotation(), '\x00' * 100,
+    '<?xml version="1.0" encoding="hex"?>' + annotation(), '\x00' * 100,
     annotation(*[('dog', (1, 2, 3, 4), '')] * 8733), annotation(('dog', (1, 2, 3, 4), '<difficult>maybe</difficult>')),
     f'<!DOCTYPE annotation [{laughs}]>' + annotation(('&e11;', (1, 2, 3, 4), '')),
     '<!DOCTYPE annotation [<!ENTITY e SYSTEM "file:///etc/passwd">]>' + annotation(('&e;', (1, 2, 3, 4), '')),
@@ -104,6 +143,20 @@ def test_an_unreadable_annotation_is_named(tmp_path, text):
     with pytest.raises(UserError, match='a.xml is not an annotation') as error:
         parse(tmp_path, text)
     assert '\n' not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize('text, words', [
+    (annotation(('dog', (.1, .2, .5, 1), '')), ['fractions', '[0.1, 0.2, 0.5, 1.0]', 'pixels']),
+    (annotation(('', box, '')), ['an object has no name']),
+    (annotation(('dog', (1, 2, 3), '')), ['an object has no ymax']),
+    (annotation(('dog', box, '')).replace('name>', 'n>'), ['an object has no name']),
+    (annotation(('dog', ('invalid token', 2, 3, 4), '')), ["(could not convert string to float: 'invalid token')"]),
+    (('<?xml version="1.0" encoding="utf-8"?>\n' + annotation(('d\xe4chsel', box, ''))).encode('latin-1'),
+     ['text at line 2, column 7', 'another encoding than the file declares'])])
+def test_what_is_wrong_in_an_annotation_is_said(tmp_path, text, words):
+    with pytest.raises(UserError, match='^[^ ]*a.xml ') as error:
+        parse(tmp_path, text, size=(100, 80))
+    assert all(word in str(error.value) for word in words) and '\n' not in str(error.value)
 
 
 def test_as_many_objects_as_priors_are_possible(tmp_path):
@@ -127,20 +180,20 @@ def test_difficult_may_be_missing_or_a_word(tmp_path, difficult, expected):
     assert parse(tmp_path, annotation(('dog', (1, 2, 3, 4), difficult)))['difficulties'] == [expected]
 
 
-@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'iso-8859-1', 'cp1252'])
-def test_encodings_and_ends_of_lines(tmp_path, encoding):
-    text = annotation(('d\xe4ch sel', (1, 2, 3, 4), ''))
-    text = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>' + text
-    (tmp_path / 'a.xml').write_bytes(text.replace('><', '>\r\n<').replace(' sel', '\r\nsel').encode(encoding))
-    parsed = parse_annotation(tmp_path / 'a.xml', ['d\xe4ch sel'])
-    assert parsed['boxes'] == [[0, 1, 2, 3]] and parsed['labels'] == ['d\xe4ch sel']
+@pytest.mark.parametrize('encoding, label', [
+    ('utf-8', 'd\xe4ch sel'), ('utf-8-sig', 'd\xe4ch sel'), ('utf-16', 'd\xe4ch sel'), ('iso-8859-1', 'd\xe4ch sel'),
+    ('cp1252', 'd\xe4ch sel'), ('gb2312', '\u72d7 sel'), ('shift_jis', '\u72ac sel'), ('euc-kr', '\uac1c sel')])
+def test_encodings_and_ends_of_lines(tmp_path, encoding, label):
+    text = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>' + annotation((label, (1, 2, 3, 4), ''))
+    parsed = parse(tmp_path, text.replace('><', '>\r\n<').replace(' sel', '\r\nsel').encode(encoding), [label])
+    assert parsed['boxes'] == [[0, 1, 2, 3]] and parsed['labels'] == [label]
 
 
 def boxes_of(folder, size, box):
     """The boxes of a data set's only image, when its annotation states this size, or None, and this box."""
-    size = '' if size is None else '<size><width>{}</width><height>{}</height></size>'.format(*size)
+    size = '' if size is None else size_of(*size)
     (folder / 'Annotations/a.xml').write_text(annotation(('dog', box, ''), size=size))
-    [(_, parsed)], _ = read_split(str(folder), 'test', ['Annotations/a.xml'], find_images(str(folder)), ['dog'])
+    [(_, parsed)], _ = read_split(str(folder), 'test', find_images(str(folder)), ['dog'])
     return parsed['boxes']
 
 
@@ -167,75 +220,29 @@ def test_boxes_for_the_stored_image_are_turned_upright(tmp_path, orientation, he
     assert boxes_of(tmp_path, None, box) == expected
     if upright.size != stored.size:
         assert boxes_of(tmp_path, stored.size, red_box(stored)) == expected
+        assert boxes_of(tmp_path, (39, 24), red_box(stored)) == expected
         assert boxes_of(tmp_path, stored.size, (0, 0, 41, 26)) == [[0, 0, 25, 40]]  # a pixel beyond each edge
-        assert boxes_of(tmp_path, stored.size, (1, 1, 40, 28)) == []  # outside
+        assert boxes_of(tmp_path, stored.size, (-1, -1, 43, 28)) == [[0, 0, 25, 40]]  # clipped
+        assert boxes_of(tmp_path, stored.size, (3, 3, 20, 38)) == [[2, 2, 19, 37]]  # fits only the upright image
     elif height == 25:  # sides are swapped only by orientations from 5
         with pytest.raises(UserError, match="1 of the 1 images"):
-            boxes_of(tmp_path, stored.size[::-1], box)
+            boxes_of(tmp_path, (25, 40), (1, 1, 20, 20))
     if upright.size == stored.size and orientation > 1:  # nothing tells that the box is for the stored image
         assert boxes_of(tmp_path, stored.size, red_box(stored)) == [[edge - 1 for edge in red_box(stored)]]
 
 
 # ---------------------------------------------------------------------------------------------------------------- Lists
 
-def test_a_list_of_names_from_windows(tmp_path, capsys):
-    draw_dataset(str(tmp_path), 2, 2)
-    path = tmp_path / 'ImageSets/Main/test.txt'
-    names = path.read_text().split()
-    path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*names, '', 'IMG (1) ']).encode())
-    found = find_images(str(tmp_path))
-    _, test = choose_split(str(tmp_path), found, 0)
-    assert test == [f'Annotations/{name}.xml' for name in names] + ['IMG (1)']
-    path.write_bytes(b'\xff\xfe\x00\xd8')
-    with pytest.raises(UserError, match='test.txt is not a list in UTF-8'):
-        choose_split(str(tmp_path), found, 0)
-
-
-def test_the_label_background_is_dropped_where_all_labels_are_taken(tmp_path, capsys):
-    draw_dataset(str(tmp_path), 3, 1)
-    path = tmp_path / 'Annotations/trainval_0001.xml'
-    background = annotation(('background', (1, 1, 9, 9), ''), size='')[len('<annotation>'):]
-    path.write_text(path.read_text().replace('</annotation>', background))
-    create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
-    assert re.search(r"trainval_0001.jpg: label 'background' is not", capsys.readouterr().out)
-
-
-def test_lists(tmp_path, capsys):
-    folder = tmp_path / 'data'
-    draw_dataset(str(folder), 4, 2)
-    annotations = folder / 'Annotations'
-    (annotations / 'trainval_0001.xml').write_text('<annotation></annotation>')
-    (annotations / 'test_0001.xml').write_text('<annotation></annotation>')
-    root = ET.parse(annotations / 'trainval_0002.xml').getroot()
-    root.find('object/bndbox/xmax').text = root.find('object/bndbox/xmin').text
-    ET.ElementTree(root).write(annotations / 'trainval_0002.xml')
-
-    create_data_lists(str(folder), None, str(tmp_path / 'lists'), ('triangle', 'square', 'circle'), test_fraction=0)
-    lists = {name: json.loads((tmp_path / 'lists' / name).read_text()) for name in os.listdir(tmp_path / 'lists')}
-    assert set(lists) == {'TRAIN_images.json', 'TRAIN_objects.json', 'TEST_images.json', 'TEST_objects.json',
-                          'label_map.json'}
-    assert lists['label_map.json'] == {'background': 0, 'triangle': 1, 'square': 2, 'circle': 3}
-    assert len(lists['TRAIN_images.json']) == len(lists['TRAIN_objects.json']) == 3  # all but the one without objects
-    assert len(lists['TEST_images.json']) == 2 and lists['TEST_objects.json'][1]['boxes'] == []
-    assert all(os.path.isfile(path) for path in lists['TRAIN_images.json'])
-
-    printed = capsys.readouterr().out
-    assert 'trainval_0002.jpg: ' in printed and 'has no area' in printed and 'dropped 1 boxes' in printed
-    n_objects = sum(len(objects['labels']) for objects in lists['TRAIN_objects.json'])
-    assert f'{"objects":20}{n_objects:10}' in printed
-
-
 def make_voc_folder(folder, n_train, n_test):
     """A folder in VOC layout with images of 20x20 pixels, each of a dog; trainval_00.jpg, ..., test_00.jpg, ..."""
     for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
         (folder / name).mkdir(parents=True)
-    size = '<size><width>20</width><height>20</height></size>'
     for split, n in (('trainval', n_train), ('test', n_test)):
         ids = [f'{split}_{i:02}' for i in range(n)]
         (folder / f'ImageSets/Main/{split}.txt').write_text('\n'.join(ids))
         for id in ids:
             Image.new('RGB', (20, 20)).save(folder / f'JPEGImages/{id}.jpg')
-            (folder / f'Annotations/{id}.xml').write_text(annotation(('dog', (2, 2, 9, 9), ''), size=size))
+            (folder / f'Annotations/{id}.xml').write_text(annotation(('dog', (2, 2, 9, 9), ''), size=size_of(20, 20)))
 
 
 def list_names(folder):
@@ -256,7 +263,7 @@ def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, 
     (annotations / 'trainval_05.xml').unlink()
     (images / 'trainval_07.jpg').unlink()
     (annotations / 'trainval_09.xml').write_text('<annotation>')
-    (annotations / 'trainval_11.xml').write_text(annotation(size='<size><width>7</width><height>9</height></size>'))
+    (annotations / 'trainval_11.xml').write_text(annotation(size=size_of(7, 9)))
     cut_image(images / 'test_00.jpg')
     (annotations / 'test_01.xml').unlink()
     (annotations / 'test_01.xml').mkdir()
@@ -292,148 +299,105 @@ def test_more_than_a_tenth_of_a_split_that_cannot_be_read_is_an_error(tmp_path, 
     capsys.readouterr()
 
     (tmp_path / '12/Annotations/trainval_11.xml').unlink()
-    with pytest.raises(UserError, match="12 of the 110 images in .*/12's split TRAIN can't be read") as error:
-        create_data_lists(*folders, str(tmp_path), labels)
-    assert '\n' not in str(error.value)
+    with pytest.raises(SystemExit, match="^Error: 12 of the 110 images in .*/12's split TRAIN can't be read") as end:
+        run(lambda: create_data_lists(*folders, str(tmp_path), labels))
+    assert '\n' not in end.value.code
     out, err = capsys.readouterr()
     assert 'Left out' not in out and err.count('\n') == 10
     assert re.findall(r'trainval_(\d+)\.jpg is not an image', err) == [f'{i:02}' for i in range(10)]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_one_broken_image_of_three_is_an_error_in_one_line(tmp_path, capsys):
-    make_voc_folder(tmp_path, 3, 2)
-    cut_image(tmp_path / 'JPEGImages/trainval_01.jpg')
-    with pytest.raises(SystemExit, match=r"^Error: 1 of the 3 images in .* split TRAIN can't be read") as end:
-        run(lambda: create_data_lists(str(tmp_path), None, str(tmp_path)))
-    assert '\n' not in end.value.code and 'trainval_01.jpg is not' in capsys.readouterr().err
-    assert not list(tmp_path.glob('*.json'))
+@pytest.mark.parametrize('voc07_path, voc12_path, settings, message', [
+    ('missing', None, {}, '[^ ]*missing is not a folder: set the paths .* or download = True'),
+    ('07', 'missing', {}, '[^ ]*missing is not a folder: set the paths .* or download = True'),
+    (None, None, {}, 'None is not a folder: set the paths in create_data_lists.py'),
+    ('07', None, {'labels': 'dog'}, r"labels = 'dog', .* set labels to None, or a list such as \['cat'\]"),
+    ('07', None, {'test_fraction': 20}, 'labels = .*, test_fraction = 20 in create_data_lists.py: set'),
+    ('07', None, {'test_fraction': None}, 'labels = .*, test_fraction = None in create_data_lists.py: set'),
+    ('07/JPEGImages', None, {}, r'[^ ]*JPEGImages has no annotations in VOC format \(.xml\): set the paths'),
+    ('07', None, {'labels': ['dragon']}, r"no training image of .*07 has an .* \['dragon'\] \(label 'dog' is not"),
+    ('empty', None, {'labels': None}, r'no training image of .*empty has an object'),
+    ('single', None, {'test_fraction': .5}, 'no test image in .*single: .*single image needs at least another one'),
+    ('no test', None, {}, 'no test image in .*no test: .* raise test_fraction')])
+def test_a_missing_folder_image_or_setting_is_named(tmp_path, voc07_path, voc12_path, settings, message):
+    make_voc_folder(tmp_path / '07', 1, 1)
+    make_voc_folder(tmp_path / 'single', 1, 0)
+    make_voc_folder(tmp_path / 'no test', 2, 0)
+    make_voc_folder(tmp_path / 'empty', 1, 1)
+    (tmp_path / 'empty/Annotations/trainval_00.xml').write_text('<annotation/>')
+    paths = [path and str(tmp_path / path) for path in (voc07_path, voc12_path)]
+    with pytest.raises(UserError, match=f'^{message}'):
+        create_data_lists(*paths, str(tmp_path), **settings)
 
 
-def test_a_folder_without_annotations_is_named_where_all_labels_are_taken(tmp_path):
-    make_voc_folder(tmp_path, 3, 2)
-    shutil.rmtree(tmp_path / 'Annotations')
-    with pytest.raises(UserError, match=r'has no annotations in VOC format \(.xml\): set the paths'):
-        create_data_lists(str(tmp_path), None, str(tmp_path), labels=None)
+def test_the_lists_and_their_summary(tmp_path, capsys):
+    make_voc_folder(tmp_path, 4, 2)
+    objects = ('cat', (1, 1, 9, 9), '<difficult>1</difficult>'), ('dog', (1, 1, 5, 5), ''), ('cat', (1, 1, 1, 9), '')
+    more = ('dog', (1, 1, 25, 9), ''), ('dog', (9, 9, 5, 5), '')
+    for name, size, *of_image in (('trainval_00', '', *objects), ('trainval_01', ''), ('test_00', ''), (
+            'test_01', '', *objects[:1]), ('trainval_02', size_of(19, 20), *more)):
+        (tmp_path / f'Annotations/{name}.xml').write_text(annotation(*of_image, size=size))
+    (tmp_path / 'JPEGImages/trainval_03.jpg').unlink()
+    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20)).save(tmp_path / 'JPEGImages/trainval_03.png')
+    create_data_lists(str(tmp_path), None, str(tmp_path / 'lists'), labels=('dog', 'cat'))
+    lists = {path.name: json.loads(path.read_text()) for path in (tmp_path / 'lists').iterdir()}
+    assert lists == {
+        'label_map.json': {'background': 0, 'dog': 1, 'cat': 2},
+        'TRAIN_images.json': [str(tmp_path / f'JPEGImages/trainval_0{name}') for name in ('0.jpg', '2.jpg', '3.png')],
+        'TRAIN_objects.json': [{'boxes': [[0, 0, 8, 8], [0, 0, 4, 4]], 'labels': [2, 1], 'difficulties': [1, 0]},
+                               {'boxes': [[0, 0, 20, 8], [4, 4, 8, 8]], 'labels': [1, 1], 'difficulties': [0, 0]},
+                               {'boxes': [[1, 1, 8, 8]], 'labels': [1], 'difficulties': [0]}],
+        'TEST_images.json': [str(tmp_path / f'JPEGImages/test_0{i}.jpg') for i in range(2)],
+        'TEST_objects.json': [{'boxes': [], 'labels': [], 'difficulties': []},
+                              {'boxes': [[0, 0, 8, 8]], 'labels': [2], 'difficulties': [1]}]}
+    assert capsys.readouterr().out.splitlines() == [
+        f'{tmp_path}: 6 annotations. Images without annotation, which are not listed: 0.',
+        f'{tmp_path}: 4 images for training, 2 for the test: as given by its '
+        'lists in ImageSets/Main: trainval (4), test (2).',
+        '                         train      test', 'images                       3         2',
+        'objects                      5         1', 'of which difficult           1         1',
+        '  dog                        4         0', '  cat                        1         1',
+        "Left out 1 training images without objects, swapped the edges of 1 boxes, clipped 1 at the image's edge, and "
+        'dropped 1 boxes:', f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
+        "Left out 0 images that can't be read, or whose annotation can't:", '  none',
+        'Read 1 images whose annotation states a size that is off by some pixels.',
+        'Read 1 images with more than 8 bits, each scaled to 8 by itself.',
+        'Training objects that overlap some prior by at least 0.5: 100% (of Pascal VOC 2008, 84%)',
+        f'The lists are in {tmp_path / "lists"}.']
 
 
-@pytest.mark.parametrize('extension', ['.png', '.PNG'])
-def test_an_annotation_with_two_images_is_left_out(tmp_path, capsys, extension):
-    make_voc_folder(tmp_path, 11, 2)
-    for name in ('unused.jpg', 'unused' + extension):
-        Image.new('RGB', (20, 20)).save(tmp_path / 'JPEGImages' / name)
-    (tmp_path / 'JPEGImages/trainval_01.txt').write_text('no image')
-    create_data_lists(str(tmp_path), None, str(tmp_path))
-    assert len(list_names(tmp_path)[0]) == 11
-    capsys.readouterr()
-
-    Image.new('RGB', (20, 20)).save(tmp_path / f'JPEGImages/trainval_01{extension}')
-    create_data_lists(str(tmp_path), None, str(tmp_path))
-    paths = [os.path.join(str(tmp_path), 'JPEGImages', f'trainval_01{suffix}') for suffix in ('.jpg', extension)]
-    [line] = [line for line in capsys.readouterr().out.splitlines() if 'keep one' in line]
-    assert all(path in line for path in paths) and len(list_names(tmp_path)[0]) == 10
-
-
-def test_lists_of_two_folders_and_unknown_labels(tmp_path, capsys):
-    draw_dataset(str(tmp_path / '07'), 3, 2)
-    draw_dataset(str(tmp_path / '12'), 4, 0, seed=1)
-    create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), labels=('square',))
-    images = json.loads((tmp_path / 'TRAIN_images.json').read_text())
-    assert {os.path.dirname(path) for path in images} <= {str(tmp_path / year / 'JPEGImages') for year in ('07', '12')}
-    assert "label 'circle' is not one of the labels" in capsys.readouterr().out
-    with pytest.raises(UserError, match='dragon'):
-        create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=('dragon',))
-    for path in (tmp_path / '07/Annotations').iterdir():
-        path.write_text('<annotation></annotation>')
-    with pytest.raises(UserError, match='no training image of .*07 has an object'):
-        create_data_lists(str(tmp_path / '07'), None, str(tmp_path), labels=None)
-
-
-def test_a_folder_without_splits_is_split_always_alike(tmp_path, capsys):
-    draw_dataset(str(tmp_path), 8, 2)
+@pytest.mark.parametrize('n, settings, n_test', [
+    (10, {}, 2), (10, {'test_fraction': .36}, 4), (10, {'test_fraction': .34}, 3), (10, {'test_fraction': .5}, 5)])
+def test_a_folder_without_splits_is_split_always_alike(tmp_path, n, settings, n_test):
+    """By default a fifth is for the test, and the classes are VOC's."""
+    make_voc_folder(tmp_path, n, 0)
     shutil.rmtree(tmp_path / 'ImageSets')
-    (tmp_path / 'Annotations' / 'notes.txt').write_text('no annotation')
     lists = []
     for _ in range(2):
-        create_data_lists(str(tmp_path), None, str(tmp_path), labels=None, test_fraction=0.3)
-        lists.append([json.loads((tmp_path / f'{split}_images.json').read_text()) for split in ('TRAIN', 'TEST')])
-    train, test = lists[0]
-    assert lists[0] == lists[1] and len(train) == 7 and len(test) == 3 and not set(train) & set(test)
-    assert train == sorted(train) and test == sorted(test)
-    assert json.loads((tmp_path / 'label_map.json').read_text()) == \
-        {'background': 0, 'circle': 1, 'square': 2, 'triangle': 3}
-
-
-def test_a_missing_folder_is_named_with_the_remedy(tmp_path):
-    missing = str(tmp_path / 'missing')
-    make_voc_folder(tmp_path / '07', 1, 1)
-    for folders in ((missing, None), (str(tmp_path / '07'), missing)):
-        with pytest.raises(UserError, match='missing.*is not a folder: set the paths .* or download = True'):
-            create_data_lists(*folders, str(tmp_path))
-
-
-def test_the_summary_counts_images_and_objects(tmp_path, capsys):
-    make_voc_folder(tmp_path, 3, 2)
-    objects = ('cat', (1, 1, 9, 9), '<difficult>1</difficult>'), ('dog', (1, 1, 5, 5), ''), ('cat', (1, 1, 1, 9), '')
-    for name, *of_image in (('trainval_00', *objects), ('trainval_01',), ('test_01', *objects[:1])):
-        (tmp_path / f'Annotations/{name}.xml').write_text(annotation(*of_image, size=''))
-    create_data_lists(str(tmp_path), None, str(tmp_path), labels=('dog', 'cat'))
-    assert capsys.readouterr().out.splitlines() == [
-        f'{tmp_path}: 5 annotations. Images without annotation, which are not listed: 0.',
-        f'{tmp_path}: 3 images for training, 2 for the test: as given by its '
-        'lists in ImageSets/Main: trainval (3), test (2).',
-        '                         train      test', 'images                       2         2',
-        'objects                      3         2', 'of which difficult           1         1',
-        '  dog                        2         1', '  cat                        1         1',
-        'Left out 1 training images without objects, swapped the edges of 0 boxes, and dropped 1 boxes:',
-        f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
-        "Left out 0 images that can't be read, or whose annotation can't:", '  none',
-        'Training objects that overlap some prior by at least 0.5: 100% (of Pascal VOC 2008, 84%)',
-        f'The lists are in {tmp_path}.']
-
-
-def test_without_test_images_there_is_an_error(tmp_path):
-    make_voc_folder(tmp_path, 2, 0)
-    with pytest.raises(UserError, match='no test image in .*raise test_fraction'):
-        create_data_lists(str(tmp_path), None, str(tmp_path))
-
-
-def test_by_default_the_classes_are_vocs_and_a_fifth_is_for_the_test(tmp_path):
-    make_voc_folder(tmp_path, 10, 0)
-    shutil.rmtree(tmp_path / 'ImageSets')
-    create_data_lists(str(tmp_path), None, str(tmp_path))
-    assert [len(names) for names in list_names(tmp_path)] == [8, 2]
+        create_data_lists(str(tmp_path), None, str(tmp_path), **settings)
+        lists.append(list_names(tmp_path))
+    (train, test), again = lists
+    assert again == [train, test] == [sorted(train), sorted(test)] and len(test) == n_test
+    assert sorted(train + test) == [f'trainval_{i:02}' for i in range(n)]
     assert list(json.loads((tmp_path / 'label_map.json').read_text())) == ['background', *voc_labels]
 
 
-@pytest.mark.parametrize('test_fraction, n_test', [(0.36, 4), (0.34, 3), (0.5, 5)])
-def test_the_number_of_test_images_is_rounded_to_the_nearest(tmp_path, test_fraction, n_test):
-    make_voc_folder(tmp_path, 10, 0)
-    shutil.rmtree(tmp_path / 'ImageSets')
-    create_data_lists(str(tmp_path), None, str(tmp_path), test_fraction=test_fraction)
-    assert [len(names) for names in list_names(tmp_path)] == [10 - n_test, n_test]
-
-
-def test_a_second_folder_without_splits_is_all_for_training(tmp_path):
-    make_voc_folder(tmp_path / '07', 4, 2)
-    make_voc_folder(tmp_path / '12', 10, 0)
-    shutil.rmtree(tmp_path / '12/ImageSets')
-    create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), test_fraction=0.5)
-    train, test = list_names(tmp_path)
-    assert sorted(train) == sorted([f'trainval_{i:02}' for i in [*range(4), *range(10)]])
-    assert test == ['test_00', 'test_01']
-
-
-def test_all_labels_are_those_of_training_and_test(tmp_path):
+@pytest.mark.parametrize('labels, in_list', [
+    (None, ['1', 'dog', 'traffic light', 'zebra']), ([1, ' traffic  light'], ['1', 'traffic light'])])
+def test_labels_of_training_and_test_as_text_without_needless_blanks(tmp_path, labels, in_list):
     make_voc_folder(tmp_path / '07', 2, 2)
-    make_voc_folder(tmp_path / '12', 2, 0)
-    for path, label in (('07/Annotations/test_01.xml', 'cat'), ('12/Annotations/trainval_01.xml', 'zebra')):
-        (tmp_path / path).write_text((tmp_path / path).read_text().replace('dog', label))
-    create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), labels=None)
-    assert json.loads((tmp_path / 'label_map.json').read_text()) == {'background': 0, 'cat': 1, 'dog': 2, 'zebra': 3}
-    for split, labels in (('TRAIN', [[2], [2], [2], [3]]), ('TEST', [[2], [1]])):
+    make_voc_folder(tmp_path / '12', 3, 0)
+    for path, label in (('07/Annotations/test_01.xml', 'traffic\nlight'), ('12/Annotations/trainval_01.xml', 'zebra'),
+                        ('12/Annotations/trainval_02.xml', 1), ('12/Annotations/trainval_00.xml', 'background')):
+        (tmp_path / path).write_text((tmp_path / path).read_text().replace('dog', str(label)))
+    create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), labels=labels)
+    label_map = json.loads((tmp_path / 'label_map.json').read_text())
+    assert label_map == {label: index for index, label in enumerate(['background', *in_list])}
+    for split, expected in (('TRAIN', ['dog', 'dog', 'zebra', '1']), ('TEST', ['dog', 'traffic light'])):
         objects = json.loads((tmp_path / f'{split}_objects.json').read_text())
-        assert [image['labels'] for image in objects] == labels
+        assert [index for of_image in objects for index in of_image['labels']] == \
+            [label_map[label] for label in expected if label in label_map]
 
 
 @pytest.mark.parametrize('breakage', ['image', 'cut image', 'annotation', 'no image', 'size', 'disk full',
@@ -446,13 +410,13 @@ def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys, br
     if breakage == 'image':
         image.unlink()
     elif breakage == 'cut image':
-        image.write_bytes(image.read_bytes()[:-300])
+        cut_image(image)
     elif breakage == 'annotation':
         annotated.unlink()
     elif breakage == 'no image':
         image.write_text('text')
     elif breakage == 'size':
-        annotated.write_text(annotation(size='<size><width>7</width><height>7</height></size>'))
+        annotated.write_text(annotation(size=size_of(7, 7)))
     else:
         written = []
 

@@ -5,28 +5,65 @@ import unicodedata
 
 import pytest
 from PIL import Image
-from test_create_data_lists import annotation, list_names
+from test_create_data_lists import annotation, list_names, size_of
 
 from create_data_lists import create_data_lists
 from errors import UserError
 from images import list_images
 
 box = (11, 12, 41, 52)  # of a dog in each image of 100x80 pixels
+digits = '0123456789'
 
 
-def add(folder, image_name, xml_name, objects=(('dog', box, ''),), image_size=(100, 80), **options):
+def add(folder, image_name, xml_name, objects=(('dog', box, ''),), **options):
     """Save an image, unless its name is None, and an annotation, unless its name is None."""
     if image_name is not None:
         (folder / image_name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', image_size).save(folder / image_name)
+        Image.new('RGB', (100, 80)).save(folder / image_name)
     if xml_name is not None:
-        (folder / xml_name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / xml_name).write_text(annotation(*objects, **options), encoding='utf-8')
+        write(folder / xml_name, annotation(*objects, **options))
 
 
 def write(path, *lines):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+# What a folder is made of: functions that take the folder.
+
+def pairs(image='{}.jpg', xml='{}.xml', names=digits, **options):
+    """An image and an annotation with each of these names; a pattern may be None."""
+    def save(folder):
+        for name in names:
+            add(folder, image and image.format(name), xml and xml.format(name), **options)
+    return save
+
+
+def text(path, *lines):
+    return lambda folder: write(folder / path, *lines)
+
+
+def in_main(folder='', **lists):
+    """Lists in ImageSets/Main."""
+    def save(data):
+        for name, lines in lists.items():
+            write(data / folder / f'ImageSets/Main/{name}.txt', *lines)
+    return save
+
+
+def links(path, target, names=digits):
+    """Symbolic links to files or folders."""
+    def save(folder):
+        for name in names:
+            (folder / path.format(name)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path.format(name)).symlink_to(folder / target.format(name))
+    return save
+
+
+def build(tmp_path, *parts):
+    for save in parts:
+        save(tmp_path / 'data')
+    return tmp_path / 'data'
 
 
 def lists_of(folder, capsys, **options):
@@ -36,85 +73,49 @@ def lists_of(folder, capsys, **options):
     for split in ('TRAIN', 'TEST'):
         objects = json.loads((output / f'{split}_objects.json').read_text())
         assert all(of_image['boxes'] == [[10, 11, 40, 51]] for of_image in objects)
-    assert all(os.path.isfile(path) for path in json.loads((output / 'TRAIN_images.json').read_text()))
+    assert all(os.path.isfile(path) for path in paths_in(output))
     return *list_names(output), capsys.readouterr().out
+
+
+def paths_in(output, splits=('TRAIN', 'TEST')):
+    """The paths of the listed images."""
+    return [path for split in splits for path in json.loads((output / f'{split}_images.json').read_text())]
 
 
 # ------------------------------------------------------------------------------------------------- What tools write
 
-def cvat(folder):
-    for i in range(10):
-        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml',
-            size='<size><width>100</width><height>80</height><depth></depth></size>')
-    write(folder / 'ImageSets/Main/default.txt', *map(str, range(10)))
-    write(folder / 'labelmap.txt', 'dog:255,0,0::')
+voc = 'JPEGImages/{}.jpg', 'Annotations/{}.xml'
+roboflow = '{0}/{{}}_jpg.rf.0123456789abcdef.jpg', '{0}/{{}}_jpg.rf.0123456789abcdef.xml'
+tools = {
+    'CVAT': ([pairs(*voc, size='<size><width>100</width><height>80</height><depth></depth></size>'),
+              in_main(default=digits), text('labelmap.txt', 'dog:255,0,0::')],
+             'at random, from its lists in ImageSets/Main: default (10).'),
+    'LabelImg': ([pairs(), text('predefined_classes.txt', 'dog')], 'at random, from its folders: others (10).'),
+    'Label Studio': ([pairs('images/{}.jpg', 'Annotations/{}.xml'), pairs('images/{}.jpg', None, ('x', 'y'))],
+                     'at random, from its folders: others (10).'),
+    'VoTT': ([pairs(*voc, size=size_of(0, 0))] + [
+        in_main(**{f'{label}_{split}': [f'{i}.jpg {flag}' for i in names]})
+        for label, flag in (('dog', 1), ('cat', -1)) for split, names in (('train', digits[:8]), ('val', '89'))],
+        'at random, from its lists in ImageSets/Main: cat_train (8), '),
+    'Supervisely': ([pairs(*voc), in_main(train=digits[:8], val='89', trainval=digits)],
+                    'val is the test, by its lists in ImageSets/Main: trainval (10), '),
+    'Labelme': ([pairs(*voc, objects=[('dog', box, '<truncated/><difficult/>')])], 'at random'),
+    'Roboflow': ([pairs(*(pattern.format(split) for pattern in roboflow), names, size='')
+                  for split, names in (('train', digits[:7]), ('valid', '7'), ('test', '89'))]
+                 + [text('README.roboflow.txt', 'dogs')],
+                 'as given by its folders: train (7), val (1), test (2).'),
+    'Kaggle': ([pairs('images/{}.png', 'annotations/{}.xml')], 'at random')}
 
 
-def labelimg(folder):
-    for i in range(10):
-        add(folder, f'{i}.jpg', f'{i}.xml')
-    write(folder / 'predefined_classes.txt', 'dog')
-
-
-def label_studio(folder):
-    for i in range(12):
-        add(folder, f'images/{i}.jpg', f'Annotations/{i}.xml' if i < 10 else None)
-
-
-def vott(folder):
-    for i in range(10):
-        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml',
-            size='<size><width>0</width><height>0</height></size>')
-    for label, flag in (('dog', 1), ('cat', -1)):
-        write(folder / f'ImageSets/Main/{label}_train.txt', *(f'{i}.jpg {flag}' for i in range(8)))
-        write(folder / f'ImageSets/Main/{label}_val.txt', *(f'{i}.jpg {flag}' for i in (8, 9)))
-
-
-def supervisely(folder):
-    for i in range(10):
-        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml')
-    write(folder / 'ImageSets/Main/train.txt', *map(str, range(8)))
-    write(folder / 'ImageSets/Main/val.txt', '8', '9')
-    write(folder / 'ImageSets/Main/trainval.txt', *map(str, range(10)))
-
-
-def labelme(folder):
-    for i in range(10):
-        add(folder, f'JPEGImages/{i}.jpg', f'Annotations/{i}.xml', [('dog', box, '<truncated/><difficult/>')])
-
-
-def roboflow(folder):
-    edges = '<bndbox><xmin>11</xmin><xmax>41</xmax><ymin>12</ymin><ymax>52</ymax></bndbox>'
-    for i in range(10):
-        name = f'{"train" if i < 7 else "valid" if i < 8 else "test"}/{i}_jpg.rf.0123456789abcdef'
-        add(folder, name + '.jpg', None)
-        write(folder / f'{name}.xml', f'<annotation><object><name>dog</name>{edges}</object></annotation>')
-    write(folder / 'README.roboflow.txt', 'dogs')
-
-
-def kaggle(folder):
-    for i in range(10):
-        add(folder, f'images/{i}.png', f'annotations/{i}.xml')
-
-
-at_random = 8, 2  # of ten images
-
-
-@pytest.mark.parametrize('layout, n_train, n_test, rule', [
-    (cvat, 8, 2, '8 images for training, 2 for the test: at random, from its lists in ImageSets/Main: default (10).'),
-    (labelimg, 8, 2, '8 images for training, 2 for the test: at random, from its folders: others (10).'),
-    (label_studio, 8, 2, 'at random'), (vott, 8, 2, 'at random, from its lists in ImageSets/Main: cat_train (8), '),
-    (supervisely, 8, 2, 'val is the test, by its lists in ImageSets/Main: trainval (10), '),
-    (roboflow, 8, 2, 'as given by its folders: train (7), val (1), test (2).'),
-    (labelme, 8, 2, 'at random'), (kaggle, 8, 2, 'at random')])
-def test_what_tools_write(tmp_path, capsys, layout, n_train, n_test, rule):
-    layout(tmp_path / 'data')
-    train, test, printed = lists_of(tmp_path / 'data', capsys)
-    assert (len(train), len(test)) == (n_train, n_test) and not set(train) & set(test)
-    assert rule in printed
-    if layout in (supervisely, roboflow):
+@pytest.mark.parametrize('tool', tools)
+def test_what_tools_write(tmp_path, capsys, tool):
+    parts, rule = tools[tool]
+    train, test, printed = lists_of(build(tmp_path, *parts), capsys)
+    assert len(train) == 8 and len(test) == 2 and not set(train) & set(test)
+    assert f'8 images for training, 2 for the test: {rule}' in printed or f', 2 for the test: {rule}' in printed
+    if tool in ('Supervisely', 'Roboflow'):
         assert sorted(name[0] for name in test) == ['8', '9']
-    assert f'Images without annotation, which are not listed: {2 if layout is label_studio else 0}.' in printed
+    assert f'Images without annotation, which are not listed: {2 if tool == "Label Studio" else 0}.' in printed
 
 
 # ------------------------------------------------------------------------------------------------------ Which files
@@ -128,34 +129,23 @@ def test_annotations_at_any_depth_in_any_case(tmp_path, capsys):
     add(data, 'JPEGImages/c.jpg', 'Annotations/c.xml')
     add(data, 'x/d.jpg', 'x/d.xml')  # beside
     add(data, 'JPEGImages/d.jpg', None)
-    train, _, _ = lists_of(data, capsys, test_fraction=0.2)
-    paths = [os.path.relpath(path, data) for path in json.loads((tmp_path / 'lists/TRAIN_images.json').read_text())
-             + json.loads((tmp_path / 'lists/TEST_images.json').read_text())]
+    lists_of(data, capsys, test_fraction=0.2)
+    paths = [os.path.relpath(path, data) for path in paths_in(tmp_path / 'lists')]
     assert sorted(paths) == sorted(map(os.path.normpath, [
         'JPEGImages/day1/a.JPG', 'JPEGImages/day2/a.jpg', 'photos/b.png', 'JPEGImages/c.jpg', 'x/d.jpg']))
 
 
 def test_hidden_files_are_none(tmp_path, capsys):
-    data = tmp_path / 'data'
-    labelimg(data)
-    (data / '._0.xml').write_bytes(b'\x00\x05\x16\x07')
-    (data / '._0.jpg').write_bytes(b'\x00\x05\x16\x07')
-    (data / '.DS_Store').write_bytes(b'\x00')
-    write(data / '.idea/workspace.xml', '<project/>')
+    data = build(tmp_path, pairs(), text('._0.xml', '\0'), text('._0.jpg', '\0'), text('.DS_Store', '\0'),
+                 text('.idea/workspace.xml', '<project/>'))
     train, test, printed = lists_of(data, capsys)
     assert len(train + test) == 10 and '10 annotations. Images without annotation, which are not listed: 0.' in printed
-    assert len(list_images([str(data)])) == 10
+    assert len(list_images([str(data)])) == 10 and 'that are no annotations' not in printed
 
 
 def test_links_to_folders_are_followed_once(tmp_path, capsys):
-    data = tmp_path / 'data'
-    labelimg(tmp_path / 'elsewhere')
-    data.mkdir()
-    try:
-        (data / 'link').symlink_to(tmp_path / 'elsewhere', target_is_directory=True)
-        (tmp_path / 'elsewhere/up').symlink_to(data, target_is_directory=True)
-    except OSError:
-        pytest.skip('links need a permission here')
+    data = build(tmp_path, text('empty'), pairs('../elsewhere/{}.jpg', '../elsewhere/{}.xml'),
+                 links('link', '../elsewhere', [0]), links('../elsewhere/up', '', [0]))
     train, test, _ = lists_of(data, capsys)
     assert len(train + test) == 10
 
@@ -169,30 +159,120 @@ def test_names_with_dots_two_extensions_and_accents(tmp_path, capsys):
     assert len(train + test) == 3
 
 
-def test_xml_of_other_programs_is_left_alone(tmp_path, capsys):
-    data = tmp_path / 'data'
-    labelimg(data)
-    write(data / 'sitemap.xml', '<urlset/>')
+objects = annotation(('dog', box, ''), size='')[len('<annotation>'):-len('</annotation>')]
+declared = '<?xml version="1.0" encoding="{}"?>'.format
+
+
+@pytest.mark.parametrize('xml', [
+    f'<annotation verified="yes">{objects}</annotation>', f'<annotation\n>{objects}</annotation>',
+    f'<annotation xmlns="http://host/voc">{objects}</annotation>', f'\ufeff<annotation>{objects}</annotation>',
+    declared('utf-8') + f'<!-- <a> {"-x" * 9999} --><?a b?><!DOCTYPE annotation><annotation>{objects}</annotation>',
+    f'<v:annotation xmlns:v="v">{objects.replace("<", "<v:").replace("<v:/", "</v:")}</v:annotation>',
+    *((declared(encoding) + f'<annotation>{objects}<o>\u72d7</o></annotation>').encode(encoding)
+      for encoding in ('utf-16', 'gb2312', 'shift_jis'))])
+def test_annotations_are_told_by_their_root(tmp_path, capsys, xml):
+    """So those whose image is missing are named."""
+    data = build(tmp_path, pairs(names=range(30)))
+    for path in data.glob('*.xml'):
+        path.write_bytes(xml if isinstance(xml, bytes) else xml.encode())
+    (data / '7.jpg').unlink()
     train, test, printed = lists_of(data, capsys)
+    assert len(train + test) == 29 and f'{data / "7.xml"} or its image is missing' in printed
+
+
+@pytest.mark.parametrize('name, xml, root', [
+    ('sitemap.xml', '<urlset/>', 'urlset'), ('3.tif.xml', '<metadata xml:lang="en"><Esri/></metadata>', 'metadata'),
+    ('3.jpg.xml', '<metadata/>', 'metadata'), ('3.jpg.aux.xml', '<PAMDataset/>', 'PAMDataset'),
+    ('meta/3.xml', '<g:MD_Metadata xmlns:g="http://www.isotc211.org/2005/gmd"/>', 'MD_Metadata'),
+    ('annotations.xml', '<annotations><image name="3.jpg"/></annotations>', 'annotations'),
+    ('3.jpg.xml', '<metadata><broken></metadata>', 'metadata'), ('notes.xml', 'no xml', 'None')])
+def test_xml_of_other_programs_is_left_alone_and_counted(tmp_path, capsys, name, xml, root):
+    train, test, printed = lists_of(build(tmp_path, pairs(), text(name, xml)), capsys)
     assert len(train + test) == 10 and 'data: 10 annotations.' in printed
+    assert f'.xml files that are no annotations, left alone: 1, such as {name}, whose root is {root}.' in printed
+
+
+# --------------------------------------------------------------------------------------------- Each image only once
+
+def task(name, subset=None, n=5):
+    """Folders of a task in CVAT; each task has the same names of frames."""
+    frames = [f'frame_{i}' for i in range(n)]
+    return [pairs(f'{name}/JPEGImages/{{}}.png', f'{name}/Annotations/{{}}.xml', frames),
+            in_main(name, **({subset: frames} if subset else {}))]
+
+
+oriented = {'objects': [], 'size': '<object><name>dog</name><robndbox><cx>3</cx></robndbox></object>'}
+folders = 'Annotations/Horizontal Bounding Boxes/{}.xml', 'Annotations/Oriented Bounding Boxes/{}.xml'
+
+
+@pytest.mark.parametrize('parts, n_train, words', [
+    ([pairs('JPEGImages/{}.jpg', folders[0]), pairs(None, folders[1], **oriented)], 8,
+     'without a box whose image has another annotation, left alone: 10, such as Annotations/Oriented'),
+    ([pairs(), pairs(None, 'a/{}.xml', objects=[]), in_main(train=digits[:8], test='89')], 8, 'such as a/0.xml'),
+    ([*task('hall', 'Train'), *task('yard', 'Test')], 5, 'train (5), test (5).'),
+    ([*task('hall', 'Train'), *task('yard', 'Test'), *task('roof')], 5, 'train (5), test (5), not used (5).'),
+    ([*task('hall', 'Train', 9), *task('yard', 'default', 9), *task('roof', 'Test', 1)], 9, 'test (1), not used (9).'),
+    ([pairs('{}.rgb.jpg', '{}.rgb.xml', digits[:5]), pairs('{}.bw.jpg', '{}.bw.xml', digits[:5])], 8, ''),
+    ([pairs('{}.jpg', '{}.jpg.xml'), pairs('{}.png', None)], 8, 'not listed: 0.'),
+    ([pairs('all/{}.jpg', 'all/{}.xml'), links('train/{}.jpg', 'all/{}.jpg', digits[:7]), links('test/{}.jpg',
+      'all/{}.jpg', digits[7:]), pairs(None, 'train/{}.xml', digits[:7]), pairs(None, 'test/{}.xml', digits[7:])], 7,
+     'train (7), test (3), not used (10).')])
+def test_what_could_be_listed_twice_is_listed_once(tmp_path, capsys, parts, n_train, words):
+    train, test, printed = lists_of(build(tmp_path, *parts), capsys)
+    assert len(train) == n_train and len(test) == 10 - n_train and words in printed
+    assert len(set(map(os.path.realpath, paths_in(tmp_path / 'lists')))) == 10
+    if 'hall' in printed:
+        assert all('hall' in path for path in paths_in(tmp_path / 'lists', ['TRAIN']))
+
+
+@pytest.mark.parametrize('parts, second, n, words', [
+    ([pairs('{}.jpg', 'anna/{}.xml'), pairs(None, 'bert/{}.xml')], False, 10, ['0.jpg', 'anna/0.xml', 'bert/0.xml']),
+    ([pairs(), pairs(None, '{}.jpg.xml')], False, 10, ['0.jpg', '0.xml', '0.jpg.xml']),
+    ([pairs(), pairs(None, 'sub/{}.xml', '37')], False, 2, ['3.jpg', '3.xml', 'sub/3.xml']),
+    ([pairs(), in_main(train=digits[:8], test='789')], False, 1, ['7.jpg', 'for TRAIN', 'for TEST', '7.xml']),
+    ([pairs(), in_main(train=digits[:8], val='6789')], False, 2, ['6.jpg', 'for TRAIN', 'for TEST', '6.xml']),
+    ([*task('hall', 'train'), in_main(test=['hall/frame_1'])], False, 1, ['frame_1.png', 'for TRAIN', 'for TEST']),
+    ([pairs('a/{}.jpg', 'a/{}.xml'), links('b/{}.jpg', 'a/{}.jpg'), pairs(None, 'b/{}.xml')], False, 10,
+     ['a/0.jpg', 'a/0.xml', 'b/0.xml']),
+    ([pairs(names=range(13))], True, 13, ['0.jpg', 'for TRAIN'])])
+def test_an_image_that_is_listed_twice_is_an_error_that_names_it(tmp_path, capsys, parts, second, n, words):
+    folder = str(build(tmp_path, *parts))
+    with pytest.raises(UserError, match=f'^{n} images are listed twice .*: keep one annotation of each'):
+        create_data_lists(folder, folder if second else None, str(tmp_path), ['dog'])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == min(n, 10) and all(word in lines[0] for word in words) and not list(tmp_path.glob('*.json'))
+
+
+@pytest.mark.parametrize('images', [
+    ('visible/{}.jpg', 'infrared/{}.jpg'), ('{}.rgb.jpg', '{}.bw.jpg'), ('{}.jpg', '{}.PNG')])
+def test_an_annotation_with_two_images_is_named_with_the_remedy(tmp_path, capsys, images):
+    data = build(tmp_path, pairs('x/{}.jpg', 'x/{}.xml', [f'x{i}' for i in range(40)]),
+                 *(pairs(image, '{}.xml', 'a') for image in images))
+    train, test, printed = lists_of(data, capsys, test_fraction=.5)
+    [line] = [line for line in printed.splitlines() if 'choose a folder' in line]
+    assert len(train + test) == 40 and all(str(data / path.format('a')) in line for path in (*images, '{}.xml'))
 
 
 # ------------------------------------------------------------------------------------------------------------ Splits
 
-def images_beside(folder, names):
-    for name in names:
-        add(folder, f'{name}.jpg', f'{name}.xml')
-
-
 def test_lines_of_lists(tmp_path, capsys):
-    data = tmp_path / 'data'
-    images_beside(data, ['a', 'b 1', 'c', 'd', 'e'])
-    write(data / 'ImageSets/Main/trainval.txt', 'a.jpg', 'b 1', r'C:\photos\c.jpg 1', 'a')  # a only once
-    write(data / 'ImageSets/Main/test.txt', 'd.jpg -1', 'photos/e')
-    write(data / 'ImageSets/Main/dog_trainval.txt', 'a 1', 'd -1')  # VOC's lists of a class say nothing here
+    """VOC's lists of a class say nothing here."""
+    data = build(tmp_path, pairs(names=['a', 'b 1', 'c', 'd', 'e']), in_main(test=['d.jpg -1', 'photos/e']), in_main(
+        trainval=['a.jpg', 'b 1', r'C:\photos\c.jpg 1', 'a'], dog_trainval=['a 1', 'd -1']))
     train, test, printed = lists_of(data, capsys)
     assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e'])
-    assert 'data: 4 images for training, 2 for the test: ' in printed and 'trainval (4), test (2).' in printed
+    assert 'data: 3 images for training, 2 for the test: ' in printed and 'trainval (4), test (2).' in printed
+
+
+def test_lists_from_windows(tmp_path, capsys):
+    data = build(tmp_path, pairs(), in_main(test=''))
+    path = data / 'ImageSets/Main/test.txt'
+    path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*digits[1:], '', 'IMG (1) ', *digits[1:]]).encode())
+    train, test, printed = lists_of(data, capsys)
+    assert train == ['0'] and ''.join(test) == digits[1:] and f'{data / "IMG (1)"} or its image is missing' in printed
+    path.write_bytes(b'\xff\xfe\x00\xd8')
+    with pytest.raises(UserError, match='test.txt is not a list in UTF-8'):
+        lists_of(data, capsys)
 
 
 @pytest.mark.parametrize('lists, expected', [
@@ -201,10 +281,7 @@ def test_lines_of_lists(tmp_path, capsys):
     ({'train': 'ab', 'val': 'c', 'test': ''}, ('ab', 'c')),
     ({'test': 'd'}, ('abc', 'd')), ({'train': '', 'test': ''}, None), ({'trainval': 'abcd'}, None)])
 def test_which_lists_count(tmp_path, capsys, lists, expected):
-    data = tmp_path / 'data'
-    images_beside(data, 'abcd')
-    for name, images in lists.items():
-        write(data / f'ImageSets/Main/{name}.txt', *images)
+    data = build(tmp_path, pairs(names='abcd'), in_main(**lists))
     train, test, printed = lists_of(data, capsys, test_fraction=0.25)
     if expected is None:
         assert (len(train), len(test)) == (3, 1) and 'at random' in printed
@@ -215,29 +292,54 @@ def test_which_lists_count(tmp_path, capsys, lists, expected):
 @pytest.mark.parametrize('names, expected', [
     (['train/a', 'valid/b', 'test/c'], ('ab', 'c')), (['Train/a', 'validation/b'], ('a', 'b')),
     (['images/train/a', 'images/val/b'], ('a', 'b')), (['training/a', 'testing/b', 'extra/c'], ('a', 'b')),
-    (['extra/a', 'test/b'], ('a', 'b'))])
+    (['extra/a', 'test/b'], ('a', 'b')), (['images_train/a', 'images_test/b'], ('a', 'b')),
+    (['images_train/a', 'images_test/a'], ('a', 'a')),  # images_test/a.jpg belongs to annotations_test/a.xml
+    (['images-trainval/a', 'images-test/b', 'extra/c'], ('a', 'b')), (['x/WIDER_train/a', 'x/WIDER_val/b'], ('a', 'b')),
+    (['images/train2017/a', 'images/val2017/b', 'images/test2017/c'], ('ab', 'c')),
+    (['TrainImages/a', 'TestImages/b'], ('a', 'b')), (['my test/img train/a', 'my test/img val/b'], ('a', 'b')),
+    (['train/test_1/a', 'test/train_2/b'], ('a', 'b')),
+    (['x_test/a', 'extra/b', 'extra/c'], None), (['latest/a', 'contest/b', 'trains/c'], None),
+    (['my_test/images/a', 'my_test/images/b', 'my_test/images/c'], None)])
 def test_folders_called_by_a_split(tmp_path, capsys, names, expected):
     data = tmp_path / 'data'
     for name in names:
         add(data, f'{name}.jpg', f'{name.replace("images", "annotations")}.xml')
-    train, test, printed = lists_of(data, capsys)
-    assert (''.join(sorted(train)), ''.join(test)) == expected
+    train, test, printed = lists_of(data, capsys, test_fraction=.34)
+    if expected is None:
+        assert (len(train), len(test)) == (2, 1) and 'at random, from its folders: others (3).' in printed
+    else:
+        assert (''.join(sorted(train)), ''.join(test)) == expected
 
 
 def test_folders_of_the_images_count_where_annotations_lie_together(tmp_path, capsys):
     data = tmp_path / 'data'
     for folder, name in (('train', 'a'), ('train', 'b'), ('test', 'c')):
-        add(data, f'images/{folder}/{name}.jpg', f'annotations/{name}.xml')
+        add(data, f'images-{folder}/{name}.jpg', f'annotations/{name}.xml')
     assert lists_of(data, capsys)[:2] == (['a', 'b'], ['c'])
 
 
-def test_of_a_second_folder_only_the_test_is_left_out(tmp_path):
-    images_beside(tmp_path / '07', 'ab')
-    for name in ('train/c', 'valid/d', 'test/e'):
+@pytest.mark.parametrize('path, expected', [
+    ('train.txt', True), ('lists/test_list.csv', True), ('ImageSets/val.txt', True),
+    ('ImageSets/Layout/Test2007.txt', True), ('classes.txt', False), ('labels/trains.txt', False),
+    ('test.json', False), ('ImageSets/Main/test.txt', False)])
+def test_lists_elsewhere_are_not_read_and_one_line_says_so(tmp_path, capsys, path, expected):
+    _, _, printed = lists_of(build(tmp_path, pairs(names='abcde'), text(path, 'a')), capsys)
+    lines = [line for line in printed.splitlines() if f'ImageSets/Main are not read, such as {path}' in line]
+    assert len(lines) == expected and ('at random' in printed) == (path != 'ImageSets/Main/test.txt')
+
+
+@pytest.mark.parametrize('names, expected, words', [
+    (('train/c', 'valid/d', 'test/e'), 'cd', '2 images for training, 1 of the test left out: as given by its folders'),
+    (('x/c', 'x/d', 'test/e'), 'cd', '2 images for training, 1 of the test left out: as given by its folders: test'),
+    (('x/c', 'x/d'), 'cd', '2 images for training, 0 of the test left out: as given by its folders: others (2).')])
+def test_of_a_second_folder_only_the_test_is_left_out(tmp_path, capsys, names, expected, words):
+    pairs(names='ab')(tmp_path / '07')
+    for name in names:
         add(tmp_path / '12', f'{name}.jpg', f'{name}.xml')
     create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), ['dog'], test_fraction=0.5)
     train, test = list_names(tmp_path)
-    assert set(train) | set(test) == set('abcd') and len(test) == 1 and {'c', 'd'} < set(train)
+    assert set(train) | set(test) == {*'ab', *expected} and len(test) == 1 and set(expected) < set(train)
+    assert f'{tmp_path / "12"}: {words}' in capsys.readouterr().out
 
 
 def test_lines_with_folders_name_the_image_in_that_folder(tmp_path, capsys):
@@ -252,77 +354,19 @@ def test_lines_with_folders_name_the_image_in_that_folder(tmp_path, capsys):
     assert paths == [str(data / 'JPEGImages/cam2/0.jpg')]
 
 
-def test_an_annotation_whose_image_is_missing_is_named(tmp_path, capsys):
-    data = tmp_path / 'data'
-    images_beside(data, map(str, range(20)))
-    (data / '7.jpg').unlink()
-    train, test, printed = lists_of(data, capsys)
-    assert len(train + test) == 19 and f'{data / "7.xml"} or its image is missing' in printed
-
-
 def test_without_a_single_box_the_error_says_what_the_objects_are(tmp_path, capsys):
-    data = tmp_path / 'data'
-    images_beside(data, 'abcde')
-    for path in data.glob('*.xml'):
-        path.write_text('<annotation><object><name>dog</name><robndbox><cx>3</cx></robndbox></object></annotation>')
+    data = build(tmp_path, pairs(**oriented))
     with pytest.raises(UserError, match=r'no training image of .*data has .* \(dog has no bndbox\)'):
         lists_of(data, capsys, labels=None)
 
 
-@pytest.mark.parametrize('settings', [{'labels': 'dog'}, {'test_fraction': 20}])
-def test_wrong_parameters_are_named(tmp_path, settings):
-    images_beside(tmp_path / 'data', 'ab')
-    with pytest.raises(UserError, match=f"{[*settings][0]} = .*{[*settings.values()][0]}.* set labels to None"):
-        create_data_lists(str(tmp_path / 'data'), None, str(tmp_path), **settings)
-
-
 # ----------------------------------------------------------------------------------------------- What is in the files
-
-def test_an_object_without_a_box_is_dropped_and_swapped_edges_are_put_in_order(tmp_path, capsys):
-    data = tmp_path / 'data'
-    images_beside(data, 'abcd')
-    polygon = '<object><name>dog</name><polygon><x1>3</x1><y1>4</y1></polygon></object>'
-    text = annotation(('dog', (41, 52, 11, 12), '')).replace('</annotation>', polygon + '</annotation>')
-    for name in 'ab':
-        (data / f'{name}.xml').write_text(text)
-    train, test, printed = lists_of(data, capsys)
-    assert len(train + test) == 4
-    assert 'swapped the edges of 2 boxes, and dropped 2 boxes' in printed
-    assert f'{data / "a.jpg"}: dog has no bndbox' in printed
-
-
-@pytest.mark.parametrize('text, words', [
-    (annotation(('dog', (.1, .2, .5, 1), '')), ['fractions', '[0.1, 0.2, 0.5, 1.0]', 'pixels']),
-    (annotation(('', box, '')), ['an object has no name']),
-    (annotation(('dog', (1, 2, 3), '')), ['an object has no bndbox/ymax']),
-    (annotation(('dog', box, '')).replace('<name>', '<n>').replace('</name>', '</n>'), ['an object has no name'])])
-def test_what_is_wrong_in_an_annotation_is_said(tmp_path, capsys, text, words):
-    data = tmp_path / 'data'
-    images_beside(data, 'ab')
-    (data / 'a.xml').write_text(text)
-    with pytest.raises(UserError):
-        lists_of(data, capsys)
-    [line] = capsys.readouterr().err.splitlines()
-    assert 'a.xml' in line and all(word in line for word in words) and 'NoneType' not in line
-
-
-def test_a_text_in_another_encoding_than_declared(tmp_path, capsys):
-    data = tmp_path / 'data'
-    images_beside(data, 'ab')
-    text = '<?xml version="1.0" encoding="utf-8"?>\n' + annotation(('d\xe4chsel', box, ''))
-    (data / 'a.xml').write_bytes(text.encode('latin-1'))
-    with pytest.raises(UserError):
-        lists_of(data, capsys)
-    line = capsys.readouterr().err
-    assert 'a.xml' in line and 'text at line 2, column 7' in line and 'another encoding than the file declares' in line
-
 
 @pytest.mark.parametrize('suffix', ['.heic', '.dng'])
 def test_an_image_that_pillow_cannot_read_is_not_called_missing(tmp_path, capsys, suffix):
-    data = tmp_path / 'data'
-    images_beside(data, 'ab')
-    (data / 'a.jpg').rename(data / f'a{suffix}')
-    (data / f'a{suffix}').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic' + bytes(100))
+    data = build(tmp_path, pairs(names='ab'))
+    (data / 'a.jpg').unlink()
+    (data / f'a{suffix}').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic\xfc' + bytes(100))
     with pytest.raises(UserError):
         lists_of(data, capsys)
     line = capsys.readouterr().err
@@ -331,8 +375,7 @@ def test_an_image_that_pillow_cannot_read_is_not_called_missing(tmp_path, capsys
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.gif', '.tif', '.webp'])
 def test_half_an_image_is_found_whatever_its_format(tmp_path, capsys, suffix):
-    data = tmp_path / 'data'
-    images_beside(data, [str(i) for i in range(20)])
+    data = build(tmp_path, pairs(names=range(20)))
     (data / '3.jpg').unlink()
     Image.effect_noise((100, 80), 50).convert('RGB').save(data / f'3{suffix}')
     path = data / f'3{suffix}'
@@ -342,10 +385,8 @@ def test_half_an_image_is_found_whatever_its_format(tmp_path, capsys, suffix):
 
 
 def test_the_summary_says_when_the_objects_are_too_small_for_the_priors(tmp_path, capsys):
-    data = tmp_path / 'data'
     small = ('cat', (1, 1, 4, 4), '')
-    for i in range(5):
-        add(data, f'{i}.jpg', f'{i}.xml', [('dog', box, ''), small, small])
+    data = build(tmp_path, pairs(objects=[('dog', box, ''), small, small]))
     create_data_lists(str(data), None, str(tmp_path), labels=None)
     assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nHalf of the others cover less than 10x10 of the 300x300 '
             'pixels that the network sees: see "My objects are small" in README.md.') in capsys.readouterr().out
