@@ -16,7 +16,7 @@ from checkpoints import load_detector
 from datasets import to_input
 from errors import UserError, run
 from images import check_font, list_images, load_font, open_image, to_rgb
-from utils import full_precision, make_color_map
+from utils import make_color_map
 
 img_path = 'photo.jpg'  # image or folder, if none is given on the command line
 checkpoint = 'checkpoint_ssd300.pth'  # the weights, from train.py; None for torchvision's, trained on COCO's 80 classes
@@ -42,7 +42,6 @@ def detect(original_image, min_score, max_overlap=0.45, top_k=200, suppress=None
 
 
 @torch.no_grad()
-@full_precision()
 def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppress=None):
     """:param image: a PIL image in RGB
     :param model: SSD300, and its `label_map`; the other parameters are those of `detect`
@@ -109,6 +108,7 @@ def output_paths(paths):
 
 def main():
     """Detect in the images on the command line, with the parameters at the top of this file."""
+    torch.backends.cudnn.allow_tf32 = False  # as in eval.py
     paths, n_failed = list_images(sys.argv[1:] or [img_path]), 0
     for path, output_path in zip(paths, output_paths(paths)):
         try:

@@ -47,13 +47,6 @@ def run(main):
     sys.exit(line)  # not in the lines above: IPython 8 fails to show an exit during the handling of another error
 
 
-def check_numbers(script, least, **parameters):
-    """Raise UserError unless these parameters at the top of a script are whole numbers of at least `least`."""
-    for name, value in parameters.items():
-        if not isinstance(value, int) or value < least:
-            raise UserError(f'{name} = {value!r} in {script}: set it to a whole number, at least {least}')
-
-
 def one_line(error):
     """:return: the message of an error, in one line of at most 300 characters"""
     return ' '.join(str(error).split())[:300]

@@ -18,7 +18,7 @@ from distributed import all_gather_images, destroy_process_group, get_rank, get_
 from errors import UserError, run
 from images import check_font, check_image_path
 from mistakes import find_mistakes, print_counts, save_sheet
-from utils import calculate_mAP, full_precision
+from utils import calculate_mAP
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to evaluate, from train.py; None for torchvision's, trained on COCO
@@ -40,7 +40,6 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-@full_precision()
 def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False):
     """Detect objects in all test images, and compare them with the ground truth.
 
@@ -89,6 +88,7 @@ def main():
     """Evaluate with the parameters at the top of this file."""
     if mistakes_path is not None:
         check_image_path('eval.py', 'mistakes_path', mistakes_path)
+    torch.backends.cudnn.allow_tf32 = False  # or the mAP depended on the GPU: TF32's mantissa has 10 bits
     device = init_process_group()
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
     model, label_map = load_detector(checkpoint, list(test_set.label_map)[1:])

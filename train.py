@@ -177,9 +177,12 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     :raises UserError: the loss or the gradient was not finite; the weights are as they were before that batch"""
     model.train()
     device = next(model.parameters()).device
-    log = Log(log_path, epoch, epochs or epoch + 1, len(train_loader), print_freq)
+    n_batches = len(train_loader)
+    losses, n_images, loading, line_start = [], 0, 0., time.time()  # since the last line of the log
+    step_end = time.time()
+
     for i, (images, boxes, labels, _) in enumerate(train_loader):
-        log.batch_is_loaded()
+        loading += time.time() - step_end
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
@@ -193,49 +196,23 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
                             f'{loss.item()}). The weights were not changed, and the last checkpoint, if there is one, '
                             'is intact: go on from it with a lower lr, with grad_clip = 10, or with a longer warm_up')
         optimizer.step()
-        log.step_is_taken(len(images), loss, loc_loss, conf_loss, optimizer)
-        if schedule is not None:
-            schedule.step()
 
-
-class Log:
-    """The log of an epoch: a line is printed, and written to a CSV file, every `print_freq` batches.
-
-    :param path: the CSV file; None for none
-    :param epoch: number of the epoch, from 0, of `epochs`; each has n_batches"""
-
-    def __init__(self, path, epoch, epochs, n_batches, print_freq):
-        self.path, self.epoch, self.epochs, self.n_batches, self.print_freq = path, epoch, epochs, n_batches, print_freq
-        self.batch = 0
-        self.step_end = time.time()
-        self.start_line()
-
-    def start_line(self):
-        """Begin to collect what the next line shows."""
-        self.losses, self.n_images, self.data_s, self.line_start = [], 0, 0., time.time()
-
-    def batch_is_loaded(self):
-        """Count the time since the last step as loading."""
-        self.data_s += time.time() - self.step_end
-
-    def step_is_taken(self, n_images, loss, loc_loss, conf_loss, optimizer):
-        """Count a step, whose losses are scalar tensors, and print a line if it is time."""
-        self.batch += 1
-        self.losses.append(torch.stack([loss, loc_loss, conf_loss]).detach())  # they stay on the GPU
-        self.n_images += n_images * get_world_size()
-        if self.batch % self.print_freq == 0 or self.batch == self.n_batches:
-            loss, loc_loss, conf_loss = all_reduce_mean(torch.stack(self.losses).mean(dim=0)).tolist()
-            seconds, n_steps = time.time() - self.line_start, len(self.losses)
-            n_left = (self.epochs - self.epoch) * self.n_batches - self.batch
-            row = {'epoch': self.epoch, 'batch': self.batch, 'loss': loss, 'loc_loss': loc_loss, 'conf_loss': conf_loss,
-                   'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': self.n_images / seconds,
-                   'data_s': self.data_s / n_steps, 'left_s': round(n_left * seconds / n_steps)}
+        losses.append(torch.stack([loss, loc_loss, conf_loss]).detach())
+        n_images += len(images) * get_world_size()
+        if (i + 1) % print_freq == 0 or i + 1 == n_batches:
+            means = all_reduce_mean(torch.stack(losses).mean(dim=0)).tolist()
+            seconds = time.time() - line_start
+            n_left = ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
+            row = dict(zip(log_columns, (epoch, i + 1, *means, optimizer.param_groups[-1]['lr'], n_images / seconds,
+                                         loading / len(losses), round(n_left * seconds / len(losses)))))
             if get_rank() == 0:
                 left = timedelta(seconds=row['left_s'])
-                print(log_line.format(n_batches=self.n_batches, left=left, **row), flush=True)
-            write_log(self.path, **row)
-            self.start_line()
-        self.step_end = time.time()
+                print(log_line.format(n_batches=n_batches, left=left, **row), flush=True)
+            write_log(log_path, **row)
+            losses, n_images, loading, line_start = [], 0, 0., time.time()
+        if schedule is not None:
+            schedule.step()
+        step_end = time.time()
 
 
 def start_log(log_path, start_epoch):
@@ -293,12 +270,12 @@ def restore(optimizer, saved):
 
 def check_parameters():
     """Raise UserError for parameters at the top of this file that would fail late, or not at all."""
-    choices = [('optimizer_kind', optimizer_kind, ('sgd', 'adamw')), ('thin', thin, possible_thin)]
-    if not isinstance(pretrained, str):
-        choices.append(('pretrained', pretrained, ('imagenet', 'coco', 'a checkpoint.pth', None)))
-    for name, value, possible in choices:
+    for name, value, possible in (('optimizer_kind', optimizer_kind, ('sgd', 'adamw')), ('thin', thin, possible_thin)):
         if value not in possible:
             raise UserError(f'{name} = {value!r} in train.py: set it to one of {possible}')
+    if pretrained not in ('imagenet', 'coco', None) and not os.path.isfile(str(pretrained)):
+        raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', the path of a "
+                        'checkpoint, or None')
 
 
 def check_overwriting(saved):

@@ -10,7 +10,6 @@ The first two are in fractions of the image's width and height (0 to 1), unless 
 import math
 from collections import Counter, namedtuple
 from colorsys import hsv_to_rgb
-from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -227,17 +226,3 @@ def average_precision(true_positives, n_objects):
         reached = precisions[n_found * 10 >= tenth * n_objects]  # in integers, because 0.3 is not quite 3 * 0.1
         total += reached.max().item() if len(reached) else 0.
     return total / 11
-
-
-# ---------------------------------------------------------------------------------------------------------- Precision
-
-@contextmanager
-def full_precision():
-    """PyTorch lets convolutions on recent GPUs use TF32, with a mantissa of 10 bits. Turn it off for a while, so that
-    neither what detect.py finds nor eval.py's mAP depends on the GPU."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before

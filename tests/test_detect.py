@@ -43,7 +43,9 @@ def run_detect(checkpoint, tmp_path, monkeypatch):
         for name, value in {'checkpoint': checkpoint, 'output_folder': str(tmp_path / 'out'), **parameters}.items():
             monkeypatch.setattr(detect, name, value)
         monkeypatch.setattr(sys, 'argv', ['detect.py', *map(str, paths)])
+        monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
         detect.main()
+        assert not torch.backends.cudnn.allow_tf32
     return run
 
 
