@@ -25,7 +25,6 @@ import skimage.data
 import torch
 from conftest import copy_lists, draw_and_list, root
 from PIL import Image
-from pytest import approx
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssd300_vgg16
 
@@ -47,8 +46,7 @@ from photographs import objects
 
 def read(name):
     """The text of one of the project's files."""
-    with open(os.path.join(root, name), encoding='utf-8') as file:
-        return file.read()
+    return Path(root, name).read_text(encoding='utf-8')
 
 
 def without_code(text):
@@ -56,15 +54,11 @@ def without_code(text):
     return re.sub(r'^```.*?^```$', '', text, flags=re.M | re.S)
 
 
-def headings(name):
-    """The titles of a page's sections."""
-    return re.findall(r'^#+ (.*)$', without_code(pages[name]), re.M)
-
-
 pages = {name: read(name) for name in ('README.md', 'GUIDE.md', 'EXERCISES.md', 'CONTRIBUTING.md')}
 everything = '\n'.join(pages.values())
 words = ' '.join(everything.split())  # without line breaks
 prose = without_code(everything)
+headings = {name: re.findall(r'^#+ (.*)$', without_code(text), re.M) for name, text in pages.items()}
 
 
 def section(title, name='README.md'):
@@ -114,22 +108,20 @@ def test_links_into_the_code_lead_to_the_definitions():
 
 
 def test_links_lead_to_sections_and_files():
-    anchors = {name: {re.sub(r'[^\w\- ]', '', heading).lower().replace(' ', '-') for heading in headings(name)}
-               for name in pages}
-    assert all(len(anchors[name]) == len(headings(name)) for name in pages)
+    anchors = {name: {re.sub(r'[^\w\- ]', '', title).lower().replace(' ', '-') for title in titles}
+               for name, titles in headings.items()}
+    assert all(len(anchors[name]) == len(titles) for name, titles in headings.items())
     links = [(name, *target.partition('#')[::2]) for name, text in pages.items()
              for target in re.findall(r'\]\(([^)\s]+)\)', text) if not target.startswith('http')]
-    assert len(links) > 100
     for name, target, anchor in links:
         assert os.path.exists(os.path.join(root, target or name)), f'{name}: {target}'
         if anchor and (target or name) in pages:
             assert anchor in anchors[target or name], f'{name}: {target}#{anchor}'
-    linked = {target for name, target, _ in links if name == 'README.md'}
-    assert pages.keys() - {'README.md'} <= linked
+    assert pages.keys() - {'README.md'} <= {target for name, target, _ in links if name == 'README.md'}
 
 
 def test_sections_that_the_code_names_exist():
-    titles = {title for name in pages for title in headings(name)}
+    titles = {title for titles in headings.values() for title in titles}
     for name, least in (('model.py', 8), ('utils.py', 5), ('datasets.py', 2)):
         text = ' '.join(read(name).split())
         named = [title for some in re.findall(r'See ("[^.]*")\.', text) for title in re.findall(r'"([^"]+)"', some)]
@@ -139,7 +131,6 @@ def test_sections_that_the_code_names_exist():
 def test_images_drawn_and_kept_and_shown_are_the_same():
     shown = re.findall(r'!\[[^\]]+\]\(img/([^)]+)\)', everything)
     kept = [name for name in os.listdir(os.path.join(root, 'img')) if name.endswith(('.png', '.svg', '.gif', '.jpg'))]
-    assert len(kept) >= 25
     assert sorted(shown) == sorted(kept) == sorted(draw_figures.figures)
     assert sum(os.path.getsize(os.path.join(root, 'img', name)) for name in kept) < 8 * 2**20
 
@@ -151,7 +142,6 @@ def test_names_in_the_text_exist():
     code = ' '.join(re.sub(r'#.*', '', read(name)) for name in files[''] if name.endswith('.py'))
     known = set(re.findall(r'\w+', code + str(files))) | others
     spans = set(re.findall(r'`([A-Za-z_][\w./]*)(?:\(\))?`', prose))
-    assert len(spans) > 60
     assert {part for span in spans for part in re.split('[./]', span)} <= known
 
 
@@ -159,21 +149,18 @@ def test_names_in_the_text_exist():
 
 def test_interactive_examples_give_what_is_shown():
     blocks = re.findall(r'```pycon\n(.*?)```', everything, re.S)
-    assert len(blocks) >= 10
     names, runner = {}, doctest.DocTestRunner()
     for block in blocks:
         test = doctest.DocTestParser().get_doctest(block, names, 'README.md', None, 0)
-        assert len(test.examples) > 0
         runner.run(test, clear_globs=False)
         names.update(test.globs)
     torch.set_printoptions(profile='default')
-    assert runner.failures == 0
+    assert runner.failures == 0 and runner.tries > 50
     shared = [name for name in vars(examples) if isinstance(names.get(name), torch.Tensor)]
     assert len(shared) >= 8, shared
     for name in shared:  # the images show the same examples
         assert names[name].equal(getattr(examples, name)), name
-    drawn = torch.tensor(list(objects['astronaut'].values())) / 512
-    assert names['astronaut_xy'].equal(drawn)
+    assert names['pixels'].equal(torch.tensor(list(objects['astronaut'].values())))
 
 
 def rows_of_table(header):
@@ -210,8 +197,7 @@ def test_tables_of_parameters_of_training(header):
 
 def read_rows(name):
     """The rows of one of the tables that figures leave behind: dicts of column -> text."""
-    with open(os.path.join(root, 'img', name), newline='') as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(read(f'img/{name}').splitlines()))
 
 
 def test_line_of_the_log_is_one_of_the_run_that_is_drawn():
@@ -259,31 +245,30 @@ def of_overlaps():
     cat, dog, ball = find_jaccard_overlap(examples.matching_boxes, cxcy_to_xy(examples.matching_priors)).tolist()
     assert ball.index(max(ball)) == 4 - 1 and cat[1] > dog[1] == max(dog) and sorted(dog)[-2] == dog[2]
     of_persons = find_jaccard_overlap(examples.nms_boxes, examples.nms_boxes)[0, 2]
-    assert examples.nms_labels[0] == examples.nms_labels[2] == 'person'
     return (f'no prior overlaps it by more than {max(ball):.2f}', f'overlaps prior 2 by {dog[1]:.2f}',
             f'the cat keeps prior 2 ({cat[1]:.2f})', f'The person at {examples.nms_scores[2]:.2f} is her head',
             f'overlaps the best box by only {of_persons:.2f}')
 
 
 def of_hard_negatives():
-    before, after = ({name: float(value) for name, value in row.items() if name != 'training'}
+    before, after = ({name: float(row[name]) for name in row if name != 'training'}
                      for row in read_rows('hard_negatives.csv'))
-    assert all(row['hard_negatives'] == 3 * row['positives'] for row in (before, after))
     share = before['hard_negatives'] / (len(create_prior_boxes()) - before['positives'])
     of_loss, of_loss_after = (row['hard_loss'] / (row['hard_loss'] + row['ignored_loss']) for row in (before, after))
+    assert before['hard_negatives'] == 3 * before['positives']
     return (f"An image of the demo with {before['positives']:.0f} positive priors",
             f'the {share:.0%} that the cut keeps have {of_loss:.0%}', f'After training they have {of_loss_after:.0%}')
 
 
 def of_average_precision():
     n_found = examples.true_positives.cumsum(0)
-    precisions = n_found / torch.arange(1, len(examples.true_positives) + 1)
-    best = [max(precisions[10 * n_found >= tenth * examples.n_objects].tolist(), default=0) for tenth in range(11)]
-    assert best == approx([1] * 5 + [0.75] * 2 + [0.571] * 2 + [0] * 2, abs=0.0005)
-    assert len(precisions) == 8 and n_found[-1] == 4 and examples.n_objects == 5
-    return ('it is 1 at the first five (up to 0.4), 0.75 at the next two, 0.571 at 0.7 and 0.8, and 0 at the',
-            f'(5 · 1 + 2 · 0.75 + 2 · 0.571 + 2 · 0) / 11 = {sum(best) / 11:.3f}',
-            'eight detections of a class with five objects')
+    precisions = n_found / torch.arange(1, 1 + 8)
+    best = [max(precisions[10 * n_found >= 5 * tenth].tolist(), default=0) for tenth in range(11)]
+    assert best == pytest.approx([1] * 5 + [0.75] * 2 + [0.571] * 2 + [0] * 2, abs=0.0005)
+    assert n_found[-1] == 4 and examples.n_objects == 5
+    return ('eight detections of a class with five objects, one of which is never found',
+            'it is 1 at the first five (up to 0.4), 0.75 at the next two, 0.571 at 0.7 and 0.8, and 0 at the',
+            f'(5 · 1 + 2 · 0.75 + 2 · 0.571 + 2 · 0) / 11 = {sum(best) / 11:.3f}')
 
 
 def of_locality():
@@ -293,8 +278,7 @@ def of_locality():
     return [text + ''.join(f'; on {name}, {area} and {share}' for name, area, share in others) + '.']
 
 
-def of_ssd512():
-    """With the changes that the guide names, the maps have the sizes that it names, and as many priors."""
+def of_ssd512():  # with the changes that the guide names
     model = SSD300(n_classes=2, thin=16)
     for layer in model.aux_convs.conv10_2, model.aux_convs.conv11_2:
         layer.stride, layer.padding = (2, 2), (1, 1)
@@ -354,13 +338,14 @@ def test_training_loop_learns(folder, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------- What is to run
 
 def test_all_python_blocks_are_run_by_a_test():
-    tested = {'README.md': ('Multibox loss', 'Training', 'Inference'),
-              'GUIDE.md': ('Webcam and video', 'Your own images', 'A first training on a laptop',
-                           'New classes for an old detector', "Other people's weights", 'Deployment',
-                           'Plotting the log', "COCO's mAP", 'COCO and YOLO'),  # the last: tests/long/converters.py
-              'EXERCISES.md': (), 'CONTRIBUTING.md': ()}
-    for name, text in pages.items():
-        assert text.count('```python\n') == sum(len(section(title, name)[0]) for title in tested[name]), name
+    titles = ['Webcam and video', 'Your own images', 'A first training on a laptop', 'New classes for an old detector',
+              "Other people's weights", 'Deployment', 'Plotting the log', "COCO's mAP",
+              'COCO and YOLO']  # by tests/long/converters.py
+    blocks = [*(block for title in ('Multibox loss', 'Training', 'Inference') for block in section(title)[0]),
+              *(block for title in titles for block in section(title, 'GUIDE.md')[0])]
+    assert len(blocks) == everything.count('```python\n')
+    for name, *settings in [block.splitlines() for block in blocks if block.startswith('# ')]:
+        assert all(f'\n{setting.split()[0]} = ' in read(name[2:]) for setting in settings), settings
     assert set(re.findall(r'```(\w+)', everything)) == {'python', 'pycon', 'math'}
 
 
@@ -381,16 +366,9 @@ def copy_scripts(folder):
         shutil.copy(path, folder)
 
 
-def save_detector(path, labels, thin=16):
-    """Save a checkpoint of random weights; the model."""
-    model = SSD300(len(labels) + 1, thin=thin).eval()
-    save_checkpoint(str(path), 0, model, None, make_label_map(labels), 0)
-    return model
-
-
-def test_resuming_is_set_at_the_top_of_the_script(tmp_path):
-    copy_scripts(tmp_path)
-    set_parameters(tmp_path, section('Training')[0][1])
+def save_detector(path, labels):
+    """Save a checkpoint of random weights."""
+    save_checkpoint(str(path), 0, SSD300(len(labels) + 1, thin=16), None, make_label_map(labels), 0)
 
 
 def test_detection_from_python(tmp_path, monkeypatch):
@@ -452,8 +430,7 @@ def test_settings_and_commands(tmp_path, monkeypatch, run_forked, title, quick, 
     for command in commands or ['python train.py']:
         code, printed = run_forked(tmp_path, command.replace('300, 0)', '6, 0)'))
         assert code == 0 and re.search(expected.get(command.split()[1], ''), printed), printed
-    if n_detected:
-        assert len(os.listdir(tmp_path / 'detections')) == n_detected
+    assert n_detected is None or len(os.listdir(tmp_path / 'detections')) == n_detected
 
 
 def test_log_is_plotted(tmp_path, monkeypatch):
@@ -534,11 +511,10 @@ def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
     detections = detect.find_objects(photograph, 0.4, 0.45, 200, model, make_label_map(labels))
     assert len(found) == len(detections) > 5 and Image.open('found.png').size == photograph.size
     for (label, score, box), (expected_label, expected_score, expected_box) in zip(found, detections):
-        assert labels[label - 1] == expected_label and score == approx(expected_score, abs=1e-4)
-        assert box.clip(0, 1) * (photograph.size * 2) == approx(np.array(expected_box), abs=1)  # pixels, rounded there
+        assert labels[label - 1] == expected_label and score == pytest.approx(expected_score, abs=1e-4)
+        assert box.clip(0, 1) * (photograph.size * 2) == pytest.approx(np.array(expected_box), abs=1)  # pixels
 
 
 if __name__ == '__main__':
     for page, text in pages.items():
-        with open(os.path.join(root, page), 'w', encoding='utf-8') as file:
-            file.write(with_line_numbers(text))
+        Path(root, page).write_text(with_line_numbers(text), encoding='utf-8')
