@@ -223,7 +223,7 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)"""
     x_min, y_min, x_max, y_max = window
     scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)
-    # The part of the image inside the window, and the pixels of the result in which it is drawn
+    # The part of the image inside the window, and the pixels of the result in which it is drawn, at least one
     part = max(x_min, 0), max(y_min, 0), min(x_max, image.width), min(y_max, image.height)
     left = min(round((part[0] - x_min) * scale_x), dims[0] - 1)
     top = min(round((part[1] - y_min) * scale_y), dims[1] - 1)

@@ -1,88 +1,80 @@
-"""
-Measure how fast this project is on this machine, and torchvision beside it:
+"""Measure how fast this project is on this machine, and torchvision beside it:
 
     python tests/long/benchmark.py
 
 prints a table of medians. All rows are measured in the same run; compare the two columns rather than the numbers
-themselves, which depend on the machine. Without a GPU, the rows that need one are not measured.
+themselves, which depend on the machine. Without a GPU, the rows that need one are not measured. Not for Windows.
 """
 import io
 import json
-import multiprocessing
 import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.transforms import v2
 
-try:
-    from resource import RUSAGE_SELF, getrusage
-except ImportError:  # on Windows
-    getrusage = None
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import datasets  # noqa: E402
-import utils  # noqa: E402
-from datasets import EpochSampler, PascalVOCDataset, collate_fn  # noqa: E402
-from demo import draw_background  # noqa: E402
-from detect import detect  # noqa: E402
-from model import SSD300, MultiBoxLoss  # noqa: E402
-from train import make_optimizer, train, update  # noqa: E402
+import datasets
+import utils
+from datasets import PascalVOCDataset
+from demo import draw_background
+from detect import detect
+from model import SSD300, MultiBoxLoss
+from train import make_optimizer, make_train_loader, train
 
 n_classes = 21
-flop_per_image = 188e9  # of a training step, forward and backward
-peaks = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # bfloat16 operations per second, from the makers' data sheets
 recipe_images = 232 * 16551  # 232 epochs of VOC 07+12
 gpu = torch.device('cuda') if torch.cuda.is_available() else None
+kept = {}  # the step that a process of `race` takes
 
 
 def median_seconds(function, n=5, warm_up=1):
     """The median time that a function takes, including its work on the GPU."""
     seconds = []
-    for i in range(warm_up + n):
+    for _ in range(warm_up + n):
         start = time.perf_counter()
         function()
         if gpu is not None:
             torch.cuda.synchronize()
-        if i >= warm_up:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[warm_up:])
 
 
 def peak_memory():
-    """The peak memory of this process until now, in GiB; NaN on Windows."""
-    unit = 2**30 if sys.platform == 'darwin' else 2**20
-    return getrusage(RUSAGE_SELF).ru_maxrss / unit if getrusage is not None else float('nan')
+    """The peak memory of this process until now, in GiB."""
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20)
 
 
-def row(what, ours, other='', ratio=''):
+def row(what, ours='', other='', ratio=''):
     """Print a row of the table."""
-    print(f'{what:62}{ours:>22}{other:>22}{ratio:>8}', flush=True)
+    print(f'{what:62}{ours:>22}{other:>22}{ratio:>8}'.rstrip(), flush=True)
 
 
-def section(title):
-    """Print the title of a part of the table."""
-    print(f'\n{title}')
+def section(title, *columns):
+    """Print the title of a part of the table, and those of its columns."""
+    print()
+    row(title, *columns)
 
 
 # --------------------------------------------------------------------------------------------------------- Detection
 
 def predictions(n_images, trained, device):
-    """
-    Predictions like those of a network early in training (about 90,000 scores above 0.01 in each image), or of a
-    trained one (a few hundred: 25 objects, each with high scores at a dozen priors around it).
-    """
+    """Predictions like those of a network early in training (about 90,000 scores above 0.01 in each image), or of a
+    trained one (a few hundred: 25 objects, each with high scores at a dozen priors around it)."""
     rng = torch.Generator().manual_seed(0)
     locs = torch.randn(n_images, 8732, 4, generator=rng)
     scores = 0.6 * torch.randn(n_images, 8732, n_classes, generator=rng)
@@ -98,7 +90,7 @@ def predictions(n_images, trained, device):
 
 def benchmark_detection(device):
     """Decoding and non-maximum suppression, ours and torchvision's, of a batch of 8 images."""
-    section(f'Detection on {device}: 8 images, {n_classes} classes' + ' ' * 25 + 'ours           torchvision   ratio')
+    section(f'Detection on {device}: 8 images, {n_classes} classes', 'ours', 'torchvision', 'ratio')
     model = SSD300(n_classes).to(device)
     other = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(device).eval()
     other.score_thresh, other.nms_thresh, other.detections_per_img = 0.01, 0.45, 200
@@ -106,9 +98,9 @@ def benchmark_detection(device):
     for trained in (False, True):
         locs, scores = predictions(8, trained, device)
         n = (scores.softmax(dim=2)[:, :, 1:] > 0.01).sum().item() // 8
-        ours = median_seconds(lambda: model.detect_objects(locs, scores, 0.01, 0.45, 200)) / 8
-        theirs = median_seconds(lambda: other.postprocess_detections(
-            {'bbox_regression': locs, 'cls_logits': scores}, priors, [(300, 300)] * 8)) / 8
+        ours = median_seconds(partial(model.detect_objects, locs, scores, 0.01)) / 8
+        theirs = median_seconds(partial(other.postprocess_detections, {'bbox_regression': locs, 'cls_logits': scores},
+                                        priors, [(300, 300)] * 8)) / 8
         row(f'  time per image with {n:,} candidates', f'{1000 * ours:.2f} ms', f'{1000 * theirs:.2f} ms',
             f'{theirs / ours:.1f}x')
 
@@ -119,14 +111,14 @@ def benchmark_one_image():
     image, _ = photograph()
     for thin in (1, 4):
         detector = SSD300(n_classes, thin=thin).eval(), utils.label_map
-        seconds = median_seconds(lambda: detect(image, 0.4, 0.45, 200, detector=detector), 10)
+        seconds = median_seconds(partial(detect, image, 0.4, detector=detector), 10)
         row(f'  thin = {thin}', f'{1000 * seconds:.0f} ms')
 
 
 @torch.no_grad()
 def benchmark_forward_and_detection():
     """The forward pass on the GPU in batches of 64, alone and with detection."""
-    section('Forward pass on the GPU: batch 64, bfloat16' + ' ' * 29 + 'alone      with detection   ratio')
+    section('Forward pass on the GPU: batch 64, bfloat16', 'alone', 'with detection', 'ratio')
     model, images = SSD300(n_classes).to(gpu).eval(), torch.randn(64, 3, 300, 300, device=gpu)
     locs, scores = predictions(64, True, gpu)
 
@@ -136,18 +128,10 @@ def benchmark_forward_and_detection():
 
     def both():
         forward()
-        model.detect_objects(locs, scores, 0.01, 0.45, 200)
+        model.detect_objects(locs, scores, 0.01)
 
-    torch.cuda.reset_peak_memory_stats()
     alone, together = median_seconds(forward, 20, 5), median_seconds(both, 20, 5)
     row('  images per second', f'{64 / alone:.0f}', f'{64 / together:.0f}', f'{100 * alone / together:.0f}%')
-    memory = torch.cuda.max_memory_allocated() / 2**30
-    other = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(gpu).eval()
-    torch.cuda.reset_peak_memory_stats()
-    with torch.autocast('cuda', torch.bfloat16):
-        other(list(images))
-    row("  peak memory with detection, and torchvision's", f'{memory:.2f} GiB',
-        f'{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
 
 
 # --------------------------------------------------------------------------------------------------------------- mAP
@@ -172,15 +156,12 @@ def random_detections(n_images):
 def benchmark_mAP():
     """Mean average precision on one core, of 4,952 images (VOC 2007 test) and ten times as many."""
     section('Mean average precision on one core: 200 detections in each image')
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     seconds = {}
     for n_images in (4952, 49520):
         arguments = random_detections(n_images)
-        seconds[n_images] = median_seconds(lambda: utils.calculate_mAP(*arguments), 3)
+        seconds[n_images] = median_seconds(partial(utils.calculate_mAP, *arguments), 3)
         row(f'  {n_images:,} images, {sum(map(len, arguments[4])):,} objects', f'{seconds[n_images]:.2f} s',
             f'{peak_memory():.2f} GiB process', f'{seconds[n_images] / seconds[4952]:.1f}x')
-    torch.set_num_threads(threads)
 
 
 # -------------------------------------------------------------------------------------------------------------- Data
@@ -195,9 +176,7 @@ def photograph():
 
 def benchmark_transforms():
     """Augmentation for training, ours and torchvision's, of an image with two objects, on one thread."""
-    section('Training transform on one thread: 500x375 pixels' + ' ' * 24 + 'ours        torchvision v2   ratio')
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    section('Training transform on one thread: 500x375 pixels', 'ours', 'torchvision v2', 'ratio')
     image, jpeg = photograph()
     boxes = torch.tensor([[100., 50., 300., 300.], [320., 100., 420., 200.]])
     labels, difficulties = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.uint8)
@@ -210,10 +189,12 @@ def benchmark_transforms():
     torch.manual_seed(0)
 
     def ours(image):
-        return lambda: [datasets.transform(image(), boxes, labels, difficulties, 'TRAIN', rng) for _ in range(50)]
+        for _ in range(50):
+            datasets.transform(image(), boxes, labels, difficulties, 'TRAIN', rng)
 
     def theirs(image):
-        return lambda: [chain(image(), targets) for _ in range(50)]
+        for _ in range(50):
+            chain(image(), targets)
 
     def decoded():
         return Image.open(io.BytesIO(jpeg)).convert('RGB')
@@ -221,9 +202,8 @@ def benchmark_transforms():
     tensor = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
     for what, our_input, their_input in (('without decoding', lambda: image, lambda: tensor),
                                          (f'with decoding a JPEG of {len(jpeg) // 1000} kB', decoded, decoded)):
-        a, b = median_seconds(ours(our_input)) / 50, median_seconds(theirs(their_input)) / 50
+        a, b = median_seconds(partial(ours, our_input)) / 50, median_seconds(partial(theirs, their_input)) / 50
         row(f'  images per second, {what}', f'{1 / a:.0f}', f'{1 / b:.0f}', f'{b / a:.1f}x')
-    torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------------------- Training
@@ -237,7 +217,7 @@ def objects(n_images, device, n_objects=3):
 
 
 def our_step(batch_size, device, bfloat16, channels_last=True, thin=1):
-    """A function that takes a training step of our model."""
+    """A function that takes a training step of our model, with README's lines."""
     model = SSD300(n_classes, thin=thin).to(device)
     if not channels_last:
         model = model.to(memory_format=torch.contiguous_format)
@@ -245,20 +225,13 @@ def our_step(batch_size, device, bfloat16, channels_last=True, thin=1):
     images, (boxes, labels) = torch.randn(batch_size, 3, 300, 300, device=device), objects(batch_size, 'cpu')
 
     def step():
-        matched = criterion.match(boxes, labels)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            predicted = model(images)
-        update(optimizer, sum(criterion.losses(*predicted, *matched)))
+            predicted_locs, predicted_scores = model(images)
+        loss = criterion(predicted_locs, predicted_scores, boxes, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     return step
-
-
-def our_loss(batch_size, device, n_objects):
-    """A function that computes the loss of such a step, and its gradient with respect to the predictions."""
-    criterion = MultiBoxLoss(utils.create_prior_boxes()).to(device)
-    boxes, labels = objects(batch_size, 'cpu', n_objects)
-    locs = torch.randn(batch_size, 8732, 4, device=device, requires_grad=True)
-    scores = torch.randn(batch_size, 8732, n_classes, device=device, requires_grad=True)
-    return lambda: criterion(locs, scores, boxes, labels).backward()
 
 
 def their_step(batch_size, device, bfloat16):
@@ -277,68 +250,66 @@ def their_step(batch_size, device, bfloat16):
     return step
 
 
-def take_steps(connection, make_step, arguments):
-    """Take a step whenever the other process asks for it; send it the seconds, and the peak memory so far in GiB."""
-    step = make_step(*arguments)
-    while connection.recv():
-        seconds = median_seconds(step, 1, 0)
-        on_gpu = 0 if gpu is None else torch.cuda.max_memory_allocated() / 2**30
-        connection.send((seconds, on_gpu or peak_memory()))
+def prepare(make_step, *arguments):
+    """Make the step of this process."""
+    kept['step'] = make_step(*arguments)
+
+
+def take_step():
+    """Take the step of this process: the seconds, and the peak memory so far in GiB."""
+    seconds = median_seconds(kept['step'], 1, 0)
+    return seconds, peak_memory() if gpu is None else torch.cuda.max_memory_allocated() / 2**30
 
 
 def race(runners, n, warm_up):
-    """
-    Time several kinds of steps. Each has a process of its own, because memory that another one has freed would change
-    its speed. They take turns, so that a machine that slows down slows all of them.
+    """Time several kinds of steps. Each has a process of its own, because memory that another one has freed would
+    change its speed. They take turns, so that a machine that slows down slows all of them.
 
     :param runners: list of (function that returns the step, *its arguments)
-    :param n: number of steps to time
-    :param warm_up: number of steps before these, which are not timed
-    :return: list of (median seconds, peak memory in GiB), one for each runner
-    """
-    context = multiprocessing.get_context('spawn')
-    connections = []
-    for make_step, *arguments in runners:
-        connection, other_end = context.Pipe()
-        context.Process(target=take_steps, args=(other_end, make_step, arguments), daemon=True).start()
-        other_end.close()  # in this process: if the other one fails, `recv` raises instead of waiting
-        connections.append(connection)
-    measured = []
-    for _ in range(warm_up + n):
-        for connection in connections:
-            connection.send(True)
-            measured.append(connection.recv())
-    for connection in connections:
-        connection.send(False)
+    :param n: number of steps to time, after `warm_up` steps
+    :return: list of (median seconds, peak memory in GiB), one for each runner"""
+    processes = [ProcessPoolExecutor(1, get_context('spawn'), prepare, runner) for runner in runners]
+    measured = [[process.submit(take_step).result() for process in processes] for _ in range(warm_up + n)]
+    for process in processes:
+        process.shutdown()
     return [(statistics.median(seconds for seconds, _ in of_runner[warm_up:]), of_runner[-1][1])
-            for of_runner in (measured[i::len(runners)] for i in range(len(runners)))]
+            for of_runner in zip(*measured)]
+
+
+def benchmark_loss(device, batch_size):
+    """Matching of one image, on the CPU, and the loss of a batch that is matched, with its gradient."""
+    section(f'Loss on {device}: batch {batch_size}', 'matching an image', 'loss and gradient')
+    criterion = MultiBoxLoss(utils.create_prior_boxes())
+    locs = torch.randn(batch_size, 8732, 4, device=device, requires_grad=True)
+    scores = torch.randn(batch_size, 8732, n_classes, device=device, requires_grad=True)
+
+    def gradient(true_boxes, true_classes):
+        criterion(locs, scores, true_boxes, true_classes).backward()
+
+    for n_objects in (3, 40, 150, 300):
+        boxes, labels = objects(batch_size, 'cpu', n_objects)
+        matching = median_seconds(partial(criterion.match, boxes, labels)) / batch_size
+        loss = median_seconds(partial(gradient, *criterion.match(boxes, labels)))
+        row(f'  {n_objects} objects in each image', f'{1000 * matching:.2f} ms', f'{1000 * loss:.1f} ms')
 
 
 def benchmark_training(device, batch_size, n):
     """A training step of our model and of torchvision's, in both precisions."""
-    section(f'Training step on {device}: batch {batch_size}' + ' ' * 35 + 'ours           torchvision   ratio')
+    section(f'Training step on {device}: batch {batch_size}', 'ours', 'torchvision', 'ratio')
     for bfloat16 in (False, True):
-        ((ours, our_memory), (theirs, their_memory), (plain, _), (thin_4, memory_4), (thin_8, memory_8), (loss, _),
-         (loss_of_many, _)) = race(
+        (ours, our_memory), (theirs, their_memory), (plain, _), *thin_ones = race(
             [(our_step, batch_size, device, bfloat16), (their_step, batch_size, device, bfloat16),
              (our_step, batch_size, device, False, False), (our_step, batch_size, device, bfloat16, True, 4),
-             (our_step, batch_size, device, bfloat16, True, 8), (our_loss, batch_size, device, 3),
-             (our_loss, batch_size, device, 40)], n, 1 + n // 5)
+             (our_step, batch_size, device, bfloat16, True, 8)], n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
             f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
-        row('    of which the loss and its gradient, 3 objects per image', f'{100 * loss / ours:.2f}%')
-        row('    the same with 40 objects per image', f'{100 * loss_of_many / ours:.2f}%')
-        for thin, seconds, memory in ((4, thin_4, memory_4), (8, thin_8, memory_8)):
+        for thin, (seconds, memory) in zip((4, 8), thin_ones):
             row(f'    with thin = {thin}, compared with the whole network', f'{batch_size / seconds:.2f} images/s',
                 f'{memory:.2f} GiB', f'{ours / seconds:.1f}x')
         row('    compared with float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
             f'{plain / ours:.2f}x')
         row('    peak memory' + (' of the process' if device.type == 'cpu' else ''), f'{our_memory:.2f} GiB',
             f'{their_memory:.2f} GiB', f'{their_memory / our_memory:.2f}x')
-        for name, peak in peaks.items() if device.type == 'cuda' and bfloat16 else ():
-            if name in torch.cuda.get_device_name():
-                row('    share of the peak of matrix multiplication',
-                    f'{100 * batch_size / ours * flop_per_image / peak:.0f}%')
 
 
 def benchmark_loader():
@@ -346,22 +317,21 @@ def benchmark_loader():
     section('Training from JPEG files of 500x375 on the GPU')
     workers = os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(64):
-            with open(os.path.join(folder, f'{i}.jpg'), 'wb') as file:
-                file.write(photograph()[1])
-        boxes, labels = objects(64, 'cpu')
-        annotations = [{'boxes': (boxes[i] * torch.tensor([500, 375] * 2)).tolist(), 'labels': labels[i].tolist(),
-                        'difficulties': [0] * 3} for i in range(64)]
-        contents = {'label_map': utils.label_map, 'TRAIN_objects': annotations * 100,
-                    'TRAIN_images': [os.path.join(folder, f'{i}.jpg') for i in range(64)] * 100}
+        path = os.path.join(folder, 'a.jpg')
+        with open(path, 'wb') as file:
+            file.write(photograph()[1])
+        [boxes], [labels] = objects(1, 'cpu')
+        of_image = {'boxes': (boxes * torch.tensor([500, 375] * 2)).tolist(), 'labels': labels.tolist(),
+                    'difficulties': [0] * 3}
+        contents = {'label_map': utils.label_map, 'TRAIN_images': [path] * 6400, 'TRAIN_objects': [of_image] * 6400}
         for name, content in contents.items():
             with open(os.path.join(folder, f'{name}.json'), 'w') as file:
                 json.dump(content, file)
         for batch_size, bfloat16 in ((8, False), (32, False), (32, True)):
             model = SSD300(n_classes).to(gpu)
             criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 'sgd', 1e-5, 5e-4)
-            loader = DataLoader(PascalVOCDataset(folder, 'TRAIN'), batch_size, sampler=EpochSampler(6400, 0),
-                                collate_fn=collate_fn, num_workers=workers, pin_memory=True, persistent_workers=True)
+            loader = make_train_loader(PascalVOCDataset(folder, 'TRAIN'), batch_size, criterion, workers=workers,
+                                       pin_memory=True)
             for epoch in range(2):  # the first is a warm-up
                 start = time.perf_counter()
                 train(loader, model, criterion, optimizer, epoch, print_freq=100, bfloat16=bfloat16)
@@ -375,12 +345,15 @@ def benchmark_loader():
 def main():
     """Measure everything."""
     name = torch.cuda.get_device_name() if gpu is not None else 'no GPU'
-    print(f'torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, '
-          f'{name}')
+    threads = torch.get_num_threads()
+    print(f'torch {torch.__version__}, torchvision {torchvision.__version__}, {threads} threads, {name}')
+    torch.set_num_threads(1)
     benchmark_mAP()
     benchmark_transforms()
+    torch.set_num_threads(threads)
     benchmark_detection(torch.device('cpu'))
     benchmark_one_image()
+    benchmark_loss(torch.device('cpu'), 8)
     benchmark_training(torch.device('cpu'), 8, 7)
     if gpu is None:
         print('\nNo GPU here: training, its memory, the loader, and forward pass with detection on a GPU not measured.')
@@ -388,6 +361,7 @@ def main():
     benchmark_detection(gpu)
     benchmark_forward_and_detection()
     for batch_size in (8, 32):
+        benchmark_loss(gpu, batch_size)
         benchmark_training(gpu, batch_size, 20)
     benchmark_loader()
 

@@ -1,5 +1,4 @@
-"""
-Convert small COCO and YOLO data sets into Pascal VOC's format with the lines that GUIDE.md shows, and list the result:
+"""Convert small COCO and YOLO data sets into Pascal VOC's format with GUIDE.md's lines, and list the result:
 
     pip install supervision globox
     python tests/long/converters.py
@@ -18,12 +17,11 @@ from glob import glob
 
 from PIL import Image
 
-root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, root)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-from create_data_lists import create_data_lists  # noqa: E402
+from create_data_lists import create_data_lists
 
-documents = sorted(glob(os.path.join(root, '*.md')))  # one of them has a block of Python lines for each converter
+documents = sorted(glob(os.path.join(sys.path[0], '*.md')))  # one has a block of Python lines for each converter
 converters = 'supervision', 'globox'
 readers = {'COCO': 'from_coco', 'YOLO': 'from_yolo'}  # the function of both converters that reads this format
 classes = 'cat', 'dog', 'traffic light'
@@ -88,19 +86,11 @@ def read_blocks():
     return blocks
 
 
-def lines_for(block, kind):
-    """The lines of a block for one format: without those that read the other one."""
-    others = [reader for other, reader in readers.items() if other != kind]
-    return '\n'.join(line for line in block.splitlines() if not any(reader in line for reader in others))
-
-
 def listed(folder):
-    """
-    List a folder in VOC's layout. Two of the four images are for the test; that without objects is one of them, since
-    it would be left out of training.
+    """List a folder in VOC's layout. Two of the four images are for the test; that without objects is one of them,
+    since it would be left out of training.
 
-    :return: dict of image name -> list of (label, box), for training and test together
-    """
+    :return: dict of image name -> list of (label, box), for training and test together"""
     with open(os.path.join(folder, 'summary.txt'), 'w') as summary, redirect_stdout(summary):
         create_data_lists(os.path.join(folder, 'voc'), None, folder, labels=None, test_fraction=0.5)
 
@@ -115,10 +105,8 @@ def listed(folder):
 
 
 def largest_difference(found):
-    """
-    The largest difference between an edge in the lists and the true one, in pixels; infinite if the images, or the
-    classes of an image's objects, are not the true ones.
-    """
+    """The largest difference between an edge in the lists and the true one, in pixels; infinite if the images, or the
+    classes of an image's objects, are not the true ones."""
     largest = 0.
     for name in found.keys() | images.keys():
         true, objects = (sorted(each) for each in (images.get(name, (None, []))[1], found.get(name, [])))
@@ -142,7 +130,9 @@ def main():
                 data = os.path.join(folder, 'data')
                 write_images(data)
                 write(data)
-                subprocess.run([sys.executable, '-c', lines_for(block, kind)], cwd=folder, check=True)
+                others = [reader for other, reader in readers.items() if other != kind]  # a reader of GUIDE keeps one
+                lines = [line for line in block.splitlines() if not any(reader in line for reader in others)]
+                subprocess.run([sys.executable, '-c', '\n'.join(lines)], cwd=folder, check=True)
                 found = listed(folder)
             difference = largest_difference(found)
             all_right &= difference < 1.01  # YOLO's files have six decimals
