@@ -6,6 +6,7 @@ import random
 import re
 import sys
 import unicodedata
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from xml.parsers import expat
@@ -19,8 +20,8 @@ split_names = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'va
 
 def find_images(folder):
     """Find all annotations under a folder, which are .xml files whose root is `annotation`, and their images. The image
-    has the annotation's name, and lies beside it, or in the folder that corresponds (see `words_of`), or anywhere, if
-    just one has that name.
+    has the annotation's name, and lies beside it, or in the folder that corresponds (see `words_of`), or in that whose
+    path has most words in common with the annotation's.
 
     :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
     :raises UserError: the folder is missing, or has no annotation"""
@@ -67,8 +68,12 @@ def root_of(path):
 def choose_images(annotation_path, same_name):
     """:return: of the images with an annotation's name, list of those that may be its image: one, if all is well"""
     beside = [path for path in same_name if os.path.dirname(path) == os.path.dirname(annotation_path)]
-    corresponding = [path for path in same_name if words_of(path) == words_of(annotation_path)]
-    candidates = beside or corresponding or same_name
+    words = words_of(annotation_path)
+    candidates = beside or [path for path in same_name if words_of(path) == words] or same_name
+    if len(candidates) > 1 and not beside:
+        in_common = [(Counter(words_of(path)) & Counter(words)).total() for path in candidates]
+        most = max(in_common)
+        candidates = [path for path, n in zip(candidates, in_common) if n == most]
     if len(candidates) > 1:  # a.rgb.xml means a.rgb.jpg, not a.bw.jpg; a.jpg.xml means a.jpg, not a.png
         name = Path(annotation_path).stem
         candidates = [path for path in candidates if name in (Path(path).name, Path(path).stem)] or candidates
@@ -76,15 +81,15 @@ def choose_images(annotation_path, same_name):
 
 
 def leave_out_repeated(folder, found):
-    """Of several annotations of an image, keep just the one that has boxes, as of horizontal and oriented boxes. If
-    several have boxes, all stay, and `check_each_once` finds them."""
+    """Of several annotations of an image, keep those that have boxes, if any has: of horizontal and oriented boxes, the
+    horizontal ones. If several are left, `check_each_once` finds them."""
     of_image, without = {}, set()
     for path, image_paths in found.items():
         of_image.setdefault(tuple(image_paths) or path, []).append(path)
     for paths in of_image.values():
         if len(paths) > 1:
             with_boxes = [path for path in paths if b'<bndbox>' in Path(folder, path).read_bytes()]
-            without.update(set(paths).difference(with_boxes) if len(with_boxes) == 1 else ())
+            without.update(set(paths).difference(with_boxes) if with_boxes else ())
     if without:
         print(f'{folder}: annotations without a box whose image has another annotation, left alone: {len(without)}, '
               f'such as {min(without)}.')
