@@ -116,7 +116,7 @@ def exif_orientation(image):
         orientation = image.getexif().get(0x0112)
     except Exception:  # Pillow raises nearly anything on damaged EXIF; the pixels may be good
         return 1
-    return int(orientation) if orientation in range(1, 9) else 1  # files can have any value
+    return orientation if orientation in range(1, 9) else 1  # files can have any value
 
 
 def to_rgb(image):
@@ -150,7 +150,7 @@ def scale_to_8_bits(image):
         return Image.new('L', image.size)
     values = pixels[valid]  # (n)
     sample = values[::1 + len(values) // 100_000]  # enough for percentiles
-    ends = [end for end in np.percentile(sample, (0.5, 99.5)).tolist() if np.mean(sample == end) > 0.005]
+    ends = np.percentile(sample, (0.5, 99.5)).tolist()
     inner = sample[~np.isin(sample, ends)]
     low, high = np.percentile(inner if len(inner) else sample, (0.5, 99.5)).tolist()
     reach = high - low
