@@ -123,9 +123,9 @@ def choose_split(folder, found, test_fraction):
         train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
         rule = 'at random, from'
     train, test = ({path: found.get(path, []) for path in paths} for paths in (train, test))  # each only once
-    known = [name for name in ('trainval', 'train', 'val', 'test') if name in sets] or list(sets)
+    known = [name for name in ('trainval', 'train', 'val', 'test', 'others') if name in sets] or list(sets)
     counts = [f'{name} ({len(sets[name])})' for name in known]
-    not_used = found.keys() - train.keys() - test.keys()
+    not_used = found.keys() - train.keys() - test.keys() - set(sets.get('others', ()))
     counts += [f'not used ({len(not_used)})'] if not_used else []
     of_test = 'of the test left out' if test_fraction is None else 'for the test'
     print(f'{folder}: {len(train)} images for training, {len(test)} {of_test}: {rule} its {where}: '
@@ -158,9 +158,11 @@ def read_image_sets(folder, found):
                 if name_of(line) not in by_name:
                     line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
                 same_name = by_name.get(name_of(line), [inside + name_of(line)])
-                # The line's path may begin with folders of another computer, so compare only its end.
-                in_folder = [path for path in same_name if words_of(line)[-len(words_of(path)):] == words_of(path)]
-                image_sets.setdefault(split_names.get(list_name, list_name), []).extend(in_folder or same_name)
+                if len(same_name) > 1:  # compare the line's last folders; the first may be of another computer
+                    words = words_of(line)
+                    in_folder = [path for path in same_name if words[-len(words_of(path)):] == words_of(path)]
+                    same_name = in_folder or same_name
+                image_sets.setdefault(split_names.get(list_name, list_name), []).extend(same_name)
     return image_sets
 
 

@@ -216,7 +216,7 @@ folders = 'Annotations/Horizontal Bounding Boxes/{}.xml', 'Annotations/Oriented 
     ([pairs('{}.jpg', '{}.jpg.xml'), pairs('{}.png', None)], 8, 'not listed: 0.'),
     ([pairs('all/{}.jpg', 'all/{}.xml'), links('train/{}.jpg', 'all/{}.jpg', digits[:7]), links('test/{}.jpg',
       'all/{}.jpg', digits[7:]), pairs(None, 'train/{}.xml', digits[:7]), pairs(None, 'test/{}.xml', digits[7:])], 7,
-     'train (7), test (3), not used (10).')])
+     'train (7), test (3), others (10).')])
 def test_what_could_be_listed_twice_is_listed_once(tmp_path, capsys, parts, n_train, words):
     train, test, printed = lists_of(build(tmp_path, *parts), capsys)
     assert len(train) == n_train and len(test) == 10 - n_train and words in printed
@@ -265,11 +265,11 @@ def test_lines_of_lists(tmp_path, capsys):
 
 
 def test_lists_from_windows(tmp_path, capsys):
-    data = build(tmp_path, pairs(), in_main(test=''))
-    path = data / 'ImageSets/Main/test.txt'
+    data = build(tmp_path, pairs('x/{}.jpg', 'x/{}.xml'), in_main('x', test=''))
+    path = data / 'x/ImageSets/Main/test.txt'
     path.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join([*digits[1:], '', 'IMG (1) ', *digits[1:]]).encode())
     train, test, printed = lists_of(data, capsys)
-    assert train == ['0'] and ''.join(test) == digits[1:] and f'{data / "IMG (1)"} or its image is missing' in printed
+    assert train == ['0'] and ''.join(test) == digits[1:] and f'{data / "x/IMG (1)"} or its image is missing' in printed
     path.write_bytes(b'\xff\xfe\x00\xd8')
     with pytest.raises(UserError, match='test.txt is not a list in UTF-8'):
         lists_of(data, capsys)
