@@ -7,7 +7,6 @@ writes five JSON files, which train.py and eval.py read. Edit the parameters bel
 import json
 import math
 import os
-import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from errors import UserError, one_line, run, write_whole
 from images import decode_once
-from own_images import check_each_once, choose_split, compare_sizes, find_images, is_inside, turn_box
+from own_images import check_each_once, choose_split, compare_sizes, find_images, is_inside, parse_xml, turn_box
 from utils import create_prior_boxes, cxcy_to_xy, find_jaccard_overlap, make_label_map, voc_labels
 
 voc07_path = 'VOCdevkit/VOC2007'  # folder with images and annotations, for training and for the test
@@ -116,14 +115,12 @@ def print_summary(splits, label_map, left_out, n_empty):
         print(f'  {label:18}{counts["TRAIN"][label]:10}{counts["TEST"][label]:10}')
     images = [*splits['TRAIN'], *splits['TEST']]
     dropped = [f'{path}: {reason}' for path, annotation in images for reason in annotation['dropped']]
-    n_swapped, n_clipped = (sum(annotation[key] for _, annotation in images) for key in ('n_swapped', 'n_clipped'))
-    print(f"Left out {n_empty} training images without objects, swapped the edges of {n_swapped} boxes, clipped "
-          f"{n_clipped} at the image's edge, and dropped {len(dropped)} boxes:")
+    for what, n in Counter(what for _, annotation in images for what in annotation['notes']).items():
+        print(f'Read {n} {what}.')
+    print(f'Left out {n_empty} training images without objects, and dropped {len(dropped)} boxes:')
     print('\n'.join('  ' + line for line in dropped) or '  none')
     print(f"Left out {len(left_out)} images that can't be read, or whose annotation can't:")
     print('\n'.join('  ' + line for line in left_out) or '  none')
-    for what, n in Counter(what for _, annotation in images for what in annotation['assumed']).items():
-        print(f'Read {n} images {what}.')
 
     boxes = torch.cat([torch.tensor(annotation['boxes']).view(-1, 4) / torch.tensor(annotation['size'] * 2)
                        for _, annotation in splits['TRAIN']])  # (n_objects, 4), fractional boundary coordinates
@@ -158,9 +155,9 @@ def read_split(folder, split, image_paths, labels=None):
                                 'just one of them, or move the others out of it')
             size, orientation, bits = decode_once(paths[0])  # a broken image must be found now, not in training
             annotation = parse_annotation(annotation_path, labels, size, orientation)
-            annotation['assumed'] += ['with more than 8 bits, each scaled to 8 by itself'] if bits > 8 else []
+            annotation['notes'] += ['images with more than 8 bits, each scaled to 8 by itself'] if bits > 8 else []
             return paths[0], annotation
-        except (UserError, OSError) as error:
+        except (UserError, OSError) as error:  # OSError: the annotation can't be read
             return str(error)
 
     with ThreadPool() as pool:  # Pillow decodes in parallel
@@ -185,18 +182,16 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     :param size: (width, height) of the upright image in pixels; or None if unknown
     :param orientation: the image's EXIF orientation, 1 to 8, see `own_images.compare_sizes`
     :return: dict of boxes (boundary coordinates in pixels, from 0), labels (strings) and difficulties (0 or 1), a list
-        each, with one element for each object; dropped, a list of reasons, one for each dropped object; n_swapped and
-        n_clipped, the numbers of boxes with swapped edges, which were put in order, and of those clipped by more than a
-        pixel; assumed, a list of what was assumed, to follow the word "images"; and size
+        each, with one element for each object; dropped, a list of reasons, one for each dropped object; notes, a list
+        of what was assumed or changed, each to follow a number in a sentence; and size
     :raises UserError: the annotation can't be read, is for an image of another size, or has boxes in fractions"""
     stated_size, objects, dropped = read_objects(annotation_path)
     boxes = [box for _, _, box in objects]
-    as_stored, assumed = compare_sizes(annotation_path, stated_size, size, orientation, boxes)
+    as_stored, notes = compare_sizes(annotation_path, stated_size, size, orientation, boxes)
     width, height = size or (stated_size if min(stated_size) > 0 else (math.inf, math.inf))
     if boxes and max(map(max, boxes)) <= 1 and min(width, height) > 10:
         raise UserError(f'{annotation_path} has boxes in fractions, such as {boxes[0]}: export them in pixels')
-    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': dropped, 'n_swapped': 0, 'n_clipped': 0,
-                  'assumed': assumed, 'size': size}
+    annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': dropped, 'notes': notes, 'size': size}
     for label, difficult, box in objects:
         if label == 'background' or (labels is not None and label not in labels):
             dropped.append(f"label '{label}' is not one of the labels")
@@ -217,8 +212,8 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
                 annotation['boxes'].append(clipped)
                 annotation['labels'].append(label)
                 annotation['difficulties'].append(difficult)
-                annotation['n_swapped'] += ordered != box
-                annotation['n_clipped'] += crosses
+                notes += ['boxes with swapped edges, put in order'] if ordered != box else []
+                notes += ["boxes across the image's edge, clipped"] if crosses else []
     return annotation
 
 
@@ -267,18 +262,6 @@ def read_objects(annotation_path):
         raise UserError(f'{annotation_path} is not an annotation in VOC format ({reason}): an object needs a name, a '
                         'bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None
     return size, objects, dropped
-
-
-def parse_xml(content):
-    """:return: the root of XML, given as bytes, without namespaces"""
-    try:
-        root = ET.fromstring(content)
-    except ValueError:  # the parser does not know an encoding such as GB2312, but Python does
-        encoding = re.search(r'encoding\s*=\s*["\']([\w.-]+)', content[:200].decode('latin-1'))
-        root = ET.fromstring(content.decode(encoding[1] if encoding else 'utf-8'))
-    for node in root.iter():
-        node.tag = node.tag.rpartition('}')[2]
-    return root
 
 
 def main():

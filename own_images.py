@@ -6,10 +6,10 @@ import random
 import re
 import sys
 import unicodedata
+import xml.etree.ElementTree as ET
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from xml.parsers import expat
 
 from errors import UserError
 from images import is_image
@@ -52,17 +52,12 @@ def find_images(folder):
 
 
 def root_of(path):
-    """:return: the tag of an XML file's root, without namespace; or None if it can't be read"""
-    beginning, tags = b'', []
-    parser = expat.ParserCreate(namespace_separator='}')
-    parser.StartElementHandler = lambda tag, attributes: tags.append(tag)
-    with suppress(OSError, expat.ExpatError, LookupError, ValueError):
-        with open(path, 'rb') as file:
-            beginning = file.read(100_000)
-        parser.Parse(beginning)
-    if not tags and b'<annotation' in beginning:  # in an encoding that the parser does not know
-        return 'annotation'
-    return tags[0].rpartition('}')[2] if tags else None
+    """:return: the tag of an XML file's root, without namespace, whatever the encoding; None if there is none"""
+    with suppress(OSError), open(path, 'rb') as file:
+        text = file.read(100_000).replace(b'\0', b'')  # every other byte in UTF-16
+        text = re.sub(rb'<!--.*?-->|<\?.*?\?>', b'', text, flags=re.DOTALL)  # without comments and <?xml ...?>
+        root = re.search(rb'<([^\s<>/!:]+:)?([^\s<>/!:]+)', text)
+        return root and root[2].decode(errors='replace')
 
 
 def choose_images(annotation_path, same_name):
@@ -256,7 +251,7 @@ def compare_sizes(annotation_path, stated, size, orientation, boxes):
     :param size: (width, height) of the upright image; or None if unknown
     :param orientation: the image's EXIF orientation, 1 to 8
     :param boxes: list of the annotation's boxes, in pixels from 1
-    :return: whether boxes must be turned; and a list of what was assumed, to follow the word "images" in a sentence
+    :return: whether boxes must be turned; and a list of what was assumed, to follow a number in a sentence
     :raises UserError: the annotation is for an image of another size"""
     def off(other):
         """:return: how far the stated size is from another one, as a fraction of what is accepted"""
@@ -269,9 +264,9 @@ def compare_sizes(annotation_path, stated, size, orientation, boxes):
         if orientation >= 5 and (fit_stated or not fit):
             return True, []
         if fit and not (boxes and fit_stated):
-            return False, ['whose annotation states width and height exchanged']
+            return False, ['images whose annotation states width and height exchanged']
     if off(size) <= 1:
-        return False, ['whose annotation states a size that is off by some pixels']
+        return False, ['images whose annotation states a size that is off by some pixels']
     raise UserError(f'{annotation_path} is for an image of {stated[0]:g}x{stated[1]:g} pixels, but the image has '
                     f'{size[0]}x{size[1]}: annotate it again; or, if its boxes are right, delete its <size>')
 

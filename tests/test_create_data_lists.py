@@ -50,7 +50,7 @@ def test_annotation(tmp_path):
                                         ('person', (45.5, 10.25, 60, 20), part), ('cat', (0, 0, 101, 81), '')))
     assert parsed['boxes'] == [[0, 0, 99, 79], [44.5, 9.25, 59, 19], [0, 0, 100, 80]]  # the last was a pixel outside
     assert parsed['labels'] == ['dog', 'person', 'cat'] and parsed['difficulties'] == [1, 0, 0]
-    assert parsed['dropped'] == parsed['assumed'] == [] and parsed['n_clipped'] == parsed['n_swapped'] == 0
+    assert parsed['dropped'] == parsed['notes'] == []
 
 
 @pytest.mark.parametrize('box, expected, n_clipped', [  # in an image of 100x80 pixels
@@ -70,7 +70,7 @@ def test_boxes_are_read_clipped_or_dropped(tmp_path, box, expected, n_clipped, s
     parsed = parse(tmp_path, text, size=(100, 80))
     assert parsed['boxes'] == ([[4, 4, 9, 8]] if isinstance(expected, str) else [expected, [4, 4, 9, 8]])
     assert [expected in reason for reason in parsed['dropped']] == ([True] if isinstance(expected, str) else [])
-    assert parsed['n_clipped'] == n_clipped
+    assert parsed['notes'].count("boxes across the image's edge, clipped") == n_clipped
 
 
 box = (5, 6, 40, 30)
@@ -98,8 +98,8 @@ def test_what_an_annotation_holds_is_read_or_dropped_with_a_reason(tmp_path, xml
     assert parsed['difficulties'] == [int('<difficult>1' in xml)] * len(labels)
 
 
-close = ['whose annotation states a size that is off by some pixels']
-exchanged = ['whose annotation states width and height exchanged']
+close = ['images whose annotation states a size that is off by some pixels']
+exchanged = ['images whose annotation states width and height exchanged']
 
 
 @pytest.mark.parametrize('size, stated, box, assumed', [
@@ -115,7 +115,7 @@ def test_the_stated_size_is_a_hint(tmp_path, size, stated, box, assumed):
     text = annotation(*[('dog', box, '')] * (box is not None), size=size_of(*stated))
     if assumed is not None:
         parsed = parse(tmp_path, text, size=size)
-        assert parsed['assumed'] == assumed and len(parsed['boxes']) == (box is not None) and not parsed['dropped']
+        assert parsed['notes'] == assumed and len(parsed['boxes']) == (box is not None) and not parsed['dropped']
     else:
         message = '^[^ ]*a.xml is for an image of {}x{} pixels, but the image has {}x{}: .* delete its <size>$'
         with pytest.raises(UserError, match=message.format(*stated, *size)):
@@ -351,18 +351,21 @@ def test_the_lists_and_their_summary(tmp_path, capsys):
         'TEST_images.json': [str(tmp_path / f'JPEGImages/test_0{i}.jpg') for i in range(2)],
         'TEST_objects.json': [{'boxes': [], 'labels': [], 'difficulties': []},
                               {'boxes': [[0, 0, 8, 8]], 'labels': [2], 'difficulties': [1]}]}
-    assert capsys.readouterr().out.splitlines() == [
+    notes = [f'Read 1 {what}.' for what in (
+        'boxes with swapped edges, put in order', "boxes across the image's edge, clipped",
+        'images whose annotation states a size that is off by some pixels',
+        'images with more than 8 bits, each scaled to 8 by itself')]
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line for line in lines if line.startswith('Read ')) == sorted(notes)
+    assert [line for line in lines if not line.startswith('Read ')] == [
         f'{tmp_path}: 6 annotations. Images without annotation, which are not listed: 0.',
         f'{tmp_path}: 4 images for training, 2 for the test: as given by its '
         'lists in ImageSets/Main: trainval (4), test (2).',
         '                         train      test', 'images                       3         2',
         'objects                      5         1', 'of which difficult           1         1',
         '  dog                        4         0', '  cat                        1         1',
-        "Left out 1 training images without objects, swapped the edges of 1 boxes, clipped 1 at the image's edge, and "
-        'dropped 1 boxes:', f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
+        'Left out 1 training images without objects, and dropped 1 boxes:', f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
         "Left out 0 images that can't be read, or whose annotation can't:", '  none',
-        'Read 1 images whose annotation states a size that is off by some pixels.',
-        'Read 1 images with more than 8 bits, each scaled to 8 by itself.',
         'Training objects that overlap some prior by at least 0.5: 100% (of Pascal VOC 2008, 84%)',
         f'The lists are in {tmp_path / "lists"}.']
 
