@@ -60,6 +60,18 @@ def root_of(path):
         return root and root[2].decode(errors='replace')
 
 
+def parse_xml(content):
+    """:return: the root of XML, given as bytes, without namespaces"""
+    try:
+        root = ET.fromstring(content)
+    except ValueError:  # the parser does not know an encoding such as GB2312, but Python does
+        encoding = re.search(r'encoding\s*=\s*["\']([\w.-]+)', content[:200].decode('latin-1'))
+        root = ET.fromstring(content.decode(encoding[1] if encoding else 'utf-8'))
+    for node in root.iter():
+        node.tag = node.tag.rpartition('}')[2]
+    return root
+
+
 def choose_images(annotation_path, same_name):
     """:return: of the images with an annotation's name, list of those that may be its image: one, if all is well"""
     beside = [path for path in same_name if os.path.dirname(path) == os.path.dirname(annotation_path)]
