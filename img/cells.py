@@ -3,22 +3,10 @@ wrong. Follow that section first; its folder `cells` is not in the repository.
 """
 import os
 import sys
-import tempfile
 from functools import cache
 
 import torch
-from drawing import (
-    dashes,
-    figure,
-    object_color,
-    outline,
-    panels,
-    prediction_color,
-    rendered,
-    series,
-    show,
-    wrong_color,
-)
+from drawing import dashes, figure, outline, panels, rendered, series, show
 from matplotlib.lines import Line2D
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -32,6 +20,7 @@ from mistakes import find_mistakes, judge, save_sheet
 from utils import average_precision, match_detections
 
 folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'cells')
+sheet_path = os.path.join(folder, 'sheet.png')  # of mistakes or of overfitting; figures are parts of it
 shown = (65, 10)  # test images: together, they have about as many mistakes as others
 
 
@@ -58,16 +47,16 @@ def draw_cells():
         det_boxes, det_labels = det_boxes[drawn].clamp(0, 1), det_labels[drawn]  # (n_drawn, 4), (n_drawn)
         verdicts = judge(det_boxes, det_labels, det_scores[drawn], true_boxes, true_labels, true_difficulties)
         found = {target for kind, target in verdicts if kind in ('true positive', 'classification', 'localization')}
-        boxes = [(box, label, object_color if kind == 'true positive' else wrong_color, '-', 'left')
+        boxes = [(box, label, 'object' if kind == 'true positive' else 'wrong', '-', 'left')
                  for (kind, _), box, label in zip(verdicts, det_boxes, det_labels)]
-        boxes += [(box, label, prediction_color, dashes, 'right')
+        boxes += [(box, label, 'prediction', dashes, 'right')
                   for target, (box, label) in enumerate(zip(true_boxes, true_labels)) if target not in found]
         show(ax, open_image(test_set.images[i]))
         for box, label, color, style, side in boxes:
             outline(ax, box, color, letters[label], f'above {side}', linestyle=style,
-                    linewidth=3 if color == wrong_color else 2)
-    lines = [Line2D([], [], color=object_color), Line2D([], [], color=wrong_color, linewidth=3),
-             Line2D([], [], color=prediction_color, linestyle=dashes)]
+                    linewidth=3 if color == 'wrong' else 2)
+    lines = [Line2D([], [], color='object'), Line2D([], [], color='wrong', linewidth=3),
+             Line2D([], [], color='prediction', linestyle=dashes)]
     fig.legend(lines, ('true positive', 'false positive', 'missed'), loc='outside lower center', ncols=3,
                title='W: white cell, P: platelet, without a letter: red cell', title_fontsize=12)
     return rendered(fig)
@@ -78,12 +67,10 @@ def draw_mistakes():
     """As the sheet that eval.py draws, with two of each in a row, and larger."""
     test_set, lists = evaluated()
     _, false_positives, missed = find_mistakes(lists, test_set.label_map, mistakes_min_score)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = os.path.join(temporary, 'mistakes.png')
-        worst = [{label: of_label[:2] for label, of_label in of_all.items()} for of_all in (false_positives, missed)]
-        save_sheet(path, *worst, test_set.images)
-        sheet = Image.open(path).convert('RGB')
-        return sheet.resize((round(1.5 * sheet.width), round(1.5 * sheet.height)), Image.Resampling.LANCZOS)
+    worst = [{label: of_label[:2] for label, of_label in of_all.items()} for of_all in (false_positives, missed)]
+    save_sheet(sheet_path, *worst, test_set.images)
+    sheet = Image.open(sheet_path).convert('RGB')
+    return sheet.resize((round(1.5 * sheet.width), round(1.5 * sheet.height)), Image.Resampling.LANCZOS)
 
 
 @figure('overfit.png')
@@ -92,17 +79,14 @@ def draw_overfit():
     evaluated()  # or the message that says how to get the images
     torch.manual_seed(0)
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        path = os.path.join(temporary, 'overfit.png')
-        overfit.overfit(train_set, overfit.n_images, overfit.steps, overfit.thin, overfit.lr, path,
-                        torch.device('cpu'))
-        sheet = Image.open(path)
-        width, height = sheet.width // 5, sheet.height // overfit.n_images
-        drawn = Image.new('RGB', (2 * width, 2 * height), 'white')
-        for i, column in enumerate((0, 1, 2, 4)):
-            drawn.paste(sheet.crop((column * width, 0, (column + 1) * width, height)),
-                        (i % 2 * width, i // 2 * height))
-        return drawn.quantize(256)
+    overfit.overfit(train_set, overfit.n_images, overfit.steps, overfit.thin, overfit.lr, sheet_path,
+                    torch.device('cpu'))
+    sheet = Image.open(sheet_path)
+    width, height = sheet.width // 5, sheet.height // overfit.n_images
+    drawn = Image.new('RGB', (2 * width, 2 * height), 'white')
+    for i, column in enumerate((0, 1, 2, 4)):
+        drawn.paste(sheet.crop((column * width, 0, (column + 1) * width, height)), (i % 2 * width, i // 2 * height))
+    return drawn.quantize(256)
 
 
 @figure('precision_recall.svg')

@@ -16,8 +16,7 @@ from drawing import figures, plt  # noqa: E402
 
 
 def save(name, drawing):
-    """:param name: the figure's file name
-    :param drawing: what a function in `figures` returned"""
+    """Save what a function in `figures` returned under the figure's file name."""
     path = os.path.join(folder, name)
     if name.endswith('.gif'):
         (first, *others), durations = zip(*drawing)

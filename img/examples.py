@@ -20,8 +20,8 @@ offset_prior = torch.tensor([0.50, 0.50, 0.20, 0.20])
 # photograph of an astronaut; the offsets lead to the person's box, the scores are made up
 tile, tile_prior = 11, 1  # both counted from 0
 tile_offsets = torch.tensor([1.19, 0.19, 0.31, 2.18])
-tile_classes = ('background', 'person', 'rocket', 'helmet')
-tile_scores = torch.tensor([0.5, 4.0, -1.0, 1.0])
+tile_classes = ('background', 'person', 'rocket', 'helmet', 'flag')
+tile_scores = torch.tensor([0.5, 4.0, -1.0, 1.0, 0.0])
 
 # Average precision: whether each detection of a class, by decreasing score, is a true positive; the number of objects
 true_positives = torch.tensor([True, True, False, True, False, False, True, False])

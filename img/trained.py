@@ -23,7 +23,6 @@ from train import fit, make_train_loader, one_cycle  # noqa: E402
 data_folder = os.path.join(os.path.dirname(images_folder), 'demo', 'figures')  # not in the repository, nor these two:
 checkpoint_path = os.path.join(data_folder, 'checkpoint_ssd300.pth')
 snapshots_path = os.path.join(data_folder, 'snapshots.pth')
-learning_path = os.path.join(images_folder, 'learning.csv')  # train.py's log
 milestones = (0, 50, 100, 200, 400, 750)  # iterations after which we look what the detector finds
 n_watched = 12  # test images that we look at then
 
@@ -32,24 +31,25 @@ def learn():
     """Train as demo.py does, on the CPU, and keep what the detector finds on the way."""
     demo.draw_dataset(data_folder, demo.n_train, demo.n_test)
     create_data_lists(data_folder, None, data_folder, labels=demo.shapes)
-    test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
-    watched = torch.stack([test_set[i][0] for i in range(n_watched)])  # (12, 3, 300, 300)
+    watched = torch.stack([test_set()[i][0] for i in range(n_watched)])  # (12, 3, 300, 300)
     train_set, model, optimizer = start()
     criterion = MultiBoxLoss(model.priors_cxcy)
     train_loader = make_train_loader(train_set, demo.batch_size, criterion)
-    snapshots, n_steps = {0: find(model, watched)}, 0
+    snapshots, n_steps = {}, -1
 
+    @torch.no_grad()
     def look(*_):
         nonlocal n_steps
         n_steps += 1
         if n_steps in milestones:
-            snapshots[n_steps] = find(model, watched)
+            snapshots[n_steps] = model.detect_objects(*model(watched), min_score=0.01)  # as in `evaluate`
 
+    look()
     optimizer.register_step_post_hook(look)
     fit(model, optimizer, criterion, train_loader, checkpoint_path, epochs=demo.epochs,
         lr_factor=partial(one_cycle, n_steps=demo.epochs * len(train_loader)), print_freq=10, grad_clip=10)
     torch.save(snapshots, snapshots_path)
-    os.replace(os.path.join(data_folder, 'checkpoint_ssd300.csv'), learning_path)
+    os.replace(os.path.join(data_folder, 'checkpoint_ssd300.csv'), os.path.join(images_folder, 'learning.csv'))
 
 
 def start():
@@ -57,12 +57,6 @@ def start():
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
     return train_set, *demo.start(train_set, demo.thin, 'cpu', demo.lr)
-
-
-@torch.no_grad()
-def find(model, images):
-    """Boxes, labels and scores that SSD300 finds in images (N, 3, 300, 300), as in `evaluate`."""
-    return model.detect_objects(*model(images), min_score=0.01)
 
 
 @cache
@@ -79,15 +73,16 @@ def test_set():
     return PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
 
 
-def snapshots():
-    """:return: dict of iteration -> boxes, labels, scores: lists with a tensor for each image that was watched"""
-    return torch.load(snapshots_path, weights_only=True)
-
-
-def write_table(path, columns, rows):
-    """Write a .csv file with these names of columns, and rows, a list of tuples."""
-    with open(path, 'w', newline='') as file:
+def write_table(name, columns, rows):
+    """Write a .csv file in this folder with these names of columns, and rows, a list of tuples."""
+    with open(os.path.join(images_folder, name), 'w', newline='') as file:
         csv.writer(file, lineterminator='\n').writerows([columns, *rows])
+
+
+def read_table(name):
+    """:return: the rows of a .csv file in this folder, dicts of column -> text"""
+    with open(os.path.join(images_folder, name), newline='') as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == '__main__':
