@@ -364,7 +364,8 @@ def test_the_lists_and_their_summary(tmp_path, capsys):
         '                         train      test', 'images                       3         2',
         'objects                      5         1', 'of which difficult           1         1',
         '  dog                        4         0', '  cat                        1         1',
-        'Left out 1 training images without objects, and dropped 1 boxes:', f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
+        'Left out 1 training images without objects, and dropped 1 boxes:',
+        f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
         "Left out 0 images that can't be read, or whose annotation can't:", '  none',
         'Training objects that overlap some prior by at least 0.5: 100% (of Pascal VOC 2008, 84%)',
         f'The lists are in {tmp_path / "lists"}.']
