@@ -77,9 +77,9 @@ def test_processes_stop_together(folder, tmp_path, what):
 
 
 def test_the_first_process_of_each_machine_downloads_while_the_others_wait(tmp_path):
-    """Three processes, two of them on the same machine."""
-    results = finish(tmp_path, start(tmp_path, download, n=3, of_machine=2))
-    for (code, output, errors), downloads in zip(results, (True, False, True), strict=True):
+    """Four processes, two of them on each machine."""
+    results = finish(tmp_path, start(tmp_path, download, n=4, of_machine=2))
+    for (code, output, errors), downloads in zip(results, (True, False, True, False), strict=True):
         assert code == 1 and output == 'downloads\n' * downloads + "{'bias': 1}\nfails\n"
         assert errors.startswith('Error: the download or reading of weights.pth failed (the line is cut): put that')
 

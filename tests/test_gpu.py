@@ -39,11 +39,11 @@ def train_two_epochs(folder, path, device, **parameters):
 
 
 @pytest.mark.parametrize('bfloat16, tolerance', [(False, 1e-3), (True, 0.05)])
-def test_training_evaluation_and_detection_as_on_a_cpu(tmp_path, bfloat16, tolerance):
+def test_training_evaluation_and_detection_as_on_a_cpu(tmp_path, monkeypatch, bfloat16, tolerance):
     folder, path = draw_and_list(tmp_path, 12, 6), str(tmp_path / 'gpu.pth')
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        expected, _ = train_two_epochs(folder, str(tmp_path / 'cpu.pth'), 'cpu')
-        losses, n_waits = train_two_epochs(folder, path, 'cuda', bfloat16=bfloat16)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    expected, _ = train_two_epochs(folder, str(tmp_path / 'cpu.pth'), 'cpu')
+    losses, n_waits = train_two_epochs(folder, path, 'cuda', bfloat16=bfloat16)
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0)
     assert 0 < n_waits <= 6 + 2  # each of six steps asks whether it is finite, and two print losses
 

@@ -370,8 +370,8 @@ def test_a_new_training_can_start_from_another_detector(voc_folder, capsys):
 @pytest.mark.parametrize('parameters, line', [
     ({'optimizer_kind': 'adam'}, r"^optimizer_kind = 'adam' in train.py: set it to one of .'sgd', 'adamw'.$"),
     ({'thin': 3}, r'^thin = 3 in train.py: set it to one of .1, 2, 4,'),
-    ({'pretrained': 16}, '^pretrained = 16 in train.py: set it to one of'),
-    ({'pretrained': 'vgg'}, '^no checkpoint at vgg: '),
+    ({'pretrained': 'vgg'}, "^pretrained = 'vgg' in train.py: set it to 'imagenet', 'coco', the path of a checkpoint"),
+    ({'pretrained': 16}, "^pretrained = 16 in train.py: set it to 'imagenet'"),
     ({'pretrained': 'c.pth', 'checkpoint_path': 'c.pth'}, '^c.pth exists, and training would overwrite it: '),
     ({'checkpoint': 'c.pth', 'checkpoint_path': 'another.pth', 'epochs': 3}, '^another.pth exists'),
     ({'checkpoint': 'c.pth', 'checkpoint_path': 'c.pth', 'epochs': 2},
@@ -423,25 +423,26 @@ def evaluations(monkeypatch, *results):
 
 def test_the_best_checkpoint_is_kept(voc_folder, monkeypatch, capsys):
     """Made-up mAPs, one of them NaN, with an interruption: the best so far is known."""
-    evaluations(monkeypatch, float('nan'), 0.3, 0.2, 0.5, 0.4)
+    evaluations(monkeypatch, float('nan'), 0.3, 0.2, 0.1, 0.5, 0.4)
     parameters = {'data_folder': voc_folder, 'print_freq': 9, 'evaluate_every': 2}
     saved, _ = train_main(epochs=6, **parameters)  # measured after epochs 1, 3 and 5
     best = load_checkpoint('c_best.pth')
     assert (best['mAP'], best['epoch'], saved['mAP'], saved['epoch']) == (0.3, 3, 0.2, 5)
-    saved, log = train_main(epochs=9, checkpoint='c.pth', **parameters)  # after 7, and after the last
+    saved, log = train_main(epochs=11, checkpoint='c.pth', **parameters)  # after 7, 9 and the last
     best = load_checkpoint('c_best.pth')
-    assert (best['mAP'], best['epoch'], saved['mAP'], saved['epoch']) == (0.5, 7, 0.4, 8)
+    assert (best['mAP'], best['epoch'], saved['mAP'], saved['epoch']) == (0.5, 9, 0.4, 10)
     assert columns([row for row in log if row['mAP']], 'epoch', 'mAP', 'loss') == [
-        ['1', 'nan', ''], ['3', '0.3', ''], ['5', '0.2', ''], ['7', '0.5', ''], ['8', '0.4', '']]
-    assert re.search(r'epoch 8  mAP 0\.4000  best 0\.5000', capsys.readouterr().out)
+        ['1', 'nan', ''], ['3', '0.3', ''], ['5', '0.2', ''], ['7', '0.1', ''], ['9', '0.5', ''],
+        ['10', '0.4', '']]
+    assert 'epoch 7  mAP 0.1000  best 0.3000' in capsys.readouterr().out
 
     # Neither of the two is overwritten by another training; and one can go on from the best.
     with pytest.raises(UserError, match=r'^c\.pth exists'):
-        train_main(epochs=9, checkpoint='c_best.pth', **parameters)
+        train_main(epochs=11, checkpoint='c_best.pth', **parameters)
     os.rename('c.pth', 'old.pth')
     with pytest.raises(UserError, match=r'^c_best\.pth exists'):
-        train_main(epochs=9, **parameters)
-    again, _ = train_main(epochs=9, checkpoint='c_best.pth', **parameters | {'evaluate_every': 0})
+        train_main(epochs=11, **parameters)
+    again, _ = train_main(epochs=11, checkpoint='c_best.pth', **parameters | {'evaluate_every': 0})
     assert same(again['model'], saved['model'])
 
 
