@@ -66,6 +66,17 @@ def load_checkpoint(path):
     return content
 
 
+def restore(optimizer, saved):
+    """Restore the optimizer's state, such as the momentum, from what `load_checkpoint` returns. The learning rates stay
+    as they are, because they follow from the parameters at the top of train.py, which may have changed."""
+    kind, saved_kind = type(optimizer).__name__, saved.get('optimizer_kind', 'SGD')
+    if kind != saved_kind:
+        raise UserError(f'the checkpoint was trained with {saved_kind}, whose state does not fit {kind}: set '
+                        f"optimizer_kind = '{saved_kind.lower()}' in train.py, or start anew")
+    optimizer.load_state_dict({'state': saved['optimizer']['state'],
+                               'param_groups': optimizer.state_dict()['param_groups']})
+
+
 def read_saved(path):
     """Read plain values and tensors that torch.save wrote, to the CPU. Anything else raises UserError."""
     try:

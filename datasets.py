@@ -87,8 +87,7 @@ class EpochSampler(Sampler):
     """Yields (index, random seed) of each image, in an order shuffled in each epoch. Order and augmentation depend only
     on `seed` and the epoch: not on the number of workers, nor on whether training was interrupted. See "Inputs".
 
-    :param n: number of images
-    :param seed: the seed of the whole training
+    :param n: number of images; `seed` is that of the whole training
     :param rank: number of this process, from 0, of `world_size`; each takes every world_size-th image. As all get
         equally many images, a few may be left out of an epoch."""
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageColor, ImageDraw
 from checkpoints import load_detector
 from datasets import to_input
 from errors import UserError, run
-from images import check_font, list_images, load_font, open_image, to_rgb
+from images import check_font, list_images, load_font, open_image, output_paths, to_rgb
 from utils import make_color_map
 
 img_path = 'photo.jpg'  # image or folder, if none is given on the command line
@@ -91,26 +91,11 @@ def kept_detector(checkpoint):
     return model.to('cuda' if torch.cuda.is_available() else 'cpu').eval(), label_map
 
 
-def output_paths(paths):
-    """The path of each image's annotated copy: JPEG and PNG files keep their format, others become PNG. No copy
-    overwrites another or one of the images, even on case-insensitive file systems."""
-    taken = {os.path.realpath(path).casefold() for path in paths}
-    for path in paths:
-        stem, extension = os.path.splitext(os.path.basename(path))
-        if extension.lower() not in ('.jpg', '.jpeg', '.png'):
-            extension += '.png'
-        output_path, number = os.path.join(output_folder, stem + extension), 2
-        while os.path.realpath(output_path).casefold() in taken:
-            output_path, number = os.path.join(output_folder, f'{stem}-{number}{extension}'), number + 1
-        taken.add(os.path.realpath(output_path).casefold())
-        yield output_path
-
-
 def main():
     """Detect in the images on the command line, with the parameters at the top of this file."""
     torch.backends.cudnn.allow_tf32 = False  # as in eval.py
     paths, n_failed = list_images(sys.argv[1:] or [img_path]), 0
-    for path, output_path in zip(paths, output_paths(paths)):
+    for path, output_path in zip(paths, output_paths(paths, output_folder)):
         try:
             image = open_image(path)
         except UserError as error:

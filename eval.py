@@ -43,9 +43,7 @@ class Evaluation(NamedTuple):
 def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False):
     """Detect objects in all test images, and compare them with the ground truth.
 
-    :param test_loader: DataLoader of PascalVOCDataset's split TEST, with the difficult objects: detections of them are
-        ignored
-    :param model: SSD300
+    :param test_loader: DataLoader of PascalVOCDataset's split TEST, with difficult objects; for `model`, SSD300
     :param min_score: keep detections with a score above this; low, because AP needs all levels of confidence
     :param max_overlap: and top_k: see `SSD300.detect_objects`
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does

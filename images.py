@@ -37,6 +37,21 @@ def list_images(paths):
     return files
 
 
+def output_paths(paths, folder):
+    """Yield the path in a folder of each image's annotated copy: JPEG and PNG files keep their format, others become
+    PNG. No copy overwrites another or one of the images, even on case-insensitive file systems."""
+    taken = {os.path.realpath(path).casefold() for path in paths}
+    for path in paths:
+        stem, extension = os.path.splitext(os.path.basename(path))
+        if extension.lower() not in ('.jpg', '.jpeg', '.png'):
+            extension += '.png'
+        output_path, number = os.path.join(folder, stem + extension), 2
+        while os.path.realpath(output_path).casefold() in taken:
+            output_path, number = os.path.join(folder, f'{stem}-{number}{extension}'), number + 1
+        taken.add(os.path.realpath(output_path).casefold())
+        yield output_path
+
+
 def open_image(path, if_missing='check the path'):
     """Read an image file as an upright PIL image in 8-bit RGB, see `to_rgb`.
 

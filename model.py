@@ -407,8 +407,7 @@ class MultiBoxLoss(nn.Module):
     are the class scores of these and of the hardest negative priors (the paper's section 2.2, equations 1 to 3). See
     "Multibox loss". Several processes must compute it at the same time, because they exchange the number of positives.
 
-    :param priors_cxcy: priors in center-size coordinates, (8732, 4)
-    :param threshold: see `match`
+    :param priors_cxcy: and threshold: see `match`
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
     :param min_negatives: least number of hard negatives in each image; with 0, images without objects teach nothing"""

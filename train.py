@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 import distributed
-from checkpoints import load_checkpoint, load_detector, save_checkpoint, start_from
+from checkpoints import load_checkpoint, load_detector, restore, save_checkpoint, start_from
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from distributed import all_reduce_mean, data_parallel, get_rank, get_world_size
 from errors import UserError, run, write_whole
@@ -106,8 +106,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
     epoch with the highest mAP.
 
     :param model: SSD300, on the device to train on; with its optimizer, see `make_optimizer`
-    :param criterion: MultiBoxLoss
-    :param train_loader: see `make_train_loader`
+    :param criterion: MultiBoxLoss; for train_loader, see `make_train_loader`
     :param checkpoint_path: where to save the checkpoint; the log is saved beside it
     :param epochs: number of epochs of the whole training; start_epoch is the first to train, from 0
     :param lr_factor: function from a step of the whole training, from 0, to the factor of the learning rate
@@ -116,8 +115,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
     :param bfloat16: train and evaluate in 16 bits
     :param options: the other arguments of `train`"""
     network = data_parallel(model)
-    first_step = start_epoch * len(train_loader)
-    schedule = LambdaLR(optimizer, lambda step: lr_factor(first_step + step))  # LambdaLR counts from 0 in every run
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(start_epoch * len(train_loader) + step))  # counts from 0
     log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if get_rank() == 0 else None  # rank 0 writes
     start_log(log_path, start_epoch)
     best = -math.inf
@@ -165,10 +163,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
     :param train_loader: DataLoader of PascalVOCDataset
     :param model: SSD300, or what `distributed.data_parallel` returns for it
-    :param criterion: MultiBoxLoss
-    :param optimizer: optimizer of the model's parameters
-    :param epoch: number of the epoch, from 0
-    :param epochs: number of epochs of the whole training, for the time left
+    :param criterion: MultiBoxLoss; with the optimizer of the model's parameters
+    :param epoch: number of the epoch, from 0; `epochs` are in the whole training, for the time left
     :param print_freq: batches between two lines of the log
     :param grad_clip: largest norm of the gradient; None for no limit
     :param bfloat16: compute in 16 bits, and only the loss in 32
@@ -255,17 +251,6 @@ def make_model(label_map, checkpoint, pretrained, thin):
         print(f'Starting from the weights of {pretrained}, with its priors; the class scores of '
               f'{new_labels or "no class"} are random.')
     return model
-
-
-def restore(optimizer, saved):
-    """Restore the optimizer's state, such as the momentum, from what `load_checkpoint` returns. The learning rates stay
-    as they are, because they follow from the parameters at the top of this file, which may have changed."""
-    kind, saved_kind = type(optimizer).__name__, saved.get('optimizer_kind', 'SGD')
-    if kind != saved_kind:
-        raise UserError(f'the checkpoint was trained with {saved_kind}, whose state does not fit {kind}: set '
-                        f"optimizer_kind = '{saved_kind.lower()}' in train.py, or start anew")
-    optimizer.load_state_dict({'state': saved['optimizer']['state'],
-                               'param_groups': optimizer.state_dict()['param_groups']})
 
 
 def check_parameters():

@@ -13,6 +13,7 @@ import images
 from checkpoints import save_checkpoint
 from demo import shapes
 from errors import UserError
+from images import output_paths
 from model import SSD300
 from utils import make_color_map, make_label_map
 
@@ -144,15 +145,15 @@ def test_a_jpeg_stays_one_and_loses_little(run_detect, tmp_path):
             assert annotated.format == 'JPEG' and annotated.quantization == reference.quantization
 
 
-def test_no_copy_has_the_path_of_another_or_of_an_image(tmp_path, monkeypatch):
+def test_no_copy_has_the_path_of_another_or_of_an_image(tmp_path):
     """Even if the file system does not tell A from a, and if adding ".png" gives the name of another file."""
-    monkeypatch.setattr(detect, 'output_folder', str(tmp_path / 'Out'))
+    folder = str(tmp_path / 'Out')
     paths = [str(tmp_path / path) for path in ('p/A.png', 'q/a.PNG', 'q/a.tif', 'q/a.tif.png', 'out/B.jpg', 'q/b.jpg',
                                                'r/b.jpg')]
-    assert [os.path.relpath(path, tmp_path / 'Out') for path in detect.output_paths(paths)] == [
+    assert [os.path.relpath(path, folder) for path in output_paths(paths, folder)] == [
         'A.png', 'a-2.PNG', 'a.tif.png', 'a.tif-2.png', 'B-2.jpg', 'b-3.jpg', 'b-4.jpg']
     (tmp_path / 'Out').symlink_to(tmp_path / 'p')
-    assert [os.path.basename(path) for path in detect.output_paths(paths[:1])] == ['A-2.png']
+    assert [os.path.basename(path) for path in output_paths(paths[:1], folder)] == ['A-2.png']
 
 
 def test_folders_and_files_in_their_order(tmp_path):
