@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -56,7 +57,10 @@ def median_seconds(function, n=5, warm_up=1):
 
 def peak_memory():
     """The peak memory of this process until now, in GiB."""
-    return getrusage(RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == 'darwin' else 2**20)
+    if sys.platform == 'darwin':
+        return getrusage(RUSAGE_SELF).ru_maxrss / 2**30
+    with open('/proc/self/status') as file:  # on Linux, getrusage counts the peak of the process that started this one
+        return int(re.search(r'VmHWM:\s*(\d+) kB', file.read())[1]) / 2**20
 
 
 def row(what, ours='', other='', ratio=''):
