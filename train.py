@@ -300,7 +300,7 @@ def main():
     train_loader = make_train_loader(train_set, batch_size, criterion, seed_of_run, workers, device.type == 'cuda')
     if optimizer_kind == 'adamw':
         lr_factor = partial(one_cycle, n_steps=epochs * len(train_loader))
-    else:
+    elif optimizer_kind == 'sgd':
         lr_factor = partial(warm_up_and_decay, steps_per_epoch=len(train_loader), warm_up=warm_up,
                             decay_lr_at=decay_lr_at, decay_lr_to=decay_lr_to)
     test_loader = None
