@@ -208,6 +208,9 @@ def test_a_window_is_drawn_in_any_size():
     assert drawn.size == (40, 80) and boxes.tolist() == [[.75, 0., 1., .5]]
     assert drawn.getpixel((39, 0)) == red and drawn.getpixel((0, 79)) == datasets.mean_color
     assert drawn.getpixel((21, 79)) == (0, 0, 0)
+    for size, window in (((100, 1), (0., 0., 100., 1000.)), ((1, 100), (0., 0., 1000., 100.))):  # a third of a pixel
+        drawn, _ = draw_window(Image.new('RGB', size, red), torch.empty(0, 4), window)
+        assert drawn.getpixel((0, 0)) == red and drawn.getpixel((1, 1)) == datasets.mean_color
 
 
 class RememberChoice(random.Random):
@@ -219,8 +222,8 @@ class RememberChoice(random.Random):
 
 
 def test_crop_window_keeps_its_promises():
-    rng, window, kept_whole, n_tries = RememberChoice(0), (0., 0., 400., 300.), 0, 500
-    boxes = torch.tensor([[10., 10., 120., 90.], [20., 10., 390., 290.], [0., 250., 40., 299.]])
+    rng, window, kept_whole, n_tries = RememberChoice(0), (-90., 50., 310., 350.), 0, 500
+    boxes = torch.tensor([[-80., 60., 30., 140.], [-70., 60., 300., 340.], [-90., 300., -50., 349.]])
     smallest, met = 1., set()
     for _ in range(n_tries):
         x_min, y_min, x_max, y_max = crop = crop_window(window, boxes, rng)
@@ -230,7 +233,7 @@ def test_crop_window_keeps_its_promises():
             kept_whole += 1
             continue
         w, h = x_max - x_min, y_max - y_min
-        assert x_min >= 0 and y_min >= 0 and x_max <= 400.01 and y_max <= 300.01
+        assert x_min >= -90 and y_min >= 50 and x_max <= 310.01 and y_max <= 350.01
         assert 0.299 < w / 400 <= 1 and 0.299 < h / 300 <= 1 and 0.499 < w / h < 2.001
         assert datasets.centers_inside(boxes, crop).any()
         assert find_jaccard_overlap(torch.tensor([crop]), boxes).max() >= rng.chosen

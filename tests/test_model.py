@@ -56,7 +56,6 @@ def test_shapes_of_all_maps_and_operations_for_an_image(thin, operations):
     of_block = {'1': 300, '2': 150, '3': 75, '4': 38, '5': 19, '6': 19, '7': 19}
     pools = {'pool1': 150, 'pool2': 75, 'pool3': 38, 'pool4': 19, 'pool5': 19}
     assert sizes == {name: (pools.get(name) or of_block[name[4]],) * 2 for name in sizes} and len(sizes) == 15 + 5
-
     maps = (conv4_3, conv7, *ssd.aux_convs(conv7))
     assert [tuple(m.shape) for m in maps] == [(2, f.channels // thin, f.size, f.size) for f in feature_maps.values()]
     with FlopCounterMode(display=False) as counter:
@@ -85,7 +84,6 @@ def test_priors_are_loaded_with_the_weights_that_fit_them(thin):
     trained.priors_cxcy *= 0.9
     fresh.load_state_dict(trained.state_dict())
     assert torch.equal(fresh.priors_cxcy, trained.priors_cxcy)
-
     earlier = {key: 2 * values for key, values in trained.state_dict().items() if key != 'priors_cxcy'}
     fresh.load_state_dict(earlier)
     assert torch.equal(fresh.priors_cxcy, trained.priors_cxcy)
@@ -127,7 +125,6 @@ def test_priors_by_hand_and_the_order_of_predictions(name, row, column, prior, e
     size, n_priors = feature_maps[name].size, len(feature_maps[name].ratios) + 1
     index = first_of_map[name] + (row * size + column) * n_priors + prior
     assert priors[index].tolist() == pytest.approx(expected, abs=1e-6)
-
     heads = PredictionConvolutions(n_classes=3)
     for layer in heads.children():
         torch.nn.init.zeros_(layer.weight)
@@ -137,7 +134,6 @@ def test_priors_by_hand_and_the_order_of_predictions(name, row, column, prior, e
     feats[list(feature_maps).index(name)][0, 0, row, column] = 1.
     locs, scores = heads(*feats)
     assert scores.nonzero().tolist() == [[0, index, 2]] and locs.nonzero().tolist() == [[0, index, 0]]
-
     boxes, labels, _ = detect(locs, scores, min_score=0.9)
     assert labels[0].tolist() == [2]
     moved = (expected[0] + expected[2] / 10, *expected[1:])
@@ -231,7 +227,6 @@ def test_fully_connected_layer_as_convolution():
     assert weight.shape == (64, 512, 7, 7)
     outputs = F.conv2d(features, weight, bias).flatten(1)
     torch.testing.assert_close(outputs, linear(features.flatten(1)), atol=1e-4, rtol=0)
-
     weight, bias = fully_connected_to_convolution(linear.weight, linear.bias, 512, 7, m=(4, None, 3, 3))
     assert weight.shape == (16, 512, 3, 3) and bias.shape == (16,)
     for filter, channel, row, column in ((0, 0, 0, 0), (1, 2, 1, 0), (15, 511, 2, 2)):
@@ -250,7 +245,6 @@ def test_pretrained_weights_go_where_they_belong(networks, monkeypatch):
     for index, n_inputs in ((0, 512 * 49), (3, 4096)):  # overlapping rows, because 103 million random numbers take long
         vgg[f'classifier.{index}.weight'] = torch.randn(4096 * 101 + n_inputs).as_strided((4096, n_inputs), (101, 1))
         vgg[f'classifier.{index}.bias'] = torch.randn(4096)
-
     monkeypatch.setattr(VGG16_Weights, 'get_state_dict', lambda self, **_: vgg)
     for thin in (1, 4):
         base, factor = SSD300(n_classes=3, pretrained=True, thin=thin).base, math.sqrt(thin)
@@ -392,7 +386,6 @@ def test_loss_and_gradients_equal_torchvisions():
     with torch.device('meta'):  # its loss needs no weights
         theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=21)
     matches = [theirs.proposal_matcher(box_iou(b, priors_xy)) if len(b) else torch.full((8732,), -1) for b in boxes]
-
     results = []
     values = torch.randn(7, 8732, 4), 3 * torch.randn(7, 8732, 21)
     for name in ('ours', 'theirs'):
