@@ -441,7 +441,7 @@ def draw_locality():
     """How much each pixel matters to a prediction for a prior in the middle: the darker, the more. In blue the prior;
     in black the part of the image that the prediction can see at all."""
     heat = LinearSegmentedColormap.from_list('heat', ('white', 'prediction', 'ink'))
-    fig, axes = panels(1, 3, 2.8)
+    fig, axes = panels(1, 3, 3)
     rows = []
     for ax, name in zip(axes, ('conv4_3', 'conv7', 'conv8_2')):
         size = utils.feature_maps[name].size
