@@ -129,13 +129,13 @@ def test_annotations_at_any_depth_in_any_case(tmp_path, capsys):
     add(data, 'JPEGImages/c.jpg', 'Annotations/c.xml')
     add(data, 'x/d.jpg', 'x/d.xml')  # beside
     add(data, 'JPEGImages/d.jpg', None)
-    add(data, 'v1/photos/day1/e.jpg', 'v1/boxes/e.xml')  # most words in common
-    add(data, 'v2/photos/day1/e.jpg', None)
+    add(data, 'north/photos/x/e.jpg', 'north/boxes/e.xml')  # most words in common
+    add(data, 'south/photos/x/e.jpg', None)
     lists_of(data, capsys, test_fraction=0.2)
     paths = [os.path.relpath(path, data) for path in paths_in(tmp_path / 'lists')]
     assert sorted(paths) == sorted(map(os.path.normpath, [
         'JPEGImages/day1/a.JPG', 'JPEGImages/day2/a.jpg', 'photos/b.png', 'JPEGImages/c.jpg', 'x/d.jpg',
-        'v1/photos/day1/e.jpg']))
+        'north/photos/x/e.jpg']))
 
 
 def test_hidden_files_are_none(tmp_path, capsys):
