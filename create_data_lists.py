@@ -140,7 +140,7 @@ def print_summary(splits, label_map, left_out, n_empty):
 def read_split(folder, split, image_paths, labels=None):
     """Read the images and annotations of a split. Raises UserError if more than a tenth of them can't be read.
 
-    :param image_paths: dict of an annotation's path -> list of its image's path, relative to the folder
+    :param image_paths: dict of an annotation's path -> paths of the images with its name: one, if all is well
     :param labels: the labels of objects to keep, or a dict of them; or None to keep all
     :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out"""
     def read(annotation_path):
@@ -212,8 +212,10 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
                 annotation['boxes'].append(clipped)
                 annotation['labels'].append(label)
                 annotation['difficulties'].append(difficult)
-                notes += ['boxes with swapped edges, put in order'] if ordered != box else []
-                notes += ["boxes across the image's edge, clipped"] if crosses else []
+                if ordered != box:
+                    notes.append('boxes with swapped edges, put in order')
+                if crosses:
+                    notes.append("boxes across the image's edge, clipped")
     return annotation
 
 

@@ -85,9 +85,10 @@ def read_list(data_folder, name):
 
 class EpochSampler(Sampler):
     """Yields (index, random seed) of each image, in an order shuffled in each epoch. Order and augmentation depend only
-    on `seed` and the epoch: not on the number of workers, nor on whether training was interrupted. See "Inputs".
+    on `seed` and the epoch: not on the number of workers, nor on whether training was interrupted.
 
-    :param n: number of images; `seed` is that of the whole training
+    :param n: number of images
+    :param seed: the seed of the whole training
     :param rank: number of this process, from 0, of `world_size`; each takes every world_size-th image. As all get
         equally many images, a few may be left out of an epoch."""
 
@@ -140,9 +141,9 @@ mean_color = tuple(round(255 * value) for value in mean)
 
 
 def to_input(image):
-    """Turn a PIL image in RGB, 300x300, into the network's input: float (3, 300, 300), from 0 to 1, then normalized."""
+    """Turn a PIL image in RGB, 300x300, into the network's input: float (3, 300, 300), normalized."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, 300, 300), from 0 to 255
-    # Pixels are not divided by 255; mean and std are multiplied instead, which is faster.
+    # The same as to divide by 255 first, and then to normalize, but faster.
     return FT.normalize(pixels.float(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
 
 
@@ -203,8 +204,8 @@ def crop_window(window, boxes, rng=random):
 
 
 def centers_inside(boxes, window):
-    """Whether each box's center is inside a window, a bool tensor (n_objects). Both are boundary coordinates in the
-    same units: boxes (n_objects, 4) and 4 numbers; or windows (n_windows, 1, 4), which give (n_windows, n_objects)."""
+    """Whether the centers of boxes (n_objects, 4) are inside a window, 4 numbers in the same units: bool (n_objects).
+    For several windows, a tensor (n_windows, 1, 4), it is (n_windows, n_objects). All are boundary coordinates."""
     window = torch.as_tensor(window)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2  # (n_objects, 2)
     inside = (centers > window[..., :2]) & (centers < window[..., 2:])  # (n_objects, 2) or (n_windows, n_objects, 2)

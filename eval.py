@@ -43,7 +43,8 @@ class Evaluation(NamedTuple):
 def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bfloat16=False):
     """Detect objects in all test images, and compare them with the ground truth.
 
-    :param test_loader: DataLoader of PascalVOCDataset's split TEST, with difficult objects; for `model`, SSD300
+    :param test_loader: DataLoader of PascalVOCDataset's split TEST, with the difficult objects
+    :param model: SSD300
     :param min_score: keep detections with a score above this; low, because AP needs all levels of confidence
     :param max_overlap: and top_k: see `SSD300.detect_objects`
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does
@@ -56,8 +57,8 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
         detections = model.detect_objects(predicted_locs, predicted_scores, min_score, max_overlap, top_k)
-        for values, of_batch in zip(lists, (*detections, *objects)):
-            values.extend(of_image.cpu() for of_image in of_batch)
+        for values, batch_values in zip(lists, (*detections, *objects)):
+            values.extend(tensor.cpu() for tensor in batch_values)
     lists = [all_gather_images(values) for values in lists]
     seconds = time.time() - start
     average_precisions, mAP = calculate_mAP(*lists, test_loader.dataset.label_map)
@@ -86,7 +87,7 @@ def main():
     """Evaluate with the parameters at the top of this file."""
     if mistakes_path is not None:
         check_image_path('eval.py', 'mistakes_path', mistakes_path)
-    torch.backends.cudnn.allow_tf32 = False  # or the mAP depended on the GPU: TF32's mantissa has 10 bits
+    torch.backends.cudnn.allow_tf32 = False  # else the mAP would depend on the GPU: TF32's mantissa has 10 bits
     device = init_process_group()
     test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
     model, label_map = load_detector(checkpoint, list(test_set.label_map)[1:])

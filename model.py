@@ -104,7 +104,7 @@ class VGGBase(nn.Module):
 
     def load_pretrained_layers(self):
         """Load torchvision's VGG-16 weights, trained on ImageNet. Raises UserError if they can't be downloaded."""
-        vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, 'set pretrained = None to start from random weights')
+        vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, 'set pretrained = None in train.py, for random weights')
 
         # torchvision numbers its layers, ReLUs and pools included. These are its convolutions, in the order of ours.
         names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)][:13]
@@ -149,16 +149,12 @@ class AuxiliaryConvolutions(nn.Module):
         super().__init__()
         self.conv8_1 = nn.Conv2d(1024, 256, kernel_size=1)
         self.conv8_2 = nn.Conv2d(256, 512, kernel_size=3, stride=2, padding=1)
-
         self.conv9_1 = nn.Conv2d(512, 128, kernel_size=1)
         self.conv9_2 = nn.Conv2d(128, 256, kernel_size=3, stride=2, padding=1)
-
         self.conv10_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv10_2 = nn.Conv2d(128, 256, kernel_size=3)  # without padding: 5 -> 3
-
         self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3)  # without padding: 3 -> 1
-
         xavier_initialization(self)  # as in the paper
 
     def forward(self, conv7_feats):
@@ -167,13 +163,10 @@ class AuxiliaryConvolutions(nn.Module):
             conv11_2_feats (N, 256, 1, 1)"""
         out = self.conv8_1(conv7_feats).relu_()  # (N, 256, 19, 19)
         conv8_2_feats = self.conv8_2(out).relu_()  # (N, 512, 10, 10)
-
         out = self.conv9_1(conv8_2_feats).relu_()  # (N, 128, 10, 10)
         conv9_2_feats = self.conv9_2(out).relu_()  # (N, 256, 5, 5)
-
         out = self.conv10_1(conv9_2_feats).relu_()  # (N, 128, 5, 5)
         conv10_2_feats = self.conv10_2(out).relu_()  # (N, 256, 3, 3)
-
         out = self.conv11_1(conv10_2_feats).relu_()  # (N, 128, 3, 3)
         conv11_2_feats = self.conv11_2(out).relu_()  # (N, 256, 1, 1)
         return conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats
@@ -242,10 +235,8 @@ class SSD300(nn.Module):
 
         # A buffer is not learned, but moves to the GPU and is saved with the weights, which fit only these priors.
         self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (8732, 4)
-
         if thin != 1:
             thin_out(self, thin)
-
         # channels_last (NHWC): on most hardware, convolutions are faster when the channels of a pixel are adjacent in
         # memory. The shapes stay the same.
         for part in (self.base, self.aux_convs, self.pred_convs):
@@ -265,7 +256,6 @@ class SSD300(nn.Module):
         :return: locs (N, 8732, 4), offsets from the priors; classes_scores (N, 8732, n_classes), logits"""
         conv4_3_feats, conv7_feats = self.base(image)  # (N, 512, 38, 38), (N, 1024, 19, 19)
         aux_feats = self.aux_convs(conv7_feats)  # (N, 512, 10, 10), (N, 256, 5, 5), (N, 256, 3, 3), (N, 256, 1, 1)
-
         # Divide by the L2 norm over the channels, at each tile (`normalize` replaces a norm of 0 by a tiny number).
         conv4_3_feats = F.normalize(conv4_3_feats, dim=1) * self.rescale_factors  # (N, 512, 38, 38)
         return self.pred_convs(conv4_3_feats, conv7_feats, *aux_feats)  # (N, 8732, 4), (N, 8732, n_classes)
@@ -289,14 +279,12 @@ class SSD300(nn.Module):
         batch_scores = predicted_scores.float().softmax(dim=2)[:, :, 1:]  # (N, 8732, n_classes - 1), no background
         finite = batch_boxes.isfinite().all(dim=2, keepdim=True)  # (N, 8732, 1); exp can overflow
         batch_scores = batch_scores.where(finite, 0).nan_to_num(0)
-
         # The highest scores of each class, and the indices of their priors: (N, n_candidates, n_classes - 1)
         batch_scores, batch_indices = batch_scores.topk(min(n_candidates, batch_scores.size(1)), dim=1)
-
         all_boxes, all_labels, all_scores = [], [], []
-        for boxes, scores, indices in zip(batch_boxes, batch_scores, batch_indices):
-            ranks, classes = torch.where(scores > min_score)  # of each candidate: row and column, (n), (n)
-            boxes = boxes[indices[ranks, classes]]  # (n, 4)
+        for boxes, scores, indices in zip(batch_boxes, batch_scores, batch_indices):  # of an image
+            ranks, classes = torch.where(scores > min_score)  # row and column of each candidate: (n), (n)
+            boxes = boxes[indices[ranks, classes]]  # those of the candidates' priors, (n, 4)
             scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
             kept = utils.non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
             boxes, labels, scores = boxes[kept], labels[kept], scores[kept]  # (n_kept, 4), (n_kept), (n_kept)
@@ -383,10 +371,10 @@ def match(boxes, labels, priors_cxcy, threshold=0.5):
 
     # Then each object gets a prior of its own: the one that it overlaps most. The object with the largest overlap goes
     # first, so that it keeps its prior where several choose the same; each of the others chooses its next best.
-    largest, choice = (values.tolist() for values in overlap.max(dim=1))  # of each object: an overlap and a prior
+    largest, choice = (values.tolist() for values in overlap.max(dim=1))  # lists: each object's best overlap, and prior
     waiting, taken = list(range(len(boxes))), set()
     while waiting:
-        i = max(waiting, key=largest.__getitem__)  # the first of equals
+        i = max(waiting, key=lambda i: largest[i])  # an object; of equals, the first
         if choice[i] in taken:
             overlap[i, choice[i]] = -1
             largest[i], choice[i] = (value.item() for value in overlap[i].max(dim=0))
@@ -407,14 +395,15 @@ class MultiBoxLoss(nn.Module):
     are the class scores of these and of the hardest negative priors (the paper's section 2.2, equations 1 to 3). See
     "Multibox loss". Several processes must compute it at the same time, because they exchange the number of positives.
 
-    :param priors_cxcy: and threshold: see `match`
+    :param priors_cxcy: priors in center-size coordinates, (8732, 4)
+    :param threshold: see `match`
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
     :param min_negatives: least number of hard negatives in each image; with 0, images without objects teach nothing"""
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1., min_negatives=0):
         super().__init__()
-        self.priors_cxcy = priors_cxcy.cpu()  # (8732, 4); objects are matched there
+        self.priors_cxcy = priors_cxcy.cpu()  # (8732, 4); matching runs on the CPU
         self.threshold = threshold
         self.neg_pos_ratio = neg_pos_ratio
         self.alpha = alpha
@@ -439,7 +428,7 @@ class MultiBoxLoss(nn.Module):
 
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        if self.min_negatives > 0:  # 30 go with 10 positives, so count at least 10 in each image, also below
+        if self.min_negatives > 0:  # count as if there were enough positives for them, in the divisor, too
             n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
         # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.
@@ -456,6 +445,7 @@ class MultiBoxLoss(nn.Module):
         conf_loss = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
                                     reduction='none').view_as(true_classes)  # (N, 8732)
         negative_losses = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
+        # Of each row, the first are the hardest: rank 0, 1, ... up to neg_pos_ratio * n_positive
         hard = torch.arange(conf_loss.size(1), device=conf_loss.device) < self.neg_pos_ratio * n_positive  # (N, 8732)
         conf_loss = (conf_loss.where(positive, 0).sum() + negative_losses.where(hard, 0).sum()) / divisor
         return conf_loss + self.alpha * loc_loss, loc_loss, conf_loss
@@ -463,7 +453,7 @@ class MultiBoxLoss(nn.Module):
     def match(self, boxes, labels):
         """The function `match` for each of N images, on the CPU, where a data loader leaves boxes; its workers can call
         it, see `datasets.collate_fn`. Returns true_boxes (N, 8732, 4) and true_classes (N, 8732)."""
-        images = zip(boxes, labels, strict=True)
-        matched = [match(boxes.cpu(), labels.cpu(), self.priors_cxcy, self.threshold) for boxes, labels in images]
+        matched = [match(image_boxes.cpu(), image_labels.cpu(), self.priors_cxcy, self.threshold)
+                   for image_boxes, image_labels in zip(boxes, labels, strict=True)]
         true_boxes, true_classes = zip(*matched)
         return torch.stack(true_boxes), torch.stack(true_classes)  # (N, 8732, 4), (N, 8732)

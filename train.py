@@ -106,7 +106,8 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
     epoch with the highest mAP.
 
     :param model: SSD300, on the device to train on; with its optimizer, see `make_optimizer`
-    :param criterion: MultiBoxLoss; for train_loader, see `make_train_loader`
+    :param criterion: MultiBoxLoss
+    :param train_loader: see `make_train_loader`
     :param checkpoint_path: where to save the checkpoint; the log is saved beside it
     :param epochs: number of epochs of the whole training; start_epoch is the first to train, from 0
     :param lr_factor: function from a step of the whole training, from 0, to the factor of the learning rate
@@ -115,7 +116,8 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
     :param bfloat16: train and evaluate in 16 bits
     :param options: the other arguments of `train`"""
     network = data_parallel(model)
-    schedule = LambdaLR(optimizer, lambda step: lr_factor(start_epoch * len(train_loader) + step))  # counts from 0
+    first_step = start_epoch * len(train_loader)
+    schedule = LambdaLR(optimizer, lambda step: lr_factor(first_step + step))  # LambdaLR counts from 0 in every run
     log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if get_rank() == 0 else None  # rank 0 writes
     start_log(log_path, start_epoch)
     best = -math.inf
@@ -135,6 +137,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
             return False
         return True
 
+    # If an evaluation was interrupted, begin with it: for the epoch before, the loop trains nothing.
     for epoch in range(start_epoch if evaluated else start_epoch - 1, epochs):
         if epoch >= start_epoch:
             train_loader.sampler.set_epoch(epoch)
@@ -163,8 +166,10 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
     :param train_loader: DataLoader of PascalVOCDataset
     :param model: SSD300, or what `distributed.data_parallel` returns for it
-    :param criterion: MultiBoxLoss; with the optimizer of the model's parameters
-    :param epoch: number of the epoch, from 0; `epochs` are in the whole training, for the time left
+    :param criterion: MultiBoxLoss
+    :param optimizer: optimizer of the model's parameters
+    :param epoch: number of the epoch, from 0
+    :param epochs: number of epochs of the whole training, for the time left
     :param print_freq: batches between two lines of the log
     :param grad_clip: largest norm of the gradient; None for no limit
     :param bfloat16: compute in 16 bits, and only the loss in 32
@@ -185,7 +190,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         loss, loc_loss, conf_loss = criterion.losses(predicted_locs, predicted_scores, boxes, labels)
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # with inf, it only measures
         # Each process has its own loss, but all have the same gradient. This waits for the GPU.
         if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
@@ -285,7 +290,8 @@ def main():
 
     model = make_model(train_set.label_map, checkpoint, pretrained, thin).to(device)
     if checkpoint is None and pretrained is None:
-        standardize(model, torch.stack([train_set[(i, i)][0] for i in range(min(16, len(train_set)))]).to(device))
+        images = [train_set[i, i][0] for i in range(min(16, len(train_set)))]  # i is also the seed of its augmentation
+        standardize(model, torch.stack(images).to(device))
     optimizer = make_optimizer(model, optimizer_kind, lr, weight_decay, momentum)
     start_epoch, seed_of_run, evaluated = 0, seed, True
     if 'optimizer' in saved:  # convert_checkpoint.py writes only weights, to start from

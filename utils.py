@@ -4,7 +4,7 @@ non-maximum suppression, and mean average precision. The sections named here are
 Boxes come in three forms, and the name or the docstring says which:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
     cxcy    center-size coordinates: (c_x, c_y, w, h)
-    gcxgcy  four offsets from a prior: what the network predicts
+    gcxgcy  (g_cx, g_cy, g_w, g_h): four offsets from a prior, true or predicted
 The first two are in fractions of the image's width and height (0 to 1), unless a function says otherwise. See "Boxes".
 """
 import math

@@ -1,10 +1,9 @@
-"""
-Kill training many times, at random moments and while it writes its checkpoint, and resume it each time:
+"""Kill training many times, at random moments and while it writes its checkpoint, and resume it each time:
 
     python tests/long/kill_loop.py
 
-The final checkpoint must be that of an uninterrupted training, bit for bit. This needs Linux, and takes about 15
-minutes.
+The last and the best checkpoint must be those of an uninterrupted training, bit for bit. This needs Linux, and takes
+about 15 minutes.
 """
 import os
 import random
@@ -32,6 +31,7 @@ import errors, os, sys, train
 train.checkpoint_path, epochs = sys.argv[1:]
 train.epochs, train.pretrained, train.batch_size, train.workers, train.print_freq = int(epochs), None, 2, 1, 1
 train.checkpoint = train.checkpoint_path if os.path.exists(train.checkpoint_path) else None
+train.evaluate_every = 2
 if __name__ == '__main__':
     errors.run(train.main)
 '''
@@ -73,15 +73,13 @@ def written_at(path):
 
 
 def kill_at_a_random_moment(process, rng, temporary):
-    """
-    Kill a process that trains: half of the time at most half a second after it began to write a checkpoint, otherwise
-    up to 8 seconds after training started.
+    """Kill a process that trains: half of the time at most half a second after it began to write a checkpoint,
+    otherwise up to 8 seconds after training started.
 
     :param process: see `start`
     :param rng: a random.Random
     :param temporary: path of the file that exists while the checkpoint is written
-    :return: whether it was writing; and the ids of its workers
-    """
+    :return: whether it was writing; and the ids of its workers"""
     before = written_at(temporary)  # an earlier kill may have left one
     for line in process.stdout:
         if line.startswith('Training on'):
@@ -130,16 +128,17 @@ def main():
             print(f'kill {i + 1}, {"while writing" if writing else "while training"}: the last checkpoint is of '
                   f'epoch {epoch}', flush=True)
         epochs = (-1 if epoch is None else epoch) + 1 + more_epochs
-        finish(folder, path, epochs)
-        finish(folder, os.path.join(folder, 'uninterrupted.pth'), epochs)
-        equal = same(load_checkpoint(path), load_checkpoint(os.path.join(folder, 'uninterrupted.pth')))
+        saved = []
+        for name in 'killed', 'uninterrupted':
+            finish(folder, os.path.join(folder, f'{name}.pth'), epochs)
+            saved.append([load_checkpoint(os.path.join(folder, f'{name}{which}.pth')) for which in ('', '_best')])
+        equal = same(*saved)
         leftover = [name for name in os.listdir(folder) if name.endswith('.tmp')]
         alive = sum(map(runs, workers))
     print(f'{n_kills} kills, of which {during_write} while a checkpoint was written, and {without_checkpoint} before '
           f'the first; {epochs} epochs in all; {time.time() - began:.0f} s')
     print(f'Of {len(workers)} workers of killed processes, {alive} still run; temporary files left: {leftover}')
-    print('The checkpoint equals that of an uninterrupted training, bit for bit.' if equal
-          else 'The checkpoint differs from that of an uninterrupted training.')
+    print(f'The last and the best checkpoint {"equal" if equal else "differ from"} those of an uninterrupted training.')
     sys.exit(0 if equal and not alive and not leftover else 1)
 
 

@@ -1,5 +1,4 @@
-"""
-Train for 2,000 steps and evaluate 5,000 images, and check that memory and the number of open files do not grow:
+"""Train for 2,000 steps and evaluate 5,000 images, and check that memory and the number of open files do not grow:
 
     python tests/long/soak.py
 
@@ -27,7 +26,8 @@ from create_data_lists import create_data_lists  # noqa: E402
 from datasets import PascalVOCDataset, collate_fn  # noqa: E402
 from demo import draw_dataset, shapes  # noqa: E402
 from eval import evaluate  # noqa: E402
-from train import fit, make_optimizer  # noqa: E402
+from model import MultiBoxLoss  # noqa: E402
+from train import fit, make_optimizer, make_train_loader  # noqa: E402
 
 n_drawn = 40  # images for each split, which are repeated
 batch_size = 4
@@ -38,12 +38,9 @@ slack = 30  # MB by which memory may grow, since it fluctuates
 
 
 def usage(what):
-    """
-    Measure this process and its child processes, and print a line.
+    """Measure this process and its child processes, and print a line. `what` describes what was done until now.
 
-    :param what: description of what was done until now
-    :return: memory in use, in MB; and the number of open files
-    """
+    :return: memory in use, in MB; and the number of open files"""
     pids = os.getpid(), *workers_of(os.getpid())
     taken = sum(map(memory_of, pids))
     ctypes.CDLL(None).malloc_trim(0)
@@ -77,8 +74,10 @@ def soak_training(folder):
             readings.append(usage(f'{len(steps)} training steps'))
 
     optimizer.register_step_post_hook(after_step)
-    fit(model, optimizer, repeated(folder, 'TRAIN', steps_per_epoch * batch_size), os.path.join(folder, 'c.pth'),
-        n_steps // steps_per_epoch, batch_size, workers=1, print_freq=100, grad_clip=10.)
+    dataset, criterion = repeated(folder, 'TRAIN', steps_per_epoch * batch_size), MultiBoxLoss(model.priors_cxcy)
+    loader = make_train_loader(dataset, batch_size, criterion, workers=1)
+    fit(model, optimizer, criterion, loader, os.path.join(folder, 'c.pth'), epochs=n_steps // steps_per_epoch,
+        lr_factor=lambda _: 1, print_freq=100, grad_clip=10.)
     return tuple(last - first for first, last in zip(readings[0], readings[-1]))
 
 
