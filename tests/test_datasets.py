@@ -121,7 +121,8 @@ def test_sampler_visits_each_image_once_in_an_order_and_with_seeds_of_the_epoch(
         epochs.append(list(sampler))
         assert sorted(i for i, _ in epochs[-1]) == list(range(50))
     orders = [[i for i, _ in epoch] for epoch in epochs]
-    assert epochs[1] == epochs[3] != list(EpochSampler(50, seed=1)) and orders[0] != orders[1] != orders[2]
+    assert epochs[0] == list(EpochSampler(50, seed=0)) and epochs[1] == epochs[3] != list(EpochSampler(50, seed=1))
+    assert orders[0] != orders[1] != orders[2]
     assert len({seed for epoch in epochs[:3] for _, seed in epoch}) == 150
 
 
@@ -208,9 +209,11 @@ def test_a_window_is_drawn_in_any_size():
     assert drawn.size == (40, 80) and boxes.tolist() == [[.75, 0., 1., .5]]
     assert drawn.getpixel((39, 0)) == red and drawn.getpixel((0, 79)) == datasets.mean_color
     assert drawn.getpixel((21, 79)) == (0, 0, 0)
-    for size, window in (((100, 1), (0., 0., 100., 1000.)), ((1, 100), (0., 0., 1000., 100.))):  # a third of a pixel
+    for size, window, inside, outside in (  # a line that is a third of a pixel wide, on each side
+            ((100, 1), (0, 0, 100, 1000), (0, 0), (0, 1)), ((1, 100), (0, 0, 1000, 100), (0, 0), (1, 0)),
+            ((100, 1), (0, -999, 100, 1), (0, 299), (0, 298)), ((1, 100), (-999, 0, 1, 100), (299, 0), (298, 0))):
         drawn, _ = draw_window(Image.new('RGB', size, red), torch.empty(0, 4), window)
-        assert drawn.getpixel((0, 0)) == red and drawn.getpixel((1, 1)) == datasets.mean_color
+        assert drawn.getpixel(inside) == red and drawn.getpixel(outside) == datasets.mean_color
 
 
 class RememberChoice(random.Random):

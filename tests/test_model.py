@@ -467,7 +467,6 @@ def test_detections_of_an_image_do_not_depend_on_the_others():
     locs[1, 7, 2:], scores[1, 7] = 200, torch.tensor([0., 20., 0., 0.])  # e^40 priors wide
     together = [values[0] for values in detect(locs, scores, 0.2)]
     assert all(torch.equal(a, b) for a, b in zip(alone, together))
-
     locs[0, 7], scores[0, 7] = locs[1, 7], scores[1, 7]
     boxes, labels, _ = (values[0] for values in detect(locs, scores, 0.2))
     assert labels[0] == 1 and boxes[0, 2] > 1e15
