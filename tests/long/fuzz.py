@@ -17,8 +17,6 @@ import time
 import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
-from contextlib import contextmanager
-from functools import cache
 from unittest.mock import patch
 
 import numpy as np
@@ -43,35 +41,30 @@ seed = 0
 max_seconds = 20  # to read one file
 known_labels = 'cat', 'dog', 'white horse'
 orientation_tag = 0x0112
+part = '<part><name>cat</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>8</xmax><ymax>9</ymax></bndbox></part>'
 
 
-@contextmanager
-def time_limit(seconds, what):
-    """Raise TimeoutError if the block takes longer."""
-    def stop(*_):
-        raise TimeoutError(f'{what} took more than {seconds} seconds')
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+def stop(*_):
+    """At the alarm. Nothing that reads a file catches this error."""
+    raise KeyboardInterrupt(f'this took more than {max_seconds} seconds')
 
 
 def read_or_report(path, read):
     """Read a file by a function; None if that raised UserError with one line that names the file. Raises AssertionError
     if the line does not; other errors pass through."""
-    with time_limit(max_seconds, path), warnings.catch_warnings():
+    signal.signal(signal.SIGALRM, stop)
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # Pillow's, about unusual files
         warnings.simplefilter('error', RuntimeWarning)  # numpy's, about NaN and overflow
+        signal.alarm(max_seconds)
         try:
             return read(path)
         except UserError as error:
             line = str(error)
             assert path in line and len(line.splitlines()) == 1 and len(line) < 1000, line
             return None
+        finally:
+            signal.alarm(0)
 
 
 # ------------------------------------------------------------------------------------------------------ Annotations
@@ -89,9 +82,8 @@ class RandomAnnotation:
                 ET.SubElement(self.root, tag).text = rng.choice(['x', '', 'a\nb', '\u732b'])
         self.stored = self.orientation >= 5 and self.size[0] != self.size[1] and rng.random() < 0.5
         if self.stored or rng.random() < 0.8:
-            width, height = self.size[::-1] if self.stored else self.size
             size = ET.SubElement(self.root, 'size')
-            for tag, value in (('width', width), ('height', height), ('depth', 3)):
+            for tag, value in zip(('width', 'height'), self.size[::-1] if self.stored else self.size):
                 ET.SubElement(size, tag).text = str(value)
         self.expected = {'boxes': [], 'labels': [], 'difficulties': []}
         for _ in range(rng.randint(0, 5)):
@@ -110,12 +102,12 @@ class RandomAnnotation:
         difficult = rng.choice([None, '0', '1', '', ' 1 ', '0.0'])
         node = ET.SubElement(self.root, 'object')
         if rng.random() < 0.2:  # before the object's own name and box
-            node.append(self.part())
+            node.append(ET.fromstring(part))
         ET.SubElement(node, 'name').text = rng.choice(['{}', ' {}', '{}\n', '\t{} ']).format(label)
         if difficult is not None:
             ET.SubElement(node, 'difficult').text = difficult
         if rng.random() < 0.2:
-            node.append(self.part())
+            node.append(ET.fromstring(part))
         box = x_min, y_min, x_max, y_max
         if self.stored:  # the box in the stored image, by EXIF's definition of orientations
             left, top, right, bottom = x_min, y_min, x_max, y_max
@@ -133,15 +125,6 @@ class RandomAnnotation:
             self.expected['boxes'].append([x_min - 1, y_min - 1, x_max - 1, y_max - 1])
             self.expected['labels'].append(label)
             self.expected['difficulties'].append(int(float((difficult or '').strip() or 0)))
-
-    def part(self):
-        """A nested box, which is not an object."""
-        part = ET.Element('part')
-        ET.SubElement(part, 'name').text = 'cat'
-        bndbox = ET.SubElement(part, 'bndbox')
-        for tag in ('xmin', 'ymin', 'xmax', 'ymax'):
-            ET.SubElement(bndbox, tag).text = str(self.rng.randint(1, 9))
-        return part
 
 
 strange_texts = ('', ' ', 'nan', 'inf', '-inf', '-1', '0', '-0.0', '1e999', '-1e308', '1e-320', '9' * 400, '0x10',
@@ -212,9 +195,7 @@ def fuzz_annotation(path, rng):
     elif kind == 'bomb':
         data = xml_bomb(rng).encode()
     elif rng.random() < 0.5:
-        newline = '\r\n'.encode('utf-16')[2:] if encoding == 'utf-16' else b'\r\n'
-        bracket = '><'.encode('utf-16')[2:] if encoding == 'utf-16' else b'><'
-        data = data.replace(bracket, bracket[:len(bracket) // 2] + newline + bracket[len(bracket) // 2:])
+        data = data.decode(encoding).replace('><', '>\r\n<').encode(encoding)
     if rng.random() < 0.1 and encoding == 'utf-8':
         data = b'\xef\xbb\xbf' + data
     with open(path, 'wb') as file:
@@ -296,19 +277,15 @@ def make_image(rng):
 
 def image_bomb(rng):
     """A small file that claims to be a huge image, or is not an image."""
-    what = rng.randrange(4)
-    if what == 0:
-        file = io.BytesIO()
-        Image.new('1', (rng.choice([15_000, 30_000]), 15_000)).save(file, 'PNG')
-        return file.getvalue()
-    if what == 1:  # the header's width and height
+    what = rng.randrange(3)
+    if what == 0:  # the header's width and height
         file = io.BytesIO()
         Image.new('L', (8, 8)).save(file, rng.choice(['PNG', 'BMP', 'GIF', 'JPEG', 'TIFF', 'WEBP', 'TGA', 'PCX']))
         data = bytearray(file.getvalue())
         for _ in range(4):
             data[rng.randrange(min(len(data), 64))] = rng.choice([0, 1, 0x7f, 0x80, 0xff])
         return bytes(data)
-    if what == 2:
+    if what == 1:
         return rng.choice([b'', b'\x00', b'\x00' * 10_000, b'no image', '\u732b'.encode('utf-16'), b'\xff\xd8\xff',
                            b'\x89PNG\r\n\x1a\n', b'GIF89a', b'RIFF', b'BM', b'II*\x00', b'P6 9 9 255 ',
                            b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n', b'P6 999999 999999 255\n',
@@ -361,26 +338,15 @@ def check_transforms(image, rng):
 
 # ------------------------------------------------------------------------------------------------------ Checkpoints
 
-@cache
-def valid_checkpoint():
-    """The bytes of a checkpoint of a small network."""
-    model = TinyDetector(2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'c.pth')
-        save_checkpoint(path, 3, model, optimizer, {'background': 0, 'cat': 1}, 0)
-        with open(path, 'rb') as file:
-            return file.read()
-
-
 def fuzz_checkpoint(path, rng):
     """Write a damaged checkpoint of a small network, and read it. Return 'read' or 'reported'."""
-    data = valid_checkpoint()
+    model = TinyDetector(2)
+    save_checkpoint(path, 3, model, torch.optim.SGD(model.parameters(), lr=1), {'background': 0, 'cat': 1}, 0)
+    with open(path, 'rb') as file:
+        data = file.read()
+    start = rng.choice([2000, len(data)])  # the beginning has the structure
     with open(path, 'wb') as file:
-        if rng.random() < 0.5:
-            file.write(mutate_bytes(data, rng))
-        else:  # damage the beginning, which has the structure
-            file.write(mutate_bytes(data[:2000], rng) + data[2000:])
+        file.write(mutate_bytes(data[:start], rng) + data[start:])
     with patch.object(checkpoints, 'SSD300', TinyDetector):
         detector = read_or_report(path, checkpoints.load_detector)
     return 'read' if detector is not None else 'reported'
