@@ -9,19 +9,9 @@ from test_create_data_lists import annotation, list_names, size_of
 
 from create_data_lists import create_data_lists
 from errors import UserError
-from images import list_images
 
 box = (11, 12, 41, 52)  # of a dog in each image of 100x80 pixels
 digits = '0123456789'
-
-
-def add(folder, image_name, xml_name, objects=(('dog', box, ''),), **options):
-    """Save an image, unless its name is None, and an annotation, unless its name is None."""
-    if image_name is not None:
-        (folder / image_name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (100, 80)).save(folder / image_name)
-    if xml_name is not None:
-        write(folder / xml_name, annotation(*objects, **options))
 
 
 def write(path, *lines):
@@ -31,11 +21,16 @@ def write(path, *lines):
 
 # What a folder is made of: functions that take the folder.
 
-def pairs(image='{}.jpg', xml='{}.xml', names=digits, **options):
-    """An image and an annotation with each of these names; a pattern may be None."""
+def pairs(image='{}.jpg', xml='{}.xml', names=digits, objects=(('dog', box, ''),), **options):
+    """An image and an annotation with each of these names, unless its pattern is None."""
     def save(folder):
         for name in names:
-            add(folder, image and image.format(name), xml and xml.format(name), **options)
+            if image is not None:
+                path = folder / image.format(name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new('RGB', (100, 80)).save(path)
+            if xml is not None:
+                write(folder / xml.format(name), annotation(*objects, **options))
     return save
 
 
@@ -121,16 +116,12 @@ def test_what_tools_write(tmp_path, capsys, tool):
 # ------------------------------------------------------------------------------------------------------ Which files
 
 def test_annotations_at_any_depth_in_any_case(tmp_path, capsys):
-    data = tmp_path / 'data'
-    add(data, 'JPEGImages/day1/a.JPG', 'Annotations/day1/a.XML')
-    add(data, 'JPEGImages/day2/a.jpg', 'Annotations/day2/a.xml')
-    add(data, 'photos/b.png', 'deep/down/b.xml')  # the only b
-    add(data, 'SegmentationClass/c.png', None)
-    add(data, 'JPEGImages/c.jpg', 'Annotations/c.xml')
-    add(data, 'x/d.jpg', 'x/d.xml')  # beside
-    add(data, 'JPEGImages/d.jpg', None)
-    add(data, 'north/photos/x/e.jpg', 'north/boxes/e.xml')  # most words in common
-    add(data, 'south/photos/x/e.jpg', None)
+    data = build(
+        tmp_path, pairs('JPEGImages/{}.JPG', 'Annotations/{}.XML', ['day1/a']), pairs(*voc, ['day2/a', 'c']),
+        pairs('photos/{}.png', 'deep/down/{}.xml', 'b'), pairs('SegmentationClass/{}.png', None, 'c'),  # the only b
+        pairs('x/{}.jpg', 'x/{}.xml', 'd'), pairs(voc[0], None, 'd'),  # the first is beside
+        pairs('north/photos/x/{}.jpg', 'north/boxes/{}.xml', 'e'),  # most words in common
+        pairs('south/photos/x/{}.jpg', None, 'e'))
     lists_of(data, capsys, test_fraction=0.2)
     paths = [os.path.relpath(path, data) for path in paths_in(tmp_path / 'lists')]
     assert sorted(paths) == sorted(map(os.path.normpath, [
@@ -138,28 +129,17 @@ def test_annotations_at_any_depth_in_any_case(tmp_path, capsys):
         'north/photos/x/e.jpg']))
 
 
-def test_hidden_files_are_none(tmp_path, capsys):
-    data = build(tmp_path, pairs(), text('._0.xml', '\0'), text('._0.jpg', '\0'), text('.DS_Store', '\0'),
-                 text('.idea/workspace.xml', '<project/>'))
-    train, test, printed = lists_of(data, capsys)
-    assert len(train + test) == 10 and '10 annotations. Images without annotation, which are not listed: 0.' in printed
-    assert len(list_images([str(data)])) == 10 and 'that are no annotations' not in printed
-
-
-def test_links_to_folders_are_followed_once(tmp_path, capsys):
-    data = build(tmp_path, text('empty'), pairs('../elsewhere/{}.jpg', '../elsewhere/{}.xml'),
-                 links('link', '../elsewhere', [0]), links('../elsewhere/up', '', [0]))
-    train, test, _ = lists_of(data, capsys)
-    assert len(train + test) == 10
-
-
-def test_names_with_dots_two_extensions_and_accents(tmp_path, capsys):
-    data = tmp_path / 'data'
-    add(data, 'a.b.c.jpg', 'a.b.c.xml')
-    add(data, 'd.jpg', 'd.jpg.xml')
-    add(data, unicodedata.normalize('NFD', 'images/é.jpg'), unicodedata.normalize('NFC', 'annotations/é.xml'))
-    train, test, _ = lists_of(data, capsys, test_fraction=0.34)
-    assert len(train + test) == 3
+@pytest.mark.parametrize('parts, n', [
+    ([pairs(), text('._0.xml', '\0'), text('._0.jpg', '\0'), text('.DS_Store', '\0'),
+      text('.idea/workspace.xml', '<project/>')], 10),  # hidden files are none
+    ([text('empty'), pairs('../elsewhere/{}.jpg', '../elsewhere/{}.xml'), links('link', '../elsewhere', [0]),
+      links('../elsewhere/up', '', [0])], 10),  # links to folders are followed once
+    ([pairs('{}.b.c.jpg', '{}.b.c.xml', 'a'), pairs('{}.jpg', '{}.jpg.xml', 'd'),
+      pairs(unicodedata.normalize('NFD', 'images/é.jpg'), unicodedata.normalize('NFC', 'annotations/é.xml'), 'e')], 3)])
+def test_each_pair_is_found_and_nothing_else(tmp_path, capsys, parts, n):
+    train, test, printed = lists_of(build(tmp_path, *parts), capsys, test_fraction=.34)
+    assert len(train + test) == n and f'{n} annotations. Images without annotation, which are not listed: 0.' in printed
+    assert 'that are no annotations' not in printed
 
 
 objects = annotation(('dog', box, ''), size='')[len('<annotation>'):-len('</annotation>')]
@@ -304,9 +284,7 @@ def test_which_lists_count(tmp_path, capsys, lists, expected):
     (['x_test/a', 'extra/b', 'extra/c'], None), (['latest/a', 'contest/b', 'trains/c'], None),
     (['my_test/images/a', 'my_test/images/b', 'my_test/images/c'], None)])
 def test_folders_called_by_a_split(tmp_path, capsys, names, expected):
-    data = tmp_path / 'data'
-    for name in names:
-        add(data, f'{name}.jpg', f'{name.replace("images", "annotations")}.xml')
+    data = build(tmp_path, *(pairs(xml=f'{name.replace("images", "annotations")}.xml', names=[name]) for name in names))
     train, test, printed = lists_of(data, capsys, test_fraction=.34)
     if expected is None:
         assert (len(train), len(test)) == (2, 1) and 'at random, from its folders: others (3).' in printed
@@ -315,9 +293,8 @@ def test_folders_called_by_a_split(tmp_path, capsys, names, expected):
 
 
 def test_folders_of_the_images_count_where_annotations_lie_together(tmp_path, capsys):
-    data = tmp_path / 'data'
-    for folder, name in (('train', 'a'), ('train', 'b'), ('test', 'c')):
-        add(data, f'images-{folder}/{name}.jpg', f'annotations/{name}.xml')
+    data = build(tmp_path, pairs('images-train/{}.jpg', 'annotations/{}.xml', 'ab'),
+                 pairs('images-test/{}.jpg', 'annotations/{}.xml', 'c'))
     assert lists_of(data, capsys)[:2] == (['a', 'b'], ['c'])
 
 
@@ -337,8 +314,7 @@ def test_lists_elsewhere_are_not_read_and_one_line_says_so(tmp_path, capsys, pat
     (('x/c', 'x/d'), 'cd', '2 images for training, 0 of the test left out: as given by its folders: others (2).')])
 def test_of_a_second_folder_only_the_test_is_left_out(tmp_path, capsys, names, expected, words):
     pairs(names='ab')(tmp_path / '07')
-    for name in names:
-        add(tmp_path / '12', f'{name}.jpg', f'{name}.xml')
+    pairs(names=names)(tmp_path / '12')
     create_data_lists(str(tmp_path / '07'), str(tmp_path / '12'), str(tmp_path), ['dog'], test_fraction=0.5)
     train, test = list_names(tmp_path)
     assert set(train) | set(test) == {*'ab', *expected} and len(test) == 1 and set(expected) < set(train)
@@ -346,15 +322,11 @@ def test_of_a_second_folder_only_the_test_is_left_out(tmp_path, capsys, names, e
 
 
 def test_lines_with_folders_name_the_image_in_that_folder(tmp_path, capsys):
-    data = tmp_path / 'data'
-    for camera in ('cam1', 'cam2'):
-        for i in (0, 1):
-            add(data, f'JPEGImages/{camera}/{i}.jpg', f'Annotations/{camera}/{i}.xml')
-    write(data / 'ImageSets/Main/train.txt', '/home/me/data/JPEGImages/cam1/0.jpg', 'cam1/1', '"cam2/1" 1')
-    write(data / 'ImageSets/Main/test.txt', '/home/me/data/JPEGImages/cam2/0.jpg')
+    data = build(tmp_path, pairs(*voc, [f'cam{camera}/{i}' for camera in (1, 2) for i in (0, 1)]), in_main(
+        train=['/home/me/data/JPEGImages/cam1/0.jpg', 'cam1/1', '"cam2/1" 1'],
+        test=['/home/me/data/JPEGImages/cam2/0.jpg']))
     lists_of(data, capsys)
-    paths = json.loads((tmp_path / 'lists/TEST_images.json').read_text())
-    assert paths == [str(data / 'JPEGImages/cam2/0.jpg')]
+    assert paths_in(tmp_path / 'lists', ['TEST']) == [str(data / 'JPEGImages/cam2/0.jpg')]
 
 
 # ----------------------------------------------------------------------------------------------- What is in the files
@@ -393,10 +365,8 @@ def test_the_summary_says_when_the_objects_are_too_small_for_the_priors(tmp_path
 
 @pytest.mark.parametrize('keep_empty', [False, True])
 def test_training_images_without_objects_are_kept_if_asked(tmp_path, capsys, keep_empty):
-    data = tmp_path / 'data'
-    for i in range(5):
-        add(data, f'train/{i}.jpg', f'train/{i}.xml', [('dog', box, '')] if i else [])
-    add(data, 'test/9.jpg', 'test/9.xml', [])
+    data = build(tmp_path, pairs('train/{}.jpg', 'train/{}.xml', '1234'),
+                 pairs('{}.jpg', '{}.xml', ('train/0', 'test/9'), objects=[]))
     create_data_lists(str(data), None, str(tmp_path), ['dog'], keep_empty=keep_empty)
     train, test = list_names(tmp_path)
     assert ('0' in train) == keep_empty and len(train) == 4 + keep_empty and test == ['9']
