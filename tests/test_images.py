@@ -1,5 +1,6 @@
 """Images of any kind become upright and 8-bit RGB, or are named with the reason; and sheets of tiles."""
 import errno
+import os
 import struct
 
 import numpy as np
@@ -30,9 +31,8 @@ def test_images_of_any_mode(tmp_path, mode, color, expected):
 
 def test_palette_transparency_is_white():
     image = Image.new('P', (5, 5), 0)
-    image.putpalette([255, 0, 0, 0, 255, 0])
     image.info['transparency'] = 0
-    assert to_rgb(image).getpixel((0, 0)) == white
+    assert to_rgb(image).getpixel((0, 0)) == white  # else black
 
 
 def spoilt(pixels, dtype, *spots):
@@ -110,9 +110,9 @@ def test_exif_orientation_is_honored(tmp_path, orientation, suffix, mode):
     pixels = np.full((16, 32), 255, np.uint8)
     pixels[:8, :16] = 0
     image = Image.fromarray(pixels.astype(np.uint16) * 257) if mode == 'I;16' else Image.fromarray(pixels).convert(mode)
-    path, exif = tmp_path / f'a.{suffix}', Image.Exif()
-    exif[0x0112] = orientation
-    image.save(path, exif=exif)
+    path = tmp_path / f'a.{suffix}'
+    image.getexif()[0x0112] = orientation
+    image.save(path, exif=image.getexif())
     pixels = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.T, 6: pixels.T[:, ::-1],
               7: pixels.T[::-1, ::-1], 8: pixels.T[::-1]}[orientation]
     upright = open_image(path)
@@ -192,11 +192,14 @@ def test_a_missing_image_of_the_lists_says_to_write_them_again(voc_folder):
         test_set[1]
 
 
-def test_a_pattern_stands_for_the_files_that_match(tmp_path, monkeypatch):
+def test_a_pattern_and_a_folder_stand_for_their_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ('b.png', 'a.png', 'a.jpg', '[a].jpg'):
+    (tmp_path / 'd').mkdir()
+    for name in ('b.png', 'a.png', 'a.jpg', '[a].jpg', 'd/c.png', 'd/a.jpg', 'd/b.txt', 'd/B.TIF', 'd/._a.jpg'):
         (tmp_path / name).touch()
-    assert list_images(['*.png', 'a.jpg', '[a].jpg', 'no*.jpg']) == ['a.png', 'b.png', 'a.jpg', '[a].jpg', 'no*.jpg']
+    found = list_images(['*.png', 'd', 'a.jpg', '[a].jpg', 'no*.jpg'])
+    assert found == ['a.png', 'b.png', *(os.path.join('d', name) for name in ('B.TIF', 'a.jpg', 'c.png')),
+                     'a.jpg', '[a].jpg', 'no*.jpg']
 
 
 @pytest.mark.parametrize('name, readable, writable', [
