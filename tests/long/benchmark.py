@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
@@ -59,8 +60,8 @@ def peak_memory():
     """The peak memory of this process until now, in GiB."""
     if sys.platform == 'darwin':
         return getrusage(RUSAGE_SELF).ru_maxrss / 2**30
-    with open('/proc/self/status') as file:  # on Linux, getrusage counts the peak of the process that started this one
-        return int(re.search(r'VmHWM:\s*(\d+) kB', file.read())[1]) / 2**20
+    status = Path('/proc/self/status').read_text()  # on Linux, getrusage counts the peak of the parent process, too
+    return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) / 2**20
 
 
 def row(what, ours='', other='', ratio=''):
@@ -138,15 +139,12 @@ def benchmark_forward_and_detection():
     row('  images per second', f'{64 / alone:.0f}', f'{64 / together:.0f}', f'{100 * alone / together:.0f}%')
 
 
-# --------------------------------------------------------------------------------------------------------------- mAP
-
 def random_detections(n_images):
     """Arguments of `calculate_mAP`: 200 detections in each image, 20 classes, as many objects per image as in VOC."""
     rng = torch.Generator().manual_seed(0)
 
     def boxes(n):
-        corners = torch.rand(n, 2, 2, generator=rng)
-        return torch.cat([corners.amin(dim=1), corners.amax(dim=1)], dim=1)
+        return torch.rand(n, 2, 2, generator=rng).sort(dim=1).values.flatten(1)
 
     n_objects = 12032 * n_images // 4952
     counts = torch.randint(n_images, (n_objects,), generator=rng).bincount(minlength=n_images).tolist()
@@ -322,15 +320,13 @@ def benchmark_loader():
     workers = os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'a.jpg')
-        with open(path, 'wb') as file:
-            file.write(photograph()[1])
+        Path(path).write_bytes(photograph()[1])
         [boxes], [labels] = objects(1, 'cpu')
         of_image = {'boxes': (boxes * torch.tensor([500, 375] * 2)).tolist(), 'labels': labels.tolist(),
                     'difficulties': [0] * 3}
         contents = {'label_map': utils.label_map, 'TRAIN_images': [path] * 6400, 'TRAIN_objects': [of_image] * 6400}
         for name, content in contents.items():
-            with open(os.path.join(folder, f'{name}.json'), 'w') as file:
-                json.dump(content, file)
+            Path(folder, f'{name}.json').write_text(json.dumps(content))
         for batch_size, bfloat16 in ((8, False), (32, False), (32, True)):
             model = SSD300(n_classes).to(gpu)
             criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 'sgd', 1e-5, 5e-4)
