@@ -2,6 +2,7 @@
 import os
 import re
 import sys
+from unittest.mock import Mock
 
 import matplotlib
 import pytest
@@ -68,14 +69,7 @@ def test_detect_goes_on_after_a_file_that_it_cannot_read(run_detect, tmp_path, m
     Image.effect_noise((64, 64), 50).save(tmp_path / 'whole.jpg')
     (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:800])
     Image.new('L', (9, 7)).save(tmp_path / 'huge.png')
-    plain = images.to_rgb
-
-    def to_rgb(image):
-        if image.size == (9, 7):
-            raise MemoryError
-        return plain(image)
-
-    monkeypatch.setattr(images, 'to_rgb', to_rgb)
+    monkeypatch.setattr(images, 'to_rgb', Mock(side_effect=[MemoryError, Image.new('RGB', (64, 64))]))
     names = ('text.jpg', 'cut.jpg', 'none.jpg', 'huge.png', 'whole.jpg')
     with pytest.raises(UserError, match='4 of 5'):
         run_detect(*(tmp_path / name for name in names))
@@ -84,19 +78,18 @@ def test_detect_goes_on_after_a_file_that_it_cannot_read(run_detect, tmp_path, m
     assert len(errors) == 4 and all(name in line for name, line in zip(names, errors)) and 'memory' in errors[3]
 
 
-def test_errors_that_end_it_at_once(run_detect, tmp_path, capsys):
+@pytest.mark.parametrize('path, message', [
+    ('empty', 'empty has no images'), ('none.jpg', 'none.jpg is missing'), ('full', r'c\.pth')])
+def test_errors_that_end_it_at_once(run_detect, tmp_path, capsys, path, message):
     """One file or folder alone, for which the detector is not loaded; a damaged checkpoint, which is named once."""
-    for folder, n in ('empty', 0), ('full', 9):
+    for folder in 'empty', 'full':
         (tmp_path / folder).mkdir()
-        for i in range(n):
-            Image.new('RGB', (40, 30)).save(tmp_path / folder / f'{i}.png')
+    for i in range(9):
+        Image.new('RGB', (40, 30)).save(tmp_path / f'full/{i}.png')
     (tmp_path / 'c.pth').write_text('no checkpoint')
-    for path, checkpoint, message in (('empty', 'no.pth', 'empty has no images'),
-                                      ('none.jpg', 'no.pth', 'none.jpg is missing'),
-                                      ('full', str(tmp_path / 'c.pth'), r'c\.pth')):
-        with pytest.raises(UserError, match=message):
-            run_detect(tmp_path / path, checkpoint=checkpoint)
-        assert capsys.readouterr() == ('', '') and not (tmp_path / 'out').exists()
+    with pytest.raises(UserError, match=message):
+        run_detect(tmp_path / path, checkpoint=str(tmp_path / 'c.pth'))
+    assert capsys.readouterr() == ('', '') and not (tmp_path / 'out').exists()
 
 
 def test_each_image_is_detected_and_saved_by_itself(run_detect, tmp_path, capsys):
@@ -191,8 +184,8 @@ def test_boxes_are_in_pixels_of_each_image():
 
 def test_the_best_is_drawn_on_top():
     colors = {label: ImageColor.getrgb(color) for label, color in make_color_map(label_map).items()}
+    box = [50, 60, 250, 160]
     for first, second in ('circle', 'square'), ('square', 'circle'):
-        box = [50, 60, 250, 160]
         image = detect.draw_objects(Image.new('RGB', (300, 200)), [(first, 0.9, box), (second, 0.4, box)], label_map)
         for corner in (50, 60), (249, 159), (51, 59):  # of the box, and in its label
             assert image.getpixel(corner) == colors[first]
