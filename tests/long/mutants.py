@@ -7,14 +7,14 @@ changes one operator, number or statement at a time in a copy of the project, an
 file, then, if these pass, all. It prints each change that no test notices. This takes hours.
 """
 import ast
-import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
-root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+root = Path(__file__).resolve().parents[2]
 seed = 37
 timeout = 1800  # seconds, of a run of tests; a change that makes it slower is noticed
 operators = {ast.Lt: ('<', '<='), ast.LtE: ('<=', '<'), ast.Gt: ('>', '>='), ast.GtE: ('>=', '>'), ast.Eq: ('==', '!='),
@@ -29,8 +29,7 @@ tests_of = {'own_images': 'test_own_images test_layouts test_create_data_lists'}
 
 def mutants_of(path):
     """All changes of a file: list of (line number, first and last offset in the source, text that replaces it)."""
-    with open(path, encoding='utf-8') as file:
-        source = file.read()
+    source = path.read_text('utf-8')
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line.encode()))
@@ -75,7 +74,7 @@ def mutants_of(path):
 def is_noticed(folder, name):
     """Whether some test fails in a copy of the project: of the file with this name, or of all."""
     of_file = [f'tests/{test}.py' for test in tests_of.get(name, f'test_{name}').split()
-               if os.path.exists(os.path.join(folder, 'tests', f'{test}.py'))]
+               if (folder / f'tests/{test}.py').exists()]
     for tests in ([*of_file, '-n', '0'], ['-n', '2']):
         command = [sys.executable, '-m', 'pytest', '-q', '-x', *tests]
         try:
@@ -91,18 +90,14 @@ def main():
     """Change, test, and print what no test notices."""
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 100
     first = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    names = sorted(name[:-3] for name in os.listdir(root) if name.endswith('.py'))
-    everything = [(name, mutant) for name in names for mutant in mutants_of(os.path.join(root, f'{name}.py'))]
+    everything = [(path.stem, mutant) for path in sorted(root.glob('*.py')) for mutant in mutants_of(path)]
     chosen, n_noticed = random.Random(seed).sample(everything, n), 0
     for i, (name, (number, start, end, new)) in list(enumerate(chosen))[first:]:
         with tempfile.TemporaryDirectory() as folder:
-            copy = shutil.copytree(root, os.path.join(folder, 'copy'),
-                                   ignore=shutil.ignore_patterns('.git', '__pycache__'))
-            path = os.path.join(copy, f'{name}.py')
-            with open(path, 'rb') as file:
-                data = file.read()
-            with open(path, 'wb') as file:
-                file.write(data[:start] + new.encode() + data[end:])
+            copy = Path(folder) / 'copy'
+            shutil.copytree(root, copy, ignore=shutil.ignore_patterns('.git', '__pycache__'))
+            data = (copy / f'{name}.py').read_bytes()
+            (copy / f'{name}.py').write_bytes(data[:start] + new.encode() + data[end:])
             noticed = is_noticed(copy, name)
         n_noticed += noticed
         line = data.splitlines()[number - 1].decode().strip()
