@@ -6,6 +6,7 @@
 Each image and object must be listed, with its class, and its box within one pixel. This takes about 20 seconds.
 """
 import importlib.util
+import io
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stdout
-from glob import glob
+from pathlib import Path
 
 from PIL import Image
 
@@ -21,7 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 from create_data_lists import create_data_lists
 
-documents = sorted(glob(os.path.join(sys.path[0], '*.md')))  # one has a block of Python lines for each converter
+documents = sorted(Path(sys.path[0]).glob('*.md'))  # one has a block of Python lines for each converter
 converters = 'supervision', 'globox'
 readers = {'COCO': 'from_coco', 'YOLO': 'from_yolo'}  # the function of both converters that reads this format
 classes = 'cat', 'dog', 'traffic light'
@@ -31,15 +32,6 @@ images = {  # name -> size, and objects: label, and (x_min, y_min, x_max, y_max)
     'c.large.jpg': ((333, 222), [('dog', (5, 7, 332, 221)), ('cat', (100, 101, 102, 105))]),
     'd.jpg': ((61, 97), [('traffic light', (30, 0, 59, 95))]),
 }
-
-
-# ----------------------------------------------------------------------------------------------------------- Data sets
-
-def write_images(folder):
-    """Write the images into folder/images."""
-    os.makedirs(os.path.join(folder, 'images'))
-    for name, (size, _) in images.items():
-        Image.new('RGB', size, 'gray').save(os.path.join(folder, 'images', name))
 
 
 def write_coco(folder):
@@ -55,31 +47,24 @@ def write_coco(folder):
                 'id': len(content['annotations']) + 1, 'image_id': image_id, 'iscrowd': 0, 'segmentation': parts,
                 'category_id': 10 * (classes.index(label) + 1), 'bbox': [x_min, y_min, width, height],
                 'area': width * height})
-    with open(os.path.join(folder, 'annotations.json'), 'w') as file:
-        json.dump(content, file)
+    (folder / 'annotations.json').write_text(json.dumps(content))
 
 
 def write_yolo(folder):
     """Write data.yaml, and a text file for each image into folder/labels."""
-    with open(os.path.join(folder, 'data.yaml'), 'w') as file:
-        file.write(f'train: images\nval: images\nnc: {len(classes)}\nnames: {list(classes)}\n')
-    os.makedirs(os.path.join(folder, 'labels'))
+    (folder / 'data.yaml').write_text(f'train: images\nval: images\nnc: {len(classes)}\nnames: {list(classes)}\n')
+    (folder / 'labels').mkdir()
     for name, ((width, height), objects) in images.items():
-        with open(os.path.join(folder, 'labels', os.path.splitext(name)[0] + '.txt'), 'w') as file:
+        with (folder / 'labels' / name).with_suffix('.txt').open('w') as file:
             for label, (x_min, y_min, x_max, y_max) in objects:
                 x, y = (x_min + x_max + 1) / 2 / width, (y_min + y_max + 1) / 2 / height
                 w, h = (x_max + 1 - x_min) / width, (y_max + 1 - y_min) / height
                 file.write(f'{classes.index(label)} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n')
 
 
-# ------------------------------------------------------------------------------------------------- Conversion and check
-
 def read_blocks():
     """:return: dict of converter -> its lines in the documents; they name both formats, and a reader keeps one"""
-    texts = []
-    for path in documents:
-        with open(path, encoding='utf-8') as file:
-            texts += re.findall(r'```python\n(.*?)```', file.read(), re.S)
+    texts = [text for path in documents for text in re.findall(r'```python\n(.*?)```', path.read_text('utf-8'), re.S)]
     blocks = {}
     for converter in converters:
         [blocks[converter]] = [text for text in texts if re.search(rf'^(import|from) {converter}\b', text, re.M)]
@@ -91,17 +76,13 @@ def listed(folder):
     since it would be left out of training.
 
     :return: dict of image name -> list of (label, box), for training and test together"""
-    with open(os.path.join(folder, 'summary.txt'), 'w') as summary, redirect_stdout(summary):
-        create_data_lists(os.path.join(folder, 'voc'), None, folder, labels=None, test_fraction=0.5)
-
-    def load(name):
-        with open(os.path.join(folder, name)) as file:
-            return json.load(file)
-
-    names = {index: label for label, index in load('label_map.json').items()}
+    with redirect_stdout(io.StringIO()):
+        create_data_lists(str(folder / 'voc'), None, str(folder), labels=None, test_fraction=0.5)
+    lists = {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json')}
+    names = {index: label for label, index in lists['label_map'].items()}
     return {os.path.basename(path): [(names[i], box) for i, box in zip(objects['labels'], objects['boxes'])]
             for split in ('TRAIN', 'TEST')
-            for path, objects in zip(load(f'{split}_images.json'), load(f'{split}_objects.json'))}
+            for path, objects in zip(lists[f'{split}_images'], lists[f'{split}_objects'])}
 
 
 def largest_difference(found):
@@ -127,13 +108,15 @@ def main():
     for converter, block in read_blocks().items():
         for kind, write in (('COCO', write_coco), ('YOLO', write_yolo)):
             with tempfile.TemporaryDirectory() as folder:
-                data = os.path.join(folder, 'data')
-                write_images(data)
+                data = Path(folder) / 'data'
+                (data / 'images').mkdir(parents=True)
+                for name, (size, _) in images.items():
+                    Image.new('RGB', size, 'gray').save(data / 'images' / name)
                 write(data)
                 others = [reader for other, reader in readers.items() if other != kind]  # a reader of GUIDE keeps one
                 lines = [line for line in block.splitlines() if not any(reader in line for reader in others)]
                 subprocess.run([sys.executable, '-c', '\n'.join(lines)], cwd=folder, check=True)
-                found = listed(folder)
+                found = listed(Path(folder))
             difference = largest_difference(found)
             all_right &= difference < 1.01  # YOLO's files have six decimals
             print(f'{converter + ", " + kind:22}{len(found):8}{sum(map(len, found.values())):9}'
