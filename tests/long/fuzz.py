@@ -17,6 +17,7 @@ import time
 import warnings
 import xml.etree.ElementTree as ET
 from collections import Counter
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -89,15 +90,11 @@ class RandomAnnotation:
         for _ in range(rng.randint(0, 5)):
             self.add_object()
 
-    def number(self, low, high):
-        """A coordinate in pixels, mostly a whole number."""
-        whole = self.rng.randint(low, high)
-        return whole if self.rng.random() < 0.8 else max(low, whole - self.rng.choice([0.25, 0.5, 0.75]))
-
     def add_object(self):
         """Add an object inside the image; it is expected only if its box has an area and its label is known."""
         rng, (width, height) = self.rng, self.size
-        (x_min, x_max), (y_min, y_max) = (sorted(self.number(1, side) for _ in range(2)) for side in self.size)
+        (x_min, x_max), (y_min, y_max) = (sorted(rng.choice([rng.randint(1, side), rng.randint(4, 4 * side) / 4])
+                                                 for _ in range(2)) for side in self.size)
         label = rng.choice(['background', *known_labels, 'dragon', 'Cat'])
         difficult = rng.choice([None, '0', '1', '', ' 1 ', '0.0'])
         node = ET.SubElement(self.root, 'object')
@@ -198,8 +195,7 @@ def fuzz_annotation(path, rng):
         data = data.decode(encoding).replace('><', '>\r\n<').encode(encoding)
     if rng.random() < 0.1 and encoding == 'utf-8':
         data = b'\xef\xbb\xbf' + data
-    with open(path, 'wb') as file:
-        file.write(data)
+    Path(path).write_bytes(data)
 
     parsed = read_or_report(path, lambda path: parse_annotation(path, known_labels, made.size, made.orientation))
     if kind == 'valid':
@@ -304,8 +300,7 @@ def fuzz_image(path, rng):
         if kind == 'bytes':
             for _ in range(rng.choice([1, 1, 3])):
                 data = mutate_bytes(data, rng) or b'\x00'
-    with open(path, 'wb') as file:
-        file.write(data)
+    Path(path).write_bytes(data)
 
     header = read_or_report(path, decode_once)
     opened = read_or_report(path, open_image)
@@ -342,11 +337,9 @@ def fuzz_checkpoint(path, rng):
     """Write a damaged checkpoint of a small network, and read it. Return 'read' or 'reported'."""
     model = TinyDetector(2)
     save_checkpoint(path, 3, model, torch.optim.SGD(model.parameters(), lr=1), {'background': 0, 'cat': 1}, 0)
-    with open(path, 'rb') as file:
-        data = file.read()
+    data = Path(path).read_bytes()
     start = rng.choice([2000, len(data)])  # the beginning has the structure
-    with open(path, 'wb') as file:
-        file.write(mutate_bytes(data[:start], rng) + data[start:])
+    Path(path).write_bytes(mutate_bytes(data[:start], rng) + data[start:])
     with patch.object(checkpoints, 'SSD300', TinyDetector):
         detector = read_or_report(path, checkpoints.load_detector)
     return 'read' if detector is not None else 'reported'
