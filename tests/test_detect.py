@@ -152,9 +152,7 @@ def test_without_a_checkpoint_torchvisions(tmp_path, monkeypatch, capsys):
         model, found = detect.kept_detector(path)
         assert found is label_map and not model.training
     assert loaded == [None, None, str(tmp_path / 'is.pth')]  # the last was kept
-    printed = capsys.readouterr()
-    assert printed.out == ''
-    assert re.fullmatch("There is no none.pth: using torchvision's weights.*train.py\".\n", printed.err)
+    assert capsys.readouterr().err.startswith("There is no none.pth: using torchvision's weights")
     detect.kept_detector.cache_clear()
 
 
