@@ -263,7 +263,6 @@ def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, 
     assert list_names(tmp_path) == [[f'trainval_{i:02}' for i in range(50) if i not in (3, 5, 7, 9, 11)],
                                     [f'test_{i:02}' for i in range(2, 20)]]
     assert json.loads((tmp_path / 'label_map.json').read_text()) == {'background': 0, 'dog': 1}
-    assert len(json.loads((tmp_path / 'TRAIN_objects.json').read_text())) == 45
     _, lines = capsys.readouterr().out.split("Left out 7 images that can't be read, or whose annotation can't:\n")
     expected = (r'trainval_03\.jpg is not an image .*truncated', r'trainval_05 or its image is missing',
                 r'trainval_07.xml or its image is missing', r'trainval_09\.xml is not an annotation',
@@ -410,27 +409,19 @@ def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, n_written)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-@pytest.fixture
-def server(tmp_path):
-    """The address of a server on this machine that offers the files in tmp_path."""
+def test_download_merges_the_archives(tmp_path, monkeypatch):
+    """Small archives on a server on this machine stand in for Pascal VOC's, with their own checksums."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{server.server_port}'
-        server.shutdown()
-
-
-def test_download_merges_the_archives(tmp_path, monkeypatch, server):
-    """Small archives stand in for Pascal VOC's, with their own checksums."""
-    years = {}
+    server, years = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler), {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     for key, year, splits in (('2007', '2007', (2, 0)), ('2007-test', '2007', (0, 2)), ('2012', '2012', (3, 0))):
         source = tmp_path / 'source' / key
         make_voc_folder(source, *splits)
         archive = tmp_path / f'{key}.tar'
         with tarfile.open(archive, 'w') as tar:
             tar.add(source, f'VOCdevkit/VOC{year}')
-        years[key] = {'url': f'{server}/{archive.name}', 'filename': archive.name, 'base_dir': f'VOCdevkit/VOC{year}',
-                      'md5': hashlib.md5(archive.read_bytes()).hexdigest()}
+        years[key] = {'url': f'http://127.0.0.1:{server.server_port}/{archive.name}', 'filename': archive.name,
+                      'base_dir': f'VOCdevkit/VOC{year}', 'md5': hashlib.md5(archive.read_bytes()).hexdigest()}
     monkeypatch.setattr(torchvision.datasets.voc, 'DATASET_YEAR_DICT', years)
     script.download_voc(str(tmp_path / 'root'))
     devkit = tmp_path / 'root/VOCdevkit'
@@ -440,3 +431,5 @@ def test_download_merges_the_archives(tmp_path, monkeypatch, server):
     years['2012']['md5'] = 'wrong'
     with pytest.raises(UserError, match='2012'):
         script.download_voc(str(tmp_path / 'root'))
+    server.shutdown()
+    server.server_close()
