@@ -327,8 +327,6 @@ def test_lines_with_folders_name_the_image_in_that_folder(tmp_path, capsys):
     assert paths_in(tmp_path / 'lists', ['TEST']) == [str(data / 'JPEGImages/cam2/0.jpg')]
 
 
-# ----------------------------------------------------------------------------------------------- What is in the files
-
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.gif', '.tif', '.webp', '.heic', '.dng'])
 def test_half_an_image_is_found_whatever_its_format(tmp_path, capsys, suffix):
     """One that Pillow cannot read is not called missing."""
