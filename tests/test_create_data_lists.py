@@ -8,6 +8,7 @@ import re
 import shutil
 import tarfile
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from errors import UserError, run
 from images import open_image
 from utils import voc_labels
 
-# ---------------------------------------------------------------------------------------------------------- Annotations
 
 def size_of(width, height):
     return f'<size><width>{width}</width><height>{height}</height></size>'
@@ -397,13 +397,8 @@ def test_lists_are_written_whole_or_not_at_all(tmp_path, monkeypatch, n_written)
     make_voc_folder(tmp_path, 3, 1)
     create_data_lists(str(tmp_path), None, str(tmp_path), labels=('cat', 'dog'))
     before = {path.name: path.read_bytes() for path in tmp_path.glob('*.json')}
-    written = []
-
-    def fsync(file):
-        written.append(file)
-        if len(written) > n_written:
-            raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(errors.os, 'fsync', fsync)
+    full = OSError(28, 'No space left on device')
+    monkeypatch.setattr(errors.os, 'fsync', Mock(side_effect=[None] * n_written + [full]))
     with pytest.raises(UserError, match='No space left on device'):
         create_data_lists(str(tmp_path), None, str(tmp_path), labels=('dog',))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
