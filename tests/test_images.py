@@ -2,6 +2,7 @@
 import errno
 import os
 import struct
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -172,12 +173,9 @@ def test_a_file_that_is_no_image_is_named_with_the_remedy(tmp_path, read, conten
     (PermissionError(errno.EACCES, 'Permission denied'), 'can not be read: Permission denied'),
     (MemoryError(), 'needs more memory than there is: end other programs, or cut it into tiles')])
 def test_what_pillow_and_the_system_raise_is_told_apart(tmp_path, monkeypatch, function, error, words):
-    def fail(*_, **__):
-        raise error
-
     path = tmp_path / 'a.jpg'
     Image.new('RGB', (40, 20)).save(path, exif=exif_with(6, 0, 0x0131, 2))
-    monkeypatch.setattr(f'PIL.{function}', fail)
+    monkeypatch.setattr(f'PIL.{function}', Mock(side_effect=error))
     if function == 'Image.Image.transpose' and not isinstance(error, MemoryError):
         with pytest.raises(type(error)):  # a slip in our own code is not said of the image
             open_image(path)
