@@ -123,8 +123,6 @@ def test_importing_touches_nothing(tmp_path):
     assert result.stdout == 'False\n' and result.stderr == '' and os.listdir(tmp_path) == []
 
 
-# ----------------------------------------------------------------------------------------------- Files that are written
-
 @pytest.mark.parametrize('n_refused, removable', [(3, True), (100, True), (100, False)])
 def test_a_file_that_is_open_elsewhere_is_replaced_when_it_is_free(tmp_path, monkeypatch, n_refused, removable):
     """On Windows, os.replace fails while another program has the file open, and so may os.remove."""
