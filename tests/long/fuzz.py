@@ -331,8 +331,6 @@ def check_transforms(image, rng):
         assert offsets.isfinite().all(), (image.size, boxes, kept)
 
 
-# ------------------------------------------------------------------------------------------------------ Checkpoints
-
 def fuzz_checkpoint(path, rng):
     """Write a damaged checkpoint of a small network, and read it. Return 'read' or 'reported'."""
     model = TinyDetector(2)
@@ -346,14 +344,9 @@ def fuzz_checkpoint(path, rng):
 
 
 def fuzz(kind, n, folder, seed=0):
-    """Write and read many files.
-
-    :param kind: 'annotation', 'image' or 'checkpoint'
-    :param n: number of files
-    :param folder: path of the folder where the file is written; a file that fails is kept
-    :param seed: seed of the random numbers; each file has its own generator
-    :return: Counter of 'read' and 'reported'
-    :raises AssertionError: a file was neither read correctly nor reported; it names the file"""
+    """Write and read n files of a kind, 'annotation', 'image' or 'checkpoint', in a folder; each has its own random
+    numbers. Return a Counter of 'read' and 'reported'. Raises AssertionError if a file was neither read correctly nor
+    reported; it names the file, which is kept."""
     one, name = {'annotation': (fuzz_annotation, 'a.xml'), 'image': (fuzz_image, 'a.jpg'),
                  'checkpoint': (fuzz_checkpoint, 'a.pth')}[kind]
     path, results = os.path.join(folder, name), Counter()
