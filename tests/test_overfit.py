@@ -129,8 +129,6 @@ def test_it_learns_images(voc_folder, tmp_path, capsys):
     train_set, (loss, n_found), sheet = learn(voc_folder, tmp_path, 2, 40)
     n_objects = sum(len(objects['labels']) for objects in train_set.objects[:2])
     assert n_found == n_objects > 5 and loss < 0.5
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split('  ')[0] for line in lines] == ['step 10', 'step 20', 'step 30', 'step 40']
-    assert lines[-1].endswith(f'found {n_objects} of {n_objects}  false positives 0')
+    assert capsys.readouterr().out.endswith(f'found {n_objects} of {n_objects}  false positives 0\n')
     assert sheet.size == (5 * tile[0], 2 * tile[1])  # objects, and four looks
     assert len(sheet.getcolors(10 ** 6)) > 1000
