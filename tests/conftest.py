@@ -9,7 +9,7 @@ import sys
 import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # threads wait for each other, long on a processor that has other work
-import torch  # noqa: E402
+import torch
 
 root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [root, os.path.join(root, 'tests', 'long')]

@@ -1,6 +1,5 @@
 """Objects that would do something when a checkpoint with them is loaded."""
 import os
-from typing import Tuple
 
 import torch
 
@@ -23,6 +22,6 @@ class Program(torch.nn.Module):
         return 0, self.training
 
     @torch.jit.export
-    def __setstate__(self, state: Tuple[int, bool]):
+    def __setstate__(self, state: tuple[int, bool]):
         print('harm')
         self.training = state[1]
