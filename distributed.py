@@ -30,7 +30,7 @@ def init_process_group():
     if gpu:
         torch.cuda.set_device(index)
     device = torch.device('cuda', index) if gpu else torch.device('cpu')
-    # Wait for each other up to two hours, not PyTorch's 10 minutes: one may be downloading 528 MB on a slow line.
+    # Wait for each other up to two hours, not nccl's 10 minutes or gloo's 30: one may download 528 MB on a slow line.
     dist.init_process_group('nccl' if gpu and dist.is_nccl_available() else 'gloo', timeout=timedelta(hours=2),
                             device_id=device if gpu and dist.is_nccl_available() else None)  # nccl warns without it
     return device

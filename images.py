@@ -109,7 +109,7 @@ def why_not_read(path, error):
         start = file.read(1000).strip(b'\0\r\n\t \xef\xbb\xbf')  # the last three are a text's byte order mark
     if start.startswith(b'version https://git-lfs'):
         return f'{path} is not an image but a Git LFS pointer to one: run "git lfs pull"'
-    if (start.startswith(b'<') or start.isascii()) and b'<svg' not in start:
+    if (start.startswith(b'<') or start.isascii()) and b'\0' not in start and b'<svg' not in start:
         what = 'text, perhaps a web page with an error' if start else 'empty'
         return f'{path} is not an image but {what}: copy or download it again'
     reason = 'Pillow does not know its format; convert it to JPEG or PNG'
