@@ -238,22 +238,23 @@ def read_objects(annotation_path):
         objects, dropped = [], [f'a bndbox in {node.tag}, not in an object' for node in root.iter()
                                 if node.tag not in ('object', 'part') for _ in node.findall('bndbox')]
         for node in root.iter('object'):  # at any depth, but not VOC 2012's nested 'part' boxes
-            for bndbox in node.findall('bndbox') or [()]:  # () if it has none but, say, a polygon
-                children = [*node, *bndbox]
-                tags = [child.tag for child in children]
-                texts = {child.tag: ' '.join((child.text or '').split()) for child in children}
-                missing = [tag for tag in ('name', *edges) if not texts.get(tag)]
+            name = ' '.join(node.findtext('name', '').split())
+            difficult = node.findtext('difficult', '').strip().lower()
+            difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
+            if not name:
+                raise ValueError('an object has no name')
+            if node.find('bndbox') is None:  # but, say, a polygon
+                dropped.append(f'{name} has no bndbox')
+            for bndbox in node.findall('bndbox'):
+                tags = [child.tag for child in (*node, *bndbox)]
+                missing = [edge for edge in edges if not bndbox.findtext(edge, '').strip()]
                 repeated = [tag for tag in ('name', 'difficult', *edges) if tags.count(tag) > 1]
-                if missing and ('name' in missing or 'bndbox' in tags):
-                    raise ValueError(f'an object has no {missing[0]}')
-                difficult = texts.get('difficult', '').lower()
-                difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
                 if missing:
-                    dropped.append(f'{texts["name"]} has no bndbox')
-                elif repeated:
-                    dropped.append(f'{texts["name"]} has more than one {repeated[0]}')
+                    raise ValueError(f'an object has no {missing[0]}')
+                if repeated:
+                    dropped.append(f'{name} has more than one {repeated[0]}')
                 else:
-                    objects.append((texts['name'], difficult, [float(texts[edge]) for edge in edges]))
+                    objects.append((name, difficult, [float(bndbox.findtext(edge)) for edge in edges]))
         if len(objects) > 8732:
             raise ValueError(f'it has {len(objects)} objects, more than there are priors')
     except (ET.ParseError, LookupError, ValueError) as error:

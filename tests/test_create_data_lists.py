@@ -81,7 +81,7 @@ dog, cat = (f'<object><name>{name}</name>{bndbox(box)}</object>' for name in ('d
     (f'<object><name>dog</name><difficult>1</difficult>{bndbox(box) * 3}</object>', ['dog'] * 3, []),
     (f'<objects>{dog}{cat}</objects>', ['dog', 'cat'], []), (f'<a><b>{dog}</b></a><c>{cat}</c>', ['dog', 'cat'], []),
     (dog.replace('</object>', f'{cat}</object>'), ['dog', 'cat'], []),  # one in the other
-    (dog + cat.replace('<name>', '<name>dog</name><name>'), ['dog'], ['cat has more than one name']),
+    (dog + cat.replace('<name>', '<name>dog</name><name>'), ['dog'], ['dog has more than one name']),
     (dog + cat.replace('<xmin>', '<xmin>3</xmin><xmin>'), ['dog'], ['cat has more than one xmin']),
     (dog + cat.replace('<name>', '<difficult/><difficult/><name>'), ['dog'], ['cat has more than one difficult']),
     (dog + bndbox(box), ['dog'], ['a bndbox in annotation, not in an object']),
