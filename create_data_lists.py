@@ -229,9 +229,8 @@ def read_objects(annotation_path):
     :return: the (width, height) that it states, 0 if missing; a list of (label, difficult, box), one for each bndbox,
         with boundary coordinates in pixels from 1; and a list of reasons, one for each object or bndbox that is dropped
     :raises UserError: the file is not XML, or an object lacks a name or an edge"""
-    content = Path(annotation_path).read_bytes()
     try:
-        root = parse_xml(content)
+        root = parse_xml(Path(annotation_path).read_bytes())
         if root.tag != 'annotation':
             raise ValueError(f'its root is {root.tag}')
         size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
