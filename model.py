@@ -1,7 +1,7 @@
 """SSD300 (Liu et al., "SSD: Single Shot MultiBox Detector", 2016, arXiv 1512.02325) and its loss.
 
-An image goes through three sets of convolutions. The base (elsewhere: the backbone) finds low-level features, the
-auxiliary convolutions higher-level ones on coarser and coarser maps, and the prediction convolutions (elsewhere: the
+An image goes through three sets of convolutions. The base (elsewhere: the backbone) finds edges, textures and parts;
+the auxiliary convolutions go on from there, on coarser and coarser maps; the prediction convolutions (elsewhere: the
 heads) turn six of these maps into 8732 predictions, one for each prior: how the prior has to move and stretch to fit an
 object, and a score for each class. `MultiBoxLoss` says how wrong they are; `SSD300.detect_objects` turns them into
 detections. Each class names the section of README.md that explains it.
@@ -72,8 +72,8 @@ class VGGBase(nn.Module):
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
-        # relu_ changes the values in place, which saves memory. The first three pools come before ReLU, which leaves it
-        # a quarter of the work: the result is the same. (conv4_3's features are needed after it; pool5 keeps the size.)
+        # relu_ works in place, which saves memory. ReLU and max pooling commute, so the first three pools come first: this
+        # leaves ReLU a quarter of the work. (conv4_3's features are needed after ReLU, and pool5 keeps the size.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
