@@ -72,7 +72,7 @@ class VGGBase(nn.Module):
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
-        # relu_ works in place, which saves memory. ReLU and max pooling commute, so the first three pools come first, and
+        # relu_ works in place, which saves memory. ReLU and max pooling commute: the first three pools come first, and
         # leave ReLU a quarter of the work. (conv4_3's features are needed after ReLU, and pool5 keeps the size.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
