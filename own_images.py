@@ -45,7 +45,7 @@ def find_images(folder):
     if not found:
         what = 'has no annotations in VOC format (.xml)' if os.path.isdir(folder) else 'is not a folder'
         raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and '
-                        'annotations, or download = True')
+                        "annotations, or download = True; for COCO's .json or YOLO's .txt files, see GUIDE.md")
     n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
     print(f'{folder}: {len(found)} annotations. Images without annotation, which are not listed: {n_images}.')
     return leave_out_repeated(folder, found)
