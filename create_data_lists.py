@@ -18,7 +18,7 @@ from torchvision.datasets import VOCDetection
 from tqdm import tqdm
 
 from errors import UserError, one_line, run, write_whole
-from images import decode_once
+from images import read_image
 from own_images import check_each_once, choose_split, compare_sizes, find_images, is_inside, parse_xml, turn_box
 from utils import create_prior_boxes, cxcy_to_xy, find_jaccard_overlap, make_label_map, voc_labels
 
@@ -153,8 +153,8 @@ def read_split(folder, split, image_paths, labels=None):
             if len(paths) > 1:
                 raise UserError(f'{" and ".join(paths)} have the name of {annotation_path}: choose a folder that has '
                                 'just one of them, or move the others out of it')
-            size, orientation, bits = decode_once(paths[0])  # a broken image must be found now, not in training
-            annotation = parse_annotation(annotation_path, labels, size, orientation)
+            image, orientation, bits = read_image(paths[0])  # a broken one must be found now, not in training
+            annotation = parse_annotation(annotation_path, labels, image.size, orientation)
             annotation['notes'] += ['images with more than 8 bits, each scaled to 8 by itself'] if bits > 8 else []
             return paths[0], annotation
         except (UserError, OSError) as error:  # OSError: the annotation can't be read

@@ -61,17 +61,9 @@ def open_image(path, if_missing='check the path'):
     return read_image(path, if_missing)[0]
 
 
-def decode_once(path):
-    """Read an image file as `open_image` does, to find out whether it can. Raises the same errors.
-
-    :return: the upright image's (width, height) in pixels; EXIF's orientation, see `exif_orientation`; and bits: 16 or
-        32 if `scale_to_8_bits` had to scale it, else 8"""
-    image, orientation, bits = read_image(path)
-    return image.size, orientation, bits
-
-
 def read_image(path, if_missing='check the path'):
-    """:return: the image of `open_image`; and the orientation and bits of `decode_once`"""
+    """:return: what `open_image` returns; EXIF's orientation, see `exif_orientation`; and bits: 16 or 32 if
+        `scale_to_8_bits` had to scale the image, else 8"""
     try:
         image, orientation = load_image(path, if_missing)
         return to_rgb(image), orientation, bits_of_mode.get(image.mode, 8)

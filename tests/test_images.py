@@ -10,7 +10,7 @@ from PIL import Image, TiffTags
 
 from datasets import PascalVOCDataset
 from errors import UserError
-from images import check_image_path, decode_once, is_image, list_images, open_image, save_tiles, to_rgb
+from images import check_image_path, is_image, list_images, open_image, read_image, save_tiles, to_rgb
 
 noise = np.random.default_rng(0).random((60, 80))
 gray, white, black = (100, 100, 100), (255, 255, 255), (0, 0, 0)
@@ -26,8 +26,9 @@ def test_images_of_any_mode(tmp_path, mode, color, expected):
     assert image.mode == mode and image.size == (20, 10)
     path = tmp_path / ('a.tif' if mode in ('CMYK', 'I', 'F') else 'a.png')
     image.save(path)
-    assert open_image(path).getpixel((3, 3)) == expected
-    assert decode_once(path)[2] > 8 if mode in ('I;16', 'I', 'F') else decode_once(path) == ((20, 10), 1, 8)
+    read, orientation, bits = read_image(path)
+    assert read.getpixel((3, 3)) == open_image(path).getpixel((3, 3)) == expected and read.size == (20, 10)
+    assert orientation == 1 and (bits > 8 if mode in ('I;16', 'I', 'F') else bits == 8)
 
 
 def test_palette_transparency_is_white():
@@ -99,7 +100,8 @@ def test_a_rotated_photograph_is_turned_whatever_its_other_tags_are(tmp_path):
         orientation, count = 2 + n % 7, 1 + n % 2
         Image.new('L', (4, 2)).save(path, exif=exif_with(orientation, *case, count))
         size = (4, 2) if orientation < 5 else (2, 4)
-        if decode_once(path) != (size, orientation, 8) or open_image(path).size != size:
+        image, *others = read_image(path)
+        if others != [orientation, 8] or image.size != size:
             wrong.append(case)
     assert len(cases) > 1300 and not wrong
 
@@ -116,8 +118,8 @@ def test_exif_orientation_is_honored(tmp_path, orientation, suffix, mode):
     image.save(path, exif=image.getexif())
     pixels = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.T, 6: pixels.T[:, ::-1],
               7: pixels.T[::-1, ::-1], 8: pixels.T[::-1]}[orientation]
-    upright = open_image(path)
-    assert decode_once(path)[:2] == (pixels.shape[::-1], orientation)
+    upright, of_file, _ = read_image(path)
+    assert (upright.size, of_file) == (pixels.shape[::-1], orientation)
     assert np.abs(np.asarray(upright) - pixels[..., None].astype(int)).max() < 5
     assert to_rgb(upright).tobytes() == upright.tobytes()  # not turned again
 
@@ -132,7 +134,8 @@ def test_an_image_that_was_turned_is_not_turned_again():
                          [b'Exif\0\0' + damaged for damaged in (b'', b'garbage', b'II*\0', b'II*\0\x08\0\0\0\xff\xff')])
 def test_exif_that_means_nothing_turns_nothing(tmp_path, exif):
     Image.new('RGB', (40, 20)).save(tmp_path / 'a.jpg', exif=exif, dpi=(72, 72))
-    assert open_image(tmp_path / 'a.jpg').size == (40, 20) and decode_once(tmp_path / 'a.jpg') == ((40, 20), 1, 8)
+    image, *others = read_image(tmp_path / 'a.jpg')
+    assert image.size == (40, 20) and others == [1, 8]
 
 
 # ------------------------------------------------------------------------------------------------- What is not an image
@@ -157,7 +160,7 @@ convert = 'not an image that can be read: Pillow does not know its format; conve
     (b'P5 90 90 255 ' + bytes(50), 'not an image that can be read: image file is truncated'),
     (b'<?xml version="1.0"?><svg width="9"/>', convert), (b'\0\0\0\x18ftypheic\0\0mif1\x80', convert),  # an iPhone's
     (b'P4 20000 20000 ', 'a.jpg is too large, with more than 179 million pixels: cut it into tiles')])
-@pytest.mark.parametrize('read', [open_image, decode_once])
+@pytest.mark.parametrize('read', [open_image, read_image])
 def test_a_file_that_is_no_image_is_named_with_the_remedy(tmp_path, read, content, words):
     if content is not None:
         (tmp_path / 'a.jpg').write_bytes(content)
