@@ -391,14 +391,14 @@ def draw_transforms():
     on_image = fractional(boxes, image)
 
     fig, axes = panels(2, 3, 4.05, height_ratios=(1, 1.48))
-    for i, drawn, found, title in ((0, image, on_image, 'photograph'), (1, distorted, on_image, '1  distort'),
-                                   (2, canvas, on_canvas, '2  expand'), (4, resized, cropped, '4  resize'),
-                                   (5, *vary(image, boxes, random.Random(seed)), '5  flip')):
+    for i, drawn, found, title in ((0, image, on_image, 'photograph'), (1, distorted, on_image, '1  distort colors'),
+                                   (2, canvas, on_canvas, '2  zoom out'), (4, resized, cropped, '4  resize'),
+                                   (5, *vary(image, boxes, random.Random(seed)), '5  mirror')):
         show(axes[i], drawn, title)
         outline(axes[i], found, 'object')
     scale = dims[0] / (expanded[2] - expanded[0])
     shown = torch.tensor(window) - torch.tensor(expanded[:2] * 2)  # the crop's window, from the canvas's corner
-    show_crop(axes[3], canvas, on_canvas * torch.tensor(dims * 2), (shown * scale).tolist(), '3  crop')
+    show_crop(axes[3], canvas, on_canvas * torch.tensor(dims * 2), (shown * scale).tolist(), '3  zoom in')
     return rendered(fig)
 
 

@@ -341,7 +341,8 @@ def test_all_python_blocks_are_run_by_a_test():
     titles = ['Webcam and video', 'Your own images', 'A first training on a laptop', 'New classes for an old detector',
               "Other people's weights", 'Deployment', 'Plotting the log', "COCO's mAP",
               'COCO and YOLO']  # by tests/long/converters.py
-    blocks = [*(block for title in ('Multibox loss', 'Training', 'Inference') for block in section(title)[0]),
+    blocks = [*(block for title in ('Multibox loss', 'Training', 'Inference', 'Your own images')
+                for block in section(title)[0]),
               *(block for title in titles for block in section(title, 'GUIDE.md')[0])]
     assert len(blocks) == everything.count('```python\n')
     for name, *settings in [block.splitlines() for block in blocks if block.startswith('# ')]:
@@ -431,6 +432,13 @@ def test_settings_and_commands(tmp_path, monkeypatch, run_forked, title, quick, 
         code, printed = run_forked(tmp_path, command.replace('300, 0)', '6, 0)'))
         assert code == 0 and re.search(expected.get(command.split()[1], ''), printed), printed
     assert n_detected is None or len(os.listdir(tmp_path / 'detections')) == n_detected
+
+
+def test_settings_for_own_images_are_those_of_the_guide():
+    short, long = ([set(block.splitlines()) for block in section('Your own images', name)[0]]
+                   for name in ('README.md', 'GUIDE.md'))
+    assert [of_file - of_guide for of_file, of_guide in zip(short, long, strict=True)] == [
+        {"voc07_path = 'your_folder'"}, set()] and all(len(of_file) > 3 for of_file in short)
 
 
 def test_log_is_plotted(tmp_path, monkeypatch):
