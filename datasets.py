@@ -32,13 +32,13 @@ class PascalVOCDataset(Dataset):
         self.objects = read_list(data_folder, f'{split}_objects.json')
         self.label_map = read_list(data_folder, 'label_map.json')
         try:
-            largest = max((max(objects['labels'], default=0) for objects in self.objects), default=0)
-            complete = all(len(objects[key]) == len(objects['labels']) for objects in self.objects
-                           for key in ('boxes', 'difficulties'))
+            valid = all(len(objects['boxes']) == len(objects['labels']) == len(objects['difficulties'])
+                        and all(0 < label < len(self.label_map) for label in objects['labels'])  # 0 is the background
+                        for objects in self.objects)
         except (KeyError, TypeError):
-            complete = False
-        if not complete or len(self.images) != len(self.objects) or largest >= len(self.label_map):
-            raise UserError(f'the lists of {split} in {data_folder} do not belong together: '
+            valid = False
+        if not valid or len(self.images) != len(self.objects):
+            raise UserError(f'the lists of {split} in {data_folder} do not belong together, or have a label below 1: '
                             'run "python create_data_lists.py" again')
 
     def __len__(self):

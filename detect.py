@@ -53,7 +53,7 @@ def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppres
     predictions = model(tensor.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
     [boxes], [labels], [scores] = model.detect_objects(*predictions, min_score, max_overlap, top_k)
     boxes = (boxes.cpu().clamp(0, 1) * torch.tensor([image.width, image.height] * 2)).round().int()  # (n, 4)
-    detections = zip([names[label] for label in labels.tolist()], scores.tolist(), boxes.tolist())
+    detections = zip([names[index] for index in labels.tolist()], scores.tolist(), boxes.tolist())
     return [detection for detection in detections if detection[0] not in unwanted]
 
 

@@ -72,8 +72,8 @@ class VGGBase(nn.Module):
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
-        # relu_ works in place, which saves memory. ReLU and max pooling commute: the first three pools come first, and
-        # leave ReLU a quarter of the work. (conv4_3's features are needed after ReLU, and pool5 keeps the size.)
+        # relu_ works in place, which saves memory. ReLU and max pooling commute: in the first three groups, pools come
+        # first, and leave ReLU a quarter of the work. (conv4_3's features are needed after ReLU; pool5 keeps the size.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
@@ -296,60 +296,6 @@ class SSD300(nn.Module):
         return all_boxes, all_labels, all_scores
 
 
-possible_thin = 1, 2, 4, 8, 16, 32, 64  # the thinnest network keeps one of the 64 channels of conv1_1
-
-
-def thin_out(model, thin):
-    """Keep every thin-th channel of every layer, except for the image's colors and the predictions: a width multiplier
-    of 1 / thin. With thin = 4 the network needs a fourteenth of the operations. See "A thin network".
-
-    :param model: SSD300, whose layers are changed in place
-    :param thin: one of `possible_thin`; another raises ValueError"""
-    if thin not in possible_thin:
-        raise ValueError(f'thin is {thin!r}, not one of {possible_thin}')
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            keeps_inputs = layer is model.base.conv1_1  # red, green and blue
-            keeps_outputs = layer in model.pred_convs.children()
-            m = (None if keeps_outputs else thin, None if keeps_inputs else thin, None, None)
-            weight, bias = decimate(layer.weight.detach(), m), decimate(layer.bias.detach(), m[:1])
-            # With thin = 4, a sum over a quarter of the inputs has a quarter of the variance, and over fifteen layers
-            # the signal would vanish. So multiply the weights by the square root of the ratio of the numbers of inputs.
-            # (conv4_3's features are normalized: whatever their number, they have the same length. So with thin = 4,
-            # these weights make the predictions from conv4_3 twice as large.)
-            layer.weight = nn.Parameter(weight * math.sqrt(layer.in_channels / weight.size(1)))
-            layer.bias = nn.Parameter(bias.clone())
-            layer.out_channels, layer.in_channels = weight.shape[:2]
-    model.rescale_factors = nn.Parameter(decimate(model.rescale_factors.detach(), (None, thin, None, None)).clone())
-
-
-@torch.no_grad()
-def standardize(model, images):
-    """Prepare random weights for training. Layer after layer, random weights make the features of different images more
-    alike. So scale and shift each layer but the predictions such that over some images each channel has mean 0 and
-    standard deviation 1 before its ReLU (data-dependent initialization: Salimans and Kingma, "Weight normalization",
-    2016). And scale the layers of the predictions by 0.1, so that these start near 0.
-
-    :param model: SSD300 with random weights, which are changed in place
-    :param images: some images, a tensor (N, 3, 300, 300)"""
-    def shift_and_scale(layer, _, output):
-        """Change a layer's weights and biases, and its output, which is the next layer's input."""
-        n_values = output[:, 0].numel()  # of each channel; 1 for conv11_2 with a single image
-        std, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
-        std = std.where(std > 1e-3, 1)  # (n_channels); a constant channel is only shifted
-        layer.weight /= std.view(-1, 1, 1, 1)
-        layer.bias.sub_(mean).div_(std)
-        return (output - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)  # (N, n_channels, height, width)
-
-    layers = [*model.base.children(), *model.aux_convs.children()]
-    hooks = [layer.register_forward_hook(shift_and_scale) for layer in layers if isinstance(layer, nn.Conv2d)]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    for layer in model.pred_convs.children():
-        layer.weight *= 0.1
-
-
 def match(boxes, labels, priors_cxcy, threshold=0.5):
     """Assign an object of an image, or background, to each prior (the paper's section 2.2). See "Matching".
 
@@ -374,15 +320,15 @@ def match(boxes, labels, priors_cxcy, threshold=0.5):
     largest, choice = (values.tolist() for values in overlap.max(dim=1))  # lists: each object's best overlap, and prior
     waiting, taken = list(range(len(boxes))), set()
     while waiting:
-        i = max(waiting, key=lambda i: largest[i])  # an object; of equals, the first
+        i = max(waiting, key=lambda j: largest[j])  # an object; of equals, the first
         if choice[i] in taken:
-            overlap[i, choice[i]] = -1
+            overlap[i, choice[i]] = -1  # not again
             largest[i], choice[i] = (value.item() for value in overlap[i].max(dim=0))
         else:
             taken.add(choice[i])
             waiting.remove(i)
             object_of_prior[choice[i]] = i
-            overlap_of_prior[choice[i]] = 1  # above any threshold
+            overlap_of_prior[choice[i]] = 1  # reaches any threshold
 
     positive = overlap_of_prior >= threshold  # (8732)
     true_classes = labels[object_of_prior].where(positive, 0)  # (8732)
@@ -428,7 +374,7 @@ class MultiBoxLoss(nn.Module):
 
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        if self.min_negatives > 0:  # count as if there were enough positives for them, in the divisor, too
+        if self.min_negatives > 0:  # as if each image had positives for so many; the divisor grows, too
             n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
         # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.
@@ -437,17 +383,17 @@ class MultiBoxLoss(nn.Module):
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
         priors_cxcy = self.priors_cxcy.to(device, non_blocking=True)  # (8732, 4)
         true_locs = cxcy_to_gcxgcy(xy_to_cxcy(true_boxes), priors_cxcy)  # (N, 8732, 4)
-        loc_loss = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction='none').sum(dim=2)  # (N, 8732)
-        loc_loss = loc_loss.where(positive, 0).sum() / divisor
+        loc_losses = F.smooth_l1_loss(predicted_locs.float(), true_locs, reduction='none').sum(dim=2)  # (N, 8732)
+        loc_loss = loc_losses.where(positive, 0).sum() / divisor
 
         # Confidence: cross entropy (equation 3) over the positives, and over the hard negatives: in each image, the
         # negatives with the highest loss, `neg_pos_ratio` times as many as its positives
-        conf_loss = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
-                                    reduction='none').view_as(true_classes)  # (N, 8732)
-        negative_losses = conf_loss.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
-        # Of each row, the first are the hardest: rank 0, 1, ... up to neg_pos_ratio * n_positive
-        hard = torch.arange(conf_loss.size(1), device=conf_loss.device) < self.neg_pos_ratio * n_positive  # (N, 8732)
-        conf_loss = (conf_loss.where(positive, 0).sum() + negative_losses.where(hard, 0).sum()) / divisor
+        conf_losses = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
+                                      reduction='none').view_as(true_classes)  # (N, 8732)
+        negative_losses = conf_losses.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
+        # Sorted, the hardest come first: take the ranks 0, 1, ... below neg_pos_ratio * n_positive
+        hard_ranks = torch.arange(negative_losses.size(1), device=device) < self.neg_pos_ratio * n_positive  # (N, 8732)
+        conf_loss = (conf_losses.where(positive, 0).sum() + negative_losses.where(hard_ranks, 0).sum()) / divisor
         return conf_loss + self.alpha * loc_loss, loc_loss, conf_loss
 
     def match(self, boxes, labels):
@@ -457,3 +403,56 @@ class MultiBoxLoss(nn.Module):
                    for image_boxes, image_labels in zip(boxes, labels, strict=True)]
         true_boxes, true_classes = zip(*matched)
         return torch.stack(true_boxes), torch.stack(true_classes)  # (N, 8732, 4), (N, 8732)
+
+
+possible_thin = 1, 2, 4, 8, 16, 32, 64  # the thinnest network keeps one of the 64 channels of conv1_1
+
+
+def thin_out(model, thin):
+    """Keep every thin-th channel of every layer, except for the image's colors and the predictions: a width multiplier
+    of 1 / thin. With thin = 4 the network needs a fourteenth of the operations. See "A thin network".
+
+    :param model: SSD300, whose layers are changed in place
+    :param thin: one of `possible_thin`; another raises ValueError"""
+    if thin not in possible_thin:
+        raise ValueError(f'thin is {thin!r}, not one of {possible_thin}')
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            keeps_inputs = layer is model.base.conv1_1  # red, green and blue
+            keeps_outputs = layer in model.pred_convs.children()
+            m = (None if keeps_outputs else thin, None if keeps_inputs else thin, None, None)
+            weight, bias = decimate(layer.weight.detach(), m), decimate(layer.bias.detach(), m[:1])
+            # With thin = 4, a sum over a quarter of the inputs has a quarter of the variance, and over fifteen layers
+            # the signal would vanish. So multiply the weights by the square root of the ratio of the numbers of inputs.
+            # (conv4_3's features are normalized to one length: with thin = 4, its predictions become twice as large.)
+            layer.weight = nn.Parameter(weight * math.sqrt(layer.in_channels / weight.size(1)))
+            layer.bias = nn.Parameter(bias.clone())
+            layer.out_channels, layer.in_channels = weight.shape[:2]
+    model.rescale_factors = nn.Parameter(decimate(model.rescale_factors.detach(), (None, thin, None, None)).clone())
+
+
+@torch.no_grad()
+def standardize(model, images):
+    """Prepare random weights for training. Layer after layer, random weights make the features of different images more
+    alike. So scale and shift each layer but the predictions such that over some images each channel has mean 0 and
+    standard deviation 1 before its ReLU (data-dependent initialization: Salimans and Kingma, "Weight normalization",
+    2016). And scale the layers of the predictions by 0.1, so that these start near 0.
+
+    :param model: SSD300 with random weights, which are changed in place
+    :param images: some images, a tensor (N, 3, 300, 300)"""
+    def shift_and_scale(layer, _, output):
+        """Change a layer's weights and biases, and its output, which is the next layer's input."""
+        n_values = output[:, 0].numel()  # of each channel; 1 for conv11_2 with a single image
+        std, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
+        std = std.where(std > 1e-3, 1)  # (n_channels); a constant channel is only shifted
+        layer.weight /= std.view(-1, 1, 1, 1)
+        layer.bias.sub_(mean).div_(std)
+        return (output - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)  # (N, n_channels, height, width)
+
+    layers = [*model.base.children(), *model.aux_convs.children()]
+    hooks = [layer.register_forward_hook(shift_and_scale) for layer in layers if isinstance(layer, nn.Conv2d)]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    for layer in model.pred_convs.children():
+        layer.weight *= 0.1

@@ -164,7 +164,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
           log_path=None, schedule=None):
     """Train for one epoch.
 
-    :param train_loader: DataLoader of PascalVOCDataset
+    :param train_loader: DataLoader of PascalVOCDataset; that of `make_train_loader` has matched the objects already
     :param model: SSD300, or what `distributed.data_parallel` returns for it
     :param criterion: MultiBoxLoss
     :param optimizer: optimizer of the model's parameters
@@ -191,7 +191,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # with inf, it only measures
-        # Each process has its own loss, but all have the same gradient. This waits for the GPU.
+        # A sum is finite only if both are. Processes differ in loss, not in gradient. This waits for the GPU.
         if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
                             f'{loss.item()}). The weights were not changed, and the last checkpoint, if there is one, '
@@ -204,8 +204,9 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
             means = all_reduce_mean(torch.stack(losses).mean(dim=0)).tolist()
             seconds = time.time() - line_start
             n_left = ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
-            row = dict(zip(log_columns, (epoch, i + 1, *means, optimizer.param_groups[-1]['lr'], n_images / seconds,
-                                         loading / len(losses), round(n_left * seconds / len(losses)))))
+            row = dict(zip(('loss', 'loc_loss', 'conf_loss'), means), epoch=epoch, batch=i + 1,
+                       lr=optimizer.param_groups[-1]['lr'], images_per_s=n_images / seconds,
+                       data_s=loading / len(losses), left_s=round(n_left * seconds / len(losses)))
             if get_rank() == 0:
                 left = timedelta(seconds=row['left_s'])
                 print(log_line.format(n_batches=n_batches, left=left, **row), flush=True)
@@ -306,7 +307,7 @@ def main():
     train_loader = make_train_loader(train_set, batch_size, criterion, seed_of_run, workers, device.type == 'cuda')
     if optimizer_kind == 'adamw':
         lr_factor = partial(one_cycle, n_steps=epochs * len(train_loader))
-    elif optimizer_kind == 'sgd':
+    else:
         lr_factor = partial(warm_up_and_decay, steps_per_epoch=len(train_loader), warm_up=warm_up,
                             decay_lr_at=decay_lr_at, decay_lr_to=decay_lr_to)
     test_loader = None

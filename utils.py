@@ -105,14 +105,13 @@ def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
     extra_scales = [math.sqrt(scale * next_scale) for scale, next_scale in pairwise(scales)] + [last_extra_scale]
     priors = []
     for (_, size, scale, ratios), extra_scale in zip(maps.values(), extra_scales):
+        sides = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
+        sides.insert(1, (extra_scale, extra_scale))  # the extra prior is the second
         for row in range(size):
             for column in range(size):
                 c_x, c_y = (column + 0.5) / size, (row + 0.5) / size
-                for ratio in ratios:
-                    priors.append([c_x, c_y, scale * math.sqrt(ratio), scale / math.sqrt(ratio)])
-                    if ratio == ratios[0]:  # the extra prior is the second
-                        priors.append([c_x, c_y, extra_scale, extra_scale])
-    return torch.tensor(priors).clamp(0, 1)  # (8732, 4)
+                priors += [(c_x, c_y, w, h) for w, h in sides]
+    return torch.tensor(priors).clamp(0, 1)
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):
@@ -144,7 +143,7 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score"""
-    # batched_nms keeps classes apart: it moves each by the largest coordinate + 1 more than the one before. Boxes that
+    # To keep classes apart, batched_nms moves each by the largest coordinate + 1 more than the one before. Boxes that
     # begin left of -1 would reach into that one, and enormous ones would erase others by rounding. So limit them.
     return batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)
 
