@@ -214,9 +214,8 @@ def of_priors():
     changed = sum(size ** 2 * sum(scale * max(ratio, 1 / ratio) ** 0.5 > 1 for ratio in ratios)
                   for _, size, scale, ratios in feature_maps.values())  # the extra prior's scale never exceeds 1
     assert (create_prior_boxes()[:, 2:] == 1).any(dim=1).sum() == changed + 1  # and the last extra prior, of scale 1
-    return (f'{of_map.scale} · 1.732 = {of_map.scale * math.sqrt(3):.3f}', f'5 ln 2 = {5 * math.log(2):.2f}',
-            f'{of_map.scale} / 1.732 = {of_map.scale / math.sqrt(3):.3f}',
-            f'({changed} of the {len(create_prior_boxes())};')
+    return (f'{of_map.scale * math.sqrt(3):.2f} of the image wide and {of_map.scale / math.sqrt(3):.2f} tall',
+            f'5 ln 2 = {5 * math.log(2):.2f}', f'({changed} of the {len(create_prior_boxes())};')
 
 
 def of_parameters_and_operations():
