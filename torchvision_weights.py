@@ -1,7 +1,7 @@
 """torchvision's SSD300, trained on COCO: its weights in our SSD300, to detect with or to train on from.
 
 torchvision has the same layers as the paper's authors. What differs from ours: the names of the weights, the priors and
-their order within a tile, and how an image is normalized. "Where the sources differ" in GUIDE.md has more.
+their order within a tile, and how an image is resized and normalized. See "Where the sources differ" in GUIDE.md.
 """
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
@@ -59,7 +59,7 @@ def download_coco():
 
 
 def from_torchvision(state_dict, classes=None):
-    """Build our SSD300, on the CPU, with the weights and priors of torchvision's. Both predict the same.
+    """Build our SSD300, on the CPU, with the weights and priors of torchvision's. Both predict nearly the same.
 
     :param state_dict: of a `torchvision.models.detection.ssd300_vgg16`
     :param classes: indices of the classes to keep, 0 (background) first; None for all
