@@ -213,7 +213,7 @@ class PredictionConvolutions(nn.Module):
 
 
 class SSD300(nn.Module):
-    """The whole network: base, auxiliary and prediction convolutions, and the priors. See "Multibox", and "The model".
+    """The whole network: base, auxiliary and prediction convolutions, and the priors. See "Multibox".
 
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones

@@ -143,8 +143,8 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score"""
-    # To keep classes apart, batched_nms can move each by the largest coordinate + 1 more than the one before. Boxes that
-    # begin left of -1 would reach into that one, and enormous ones would erase others by rounding. So limit them.
+    # To keep classes apart, batched_nms can move each by the largest coordinate + 1 more than the one before. Boxes
+    # that begin left of -1 would reach into that one, and enormous ones would erase others by rounding. So limit them.
     return batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)
 
 

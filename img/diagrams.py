@@ -347,7 +347,7 @@ def draw_pipeline():
     training = {'create_data_lists': 'lists of images and objects', 'PascalVOCDataset, transform': 'with augmentation',
                 'collate_fn': 'images (N, 3, 300, 300)', 'SSD300': 'locs (N, 8732, 4)\nscores (N, 8732, n_classes)',
                 'MultiBoxLoss': 'the loss, a number', 'optimizer': 'better weights', 'save_checkpoint': ''}
-    use = {'an image': '', 'to_rgb': 'RGB, upright', 'draw_window, to_input': 'image (1, 3, 300, 300)',
+    use = {'an image': '', 'to_rgb': 'RGB, upright', 'resize, to_input': 'image (1, 3, 300, 300)',
            'SSD300': 'locs (1, 8732, 4)\nscores (1, 8732, n_classes)', 'detect_objects': 'boxes, labels, scores',
            'draw_objects': ''}
     for x, title, steps in ((4, 'training', training), (34, 'use', use)):
@@ -608,6 +608,17 @@ def draw_voc_2008():
     measured = [(int(row['epoch']) + 1, float(row['mAP'])) for row in rows if row['mAP']]
     precision.plot(*zip(*measured), 'o-', color='object')
     precision.set(xlabel='epoch', title='mAP', xlim=(0, 62), ylim=(0, 0.1))
+    return fig
+
+
+@figure('voc_2008_imagenet.svg')
+def draw_voc_2008_imagenet():
+    """The losses of a training on VOC 2008, from ImageNet's weights, over its epochs."""
+    rows = trained.read_table('voc_2008_imagenet.csv')
+    last_batch = int(rows[-1]['batch'])
+    fig, [axes] = panels(1, 1, 2.8)
+    plot_losses(axes, [int(row['epoch']) + int(row['batch']) / last_batch for row in rows], rows)
+    axes.set(xlabel='epochs')
     return fig
 
 
