@@ -3,7 +3,6 @@ import copy
 import json
 import os
 import random
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -61,28 +60,31 @@ def side_by_side(paths, below=0.):
 # ------------------------------------------------------------------------------------------------------- Detections
 
 found_in = (60, 67, 14)  # test images with many objects that are not close together
-decoded = 53  # a test image, whose predictions become detections
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
-photographs_path = os.path.join(images_folder, 'photographs.json')  # what a detector found in photographs
+# What a detector, trained on VOC 2008, found in photographs. `photographs` has for each figure a list of {"file": path
+# from this folder, "source": whose photograph it is, "detections": [[label, score, [x_min, y_min, x_max, y_max] in
+# pixels], ...]}. `decoded` is of one photograph, with boxes in fractions: "sample" has every hundredth of the decoded
+# boxes, with the label of its best class except background; "candidates", all with a score above 0.1.
+with open(os.path.join(images_folder, 'photographs.json'), encoding='utf-8') as file:
+    photographs, decoded = json.load(file).values()
 
 
-def draw_photographs():
-    """What our detector has found in photographs. photographs.json is a list of {"file": path from img/, "source":
-    whose photograph it is, "detections": [[label, score, [x_min, y_min, x_max, y_max] in pixels], ...]}."""
-    if not os.path.exists(photographs_path):
-        sys.exit(f'Error: {photographs_path} is missing: detect objects in photographs first')
-    with open(photographs_path, encoding='utf-8') as file:
-        found = json.load(file)
+
+
+def draw_photographs(name):
+    """A row of photographs with what a detector found in them."""
+    found = photographs[name]
     labels = sorted({label for of_image in found for label, _, _ in of_image['detections']})
     fig, axes, images = side_by_side([os.path.join(images_folder, of_image['file']) for of_image in found])
     for ax, image, of_image in zip(axes, images, found):
-        for label, score, box in of_image['detections']:
-            outline(ax, fractional(box, image), series[labels.index(label) % len(series)], f'{label} {score:.2f}')
+        for i, (label, score, box) in enumerate(of_image['detections']):
+            at = 'bottom right' if i % 2 else 'above left' if box[1] > 40 else 'top left'
+            outline(ax, fractional(box, image), series[labels.index(label) % len(series)], f'{label} {score:.2f}', at)
     return rendered(fig)
 
 
-if os.path.exists(photographs_path):  # until then, it is not one of the figures
-    figure('photographs.png')(draw_photographs)
+for name in photographs:
+    figure(name)(partial(draw_photographs, name))
 
 
 @figure('detections.png')
@@ -248,64 +250,50 @@ def draw_matching():
 
 @figure('decoding.png')
 def draw_decoding():
-    """From predictions to detections in a test image of the demo."""
-    model, label_map = detector()
-    image, normalized = open_image(test_set().images[decoded]), test_set()[decoded][0]
-    colors = list(class_colors().values())
-    with torch.no_grad():
-        locs, scores = model(normalized.unsqueeze(0))  # (1, 8732, 4), (1, 8732, n_classes)
-    boxes = cxcy_to_xy(utils.gcxgcy_to_cxcy(locs, model.priors_cxcy))[0]  # (8732, 4)
-    scores = scores.softmax(dim=2)[0, :, 1:]  # (8732, n_classes - 1)
-
-    fig, axes = panels(2, 2, 6.2)
-    some = torch.arange(0, len(boxes), 100)
-    stages = [(f'every hundredth of {len(boxes)} boxes', some, scores[some].argmax(dim=1))]
-    for threshold in (0.1, min_score):
-        found, labels = (scores > threshold).nonzero(as_tuple=True)  # (n), (n)
-        stages.append((f'{len(found)} scores above {threshold}', found, labels))
-    for ax, (title, found, labels) in zip(axes, stages):
+    """From predictions to detections in a photograph: persons in color, other classes gray."""
+    image = open_image(os.path.join(images_folder, decoded['file']))
+    high = [candidate for candidate in decoded['candidates'] if candidate[1] > min_score]
+    labels, scores, boxes = zip(*high)
+    groups = torch.tensor([sorted(set(labels)).index(label) for label in labels])
+    kept = utils.non_maximum_suppression(torch.tensor(boxes), torch.tensor(scores), groups, 0.45).tolist()
+    fig, axes = panels(2, 2, 3.5)
+    for ax, title, found in ((axes[0], 'every hundredth of 8732 boxes', decoded['sample']),
+                             (axes[1], f'{len(decoded["candidates"])} scores above 0.1', decoded['candidates']),
+                             (axes[2], f'{len(high)} scores above {min_score}', high)):
         show(ax, image, title)
-        for box, label in zip(boxes[found], labels):
-            outline(ax, box, colors[label], linewidth=0.8)
-    detections = find_objects(image, min_score, 0.45, 200, model, label_map)
-    show(axes[3], image, f'{len(detections)} after suppression')
-    for label, score, box in detections:
-        outline(axes[3], fractional(box, image), class_colors()[label], f'{score:.2f}', 'above left', linewidth=1.5)
-    legend(fig, class_colors())
+        for label, _, box in found:
+            outline(ax, box, 'prediction' if label == 'person' else 'faint', linewidth=0.8)
+    show(axes[3], image, f'{len(kept)} after suppression')
+    for i in kept:
+        outline(axes[3], boxes[i], 'prediction', f'{scores[i]:.2f}', 'above left', linewidth=1.5)
     return rendered(fig)
 
 
 @figure('nms.png')
 def draw_nms():
     """Non-maximum suppression of six detections, step by step."""
-    image, _ = photograph('astronaut')
-    labels, scores, boxes = examples.nms_labels, examples.nms_scores, examples.nms_boxes
-    max_overlap = 0.45
-    groups = torch.tensor([sorted(set(labels)).index(label) for label in labels])
-    kept = utils.non_maximum_suppression(boxes, scores, groups, max_overlap).tolist()
-    names = [f'{label} {score:.2f}' for label, score in zip(labels, scores)]
-    colors = [{'person': series[0], 'rocket': series[2], 'helmet': series[4]}[label] for label in labels]
-    corners = ('bottom left', 'bottom left', 'bottom left', 'top right', 'below right', 'bottom right')
-
-    fig, axes = panels(2, 2, 6.8)
-    for ax, title in zip(axes, (f'{len(boxes)} detections', f'Best: {names[kept[0]]}', f'Next: {names[kept[1]]}',
+    image, boxes = open_image(os.path.join(images_folder, decoded['file'])), examples.nms_boxes
+    names = [f'{score:.2f}' for score in examples.nms_scores]
+    kept = utils.non_maximum_suppression(boxes, examples.nms_scores, torch.zeros(len(boxes)), 0.45).tolist()
+    corners = ('above left', 'above left', 'bottom left', 'bottom left', 'above left', 'bottom right')
+    fig, axes = panels(2, 2, 3.7)
+    for ax, title in zip(axes, (f'{len(boxes)} of the detections', f'Best: {names[kept[0]]}', f'Next: {names[kept[1]]}',
                                 f'{len(kept)} are left')):
         show(ax, image, title)
     for ax, drawn in ((axes[0], range(len(boxes))), (axes[3], kept)):
         for i in drawn:
-            outline(ax, boxes[i], colors[i], names[i], corners[i])
+            outline(ax, boxes[i], series[i], names[i], corners[i])
     left = set(range(len(boxes)))
     for ax, best in zip(axes[1:3], kept):
         overlaps = utils.find_jaccard_overlap(boxes[best:best + 1], boxes)[0]  # (6)
-        suppressed = {i for i in left if labels[i] == labels[best] and overlaps[i] > max_overlap} - {best}
+        suppressed = {i for i in left if overlaps[i] > 0.45} - {best}
         for i in left - {best}:
-            if labels[i] != labels[best]:
-                outline(ax, boxes[i], 'faint', linewidth=1)
+            if i in suppressed:
+                outline(ax, boxes[i], series[i], f'overlap {overlaps[i]:.2f}', corners[i], linestyle=dashes)
             else:
-                outline(ax, boxes[i], colors[i], f'overlap {overlaps[i]:.2f}', corners[i],
-                        linestyle=dashes if i in suppressed else '-')
-        outline(ax, boxes[best], colors[best], names[best], corners[best], linewidth=4)
-        left -= suppressed
+                outline(ax, boxes[i], 'faint', linewidth=1)
+        outline(ax, boxes[best], series[best], names[best], corners[best], linewidth=4)
+        left -= suppressed | {best}
     return rendered(fig)
 
 

@@ -243,10 +243,11 @@ def of_the_astronaut():
 def of_overlaps():
     cat, dog, ball = find_jaccard_overlap(examples.matching_boxes, cxcy_to_xy(examples.matching_priors)).tolist()
     assert ball.index(max(ball)) == 4 - 1 and cat[1] > dog[1] == max(dog) and sorted(dog)[-2] == dog[2]
-    of_persons = find_jaccard_overlap(examples.nms_boxes, examples.nms_boxes)[0, 2]
+    second, last = 1, 5
+    overlap = find_jaccard_overlap(examples.nms_boxes, examples.nms_boxes)[second, last]
     return (f'no prior overlaps it by more than {max(ball):.2f}', f'overlaps prior 2 by {dog[1]:.2f}',
-            f'the cat keeps prior 2 ({cat[1]:.2f})', f'The person at {examples.nms_scores[2]:.2f} is her head',
-            f'overlaps the best box by only {of_persons:.2f}')
+            f'the cat keeps prior 2 ({cat[1]:.2f})', f'The box at {examples.nms_scores[last]:.2f} overlaps the one at '
+            f'{examples.nms_scores[second]:.2f} by {overlap:.2f}')
 
 
 def of_hard_negatives():
