@@ -8,6 +8,8 @@ brings the line numbers in their links into the code up to date.
 import ast
 import csv
 import doctest
+import itertools
+import json
 import math
 import os
 import re
@@ -30,6 +32,7 @@ from torchvision.models.detection import ssd300_vgg16
 
 import detect
 import train
+import utils
 from checkpoints import save_checkpoint
 from datasets import PascalVOCDataset, to_input
 from demo import draw_dataset, shapes
@@ -205,6 +208,28 @@ def test_line_of_the_log_is_one_of_the_run_that_is_drawn():
                         re.M)
     rows = [list(row.values())[:5] for row in read_rows('learning.csv')]
     assert [float(value) for value in line] in [[round(float(value), 4) for value in row] for row in rows]
+
+
+def test_what_was_found_in_photographs():
+    """Detections are as detect.py draws them, and README's example of suppression has six of them."""
+    found, decoded = json.loads(read('img/photographs.json')).values()
+    for of_image in itertools.chain(*found.values()):
+        width, height = open_image(os.path.join(root, 'img', of_image['file'])).size
+        for label, score, (x_min, y_min, x_max, y_max) in of_image['detections']:
+            assert label in utils.voc_labels and detect.min_score < score <= 1
+            assert 0 <= x_min < x_max <= width and 0 <= y_min < y_max <= height
+    candidates = torch.tensor([[score, *box] for label, score, box in decoded['candidates'] if label == 'person'])
+    shown = torch.cat([examples.nms_scores.unsqueeze(1), examples.nms_boxes], dim=1)  # (6, 5)
+    assert ((candidates - shown.unsqueeze(1)).abs().amax(dim=2).amin(dim=1) < 0.0061).all()
+
+
+def test_the_mean_of_the_classes_is_the_mean_average_precision():
+    section = pages['GUIDE.md'].split("## VOC 2008 from ImageNet's weights, measured")[1].split('\n## ')[0]
+    rows = re.findall(r'\| (\w+) \| (0\.\d{3}) \| (0\.\d{3}) \|', section)
+    assert sorted(label for label, _, _ in rows) == sorted(utils.voc_labels)
+    for column, expected in ((1, 0.107), (2, 0.237)):
+        assert abs(sum(float(row[column]) for row in rows) / 20 - expected) < 0.0006
+    assert '0.237' in section and '| 0.237 |' in pages['README.md']
 
 
 # Phrases of the text, with numbers from the code
