@@ -277,8 +277,9 @@ def draw_nms():
     kept = utils.non_maximum_suppression(boxes, examples.nms_scores, torch.zeros(len(boxes)), 0.45).tolist()
     corners = ('above left', 'above left', 'bottom left', 'bottom left', 'above left', 'bottom right')
     fig, axes = panels(2, 2, 3.7)
-    for ax, title in zip(axes, (f'{len(boxes)} of the detections', f'Best: {names[kept[0]]}', f'Next: {names[kept[1]]}',
-                                f'{len(kept)} are left')):
+    n_high = sum(score > min_score for _, score, _ in decoded['candidates'])
+    for ax, title in zip(axes, (f'{len(boxes)} of the {n_high} boxes', f'Best: {names[kept[0]]}',
+                                f'Next: {names[kept[1]]}', f'{len(kept)} are left')):
         show(ax, image, title)
     for ax, drawn in ((axes[0], range(len(boxes))), (axes[3], kept)):
         for i in drawn:
