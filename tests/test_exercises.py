@@ -29,7 +29,7 @@ wrong_answers = {
     # An object has its own prior, but below the threshold it is background nevertheless
     'match': ('overlap_of_prior[choice[i]] = 1 ', 'overlap_of_prior[choice[i]] = overlap[i, choice[i]] '),
     # Positives are among the hard negatives
-    'MultiBoxLoss.losses': ('conf_loss.where(~positive, 0).sort(', 'conf_loss.sort('),
+    'MultiBoxLoss.losses': ('conf_losses.where(~positive, 0).sort(', 'conf_losses.sort('),
     # A box also suppresses those of other classes
     'non_maximum_suppression': ('batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)',
                                 'batched_nms(boxes_xy.clamp(-1, 2), scores, 0 * labels, max_overlap)'),
