@@ -38,7 +38,7 @@ class PascalVOCDataset(Dataset):
         except (KeyError, TypeError):
             valid = False
         if not valid or len(self.images) != len(self.objects):
-            raise UserError(f'the lists of {split} in {data_folder} do not belong together, or have a label below 1: '
+            raise UserError(f'the lists of {split} in {data_folder} do not belong together, or a label is wrong: '
                             'run "python create_data_lists.py" again')
 
     def __len__(self):

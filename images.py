@@ -191,7 +191,7 @@ def load_font(path, size):
 
 @cache
 def check_font(script, path, labels):
-    """Print a line, once, if the font (see `load_font`) has no picture of some characters of a tuple of labels."""
+    """Print a line, once, if the font (see `load_font`) has no glyph for some characters of a tuple of labels."""
     font = load_font(path, 20)
     unknown = bytes(font.getmask('\U0010ffff'))  # of no character: what the font shows for all that it lacks
     characters = sorted({character for character in ''.join(labels) if not character.isspace()})

@@ -374,7 +374,7 @@ class MultiBoxLoss(nn.Module):
 
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        if self.min_negatives > 0:  # as if each image had positives for so many; the divisor grows, too
+        if self.min_negatives > 0:  # an image counts as if it had enough positives for them, in the divisor, too
             n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
         # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.

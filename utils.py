@@ -111,7 +111,7 @@ def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
             for column in range(size):
                 c_x, c_y = (column + 0.5) / size, (row + 0.5) / size
                 priors += [(c_x, c_y, w, h) for w, h in sides]
-    return torch.tensor(priors).clamp(0, 1)
+    return torch.tensor(priors).clamp(0, 1)  # (n_priors, 4)
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):

@@ -1,4 +1,4 @@
-"""The demo's images, and the demo itself."""
+"""The demo's images, and the demo itself; and that tests see no GPU."""
 import csv
 import random
 import re
@@ -7,6 +7,7 @@ from colorsys import rgb_to_hsv
 
 import pytest
 import torch
+from conftest import root
 from PIL import Image
 
 import demo
@@ -72,3 +73,19 @@ def test_the_whole_pipeline(tmp_path, monkeypatch, capsys):
     [_, *log] = csv.reader((tmp_path / 'checkpoint_ssd300.csv').open())  # of the second step and the fourth
     assert [float(row[5]) for row in log] == pytest.approx([1.5e-3 * left / 4 / 0.93 for left in (3, 1)])  # the rates
     assert Image.open(tmp_path / 'detections.png').size == (4 * 360, 3 * 324)
+
+
+def test_only_test_gpu_sees_a_gpu(tmp_path, run_forked, monkeypatch):
+    """On a machine that seems to have one: tests with this project's conftest.py."""
+    for name, seen in (('gpu', "(True, '3')"), ('other', "(False, '')")):
+        (tmp_path / f'test_{name}.py').write_text(
+            'import os, torch\n\ndef test_what_is_seen():\n'
+            f"    assert (torch.cuda.is_available(), os.environ['CUDA_VISIBLE_DEVICES']) == {seen}\n")
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3')
+    code, printed = run_forked(tmp_path, f"""python -c "
+import sys, pytest, torch
+sys.path.insert(0, '{root}/tests')
+torch.cuda.is_available = lambda: True
+assert pytest.main(['-p', 'conftest', '-p', 'no:cacheprovider', '-q', '.']) == 0
+" """)
+    assert code == 0 and '2 passed' in printed, printed

@@ -1,6 +1,7 @@
 """overfit.py: it learns a few images, and shows it."""
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -86,6 +87,14 @@ def test_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch)
         assert image.tobytes() == open_image(train_set.images[i]).tobytes()
         assert torch.equal(boxes[i], train_set[i][1]) and torch.equal(labels[i], train_set[i][2])
         assert scores[i].tolist() == [1] * len(labels[i])
+
+
+def test_the_learning_rate_follows_one_cycle(voc_folder, tmp_path, monkeypatch, capsys):
+    """With a rate only for the first of four steps, the loss changes once."""
+    monkeypatch.setattr(overfit, 'one_cycle', lambda step, n_steps: step == 0 and n_steps == 4)
+    learn(voc_folder, tmp_path, 1, 4)
+    first, *others = re.findall(r'loss (\S+)', capsys.readouterr().out)
+    assert len(others) == 3 and first != others[0] and len(set(others)) == 1
 
 
 def test_a_loss_that_is_not_finite(voc_folder, tmp_path):
