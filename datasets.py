@@ -18,7 +18,7 @@ from utils import find_jaccard_overlap, mean, std
 # --------------------------------------------------------------------------------------------------------- The data set
 
 class PascalVOCDataset(Dataset):
-    """Images with their objects, ready for the network. See "Inputs".
+    """Images with their objects, ready for the network. See "The data set".
 
     :param data_folder: the folder with the lists
     :param split: 'TRAIN' for the training images, with augmentation, or 'TEST'; upper or lower case
