@@ -120,25 +120,6 @@ def benchmark_one_image():
         row(f'  thin = {thin}', f'{1000 * seconds:.0f} ms')
 
 
-@torch.no_grad()
-def benchmark_forward_and_detection():
-    """The forward pass on the GPU in batches of 64, alone and with detection."""
-    section('Forward pass on the GPU: batch 64, bfloat16', 'alone', 'with detection', 'ratio')
-    model, images = SSD300(n_classes).to(gpu).eval(), torch.randn(64, 3, 300, 300, device=gpu)
-    locs, scores = predictions(64, True, gpu)
-
-    def forward():
-        with torch.autocast('cuda', torch.bfloat16):
-            model(images)
-
-    def both():
-        forward()
-        model.detect_objects(locs, scores, 0.01)
-
-    alone, together = median_seconds(forward, 20, 5), median_seconds(both, 20, 5)
-    row('  images per second', f'{64 / alone:.0f}', f'{64 / together:.0f}', f'{100 * alone / together:.0f}%')
-
-
 def random_detections(n_images):
     """Arguments of `calculate_mAP`: 200 detections in each image, 20 classes, as many objects per image as in VOC."""
     rng = torch.Generator().manual_seed(0)
@@ -356,10 +337,9 @@ def main():
     benchmark_loss(torch.device('cpu'), 8)
     benchmark_training(torch.device('cpu'), 8, 7)
     if gpu is None:
-        print('\nNo GPU here: training, its memory, the loader, and forward pass with detection on a GPU not measured.')
+        print('\nNo GPU here: training, its memory, the loader and detection on a GPU not measured.')
         return
     benchmark_detection(gpu)
-    benchmark_forward_and_detection()
     for batch_size in (8, 32):
         benchmark_loss(gpu, batch_size)
         benchmark_training(gpu, batch_size, 20)
