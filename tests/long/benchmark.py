@@ -3,7 +3,7 @@
     python tests/long/benchmark.py
 
 prints a table of medians. All rows are measured in the same run; compare the two columns rather than the numbers
-themselves, which depend on the machine. Without a GPU, the rows that need one are not measured. Not for Windows.
+themselves, which depend on the machine. Without a GPU, the rows that need one are not measured. Only for Linux.
 """
 import io
 import json
@@ -18,7 +18,6 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -57,10 +56,8 @@ def median_seconds(function, n=5, warm_up=1):
 
 
 def peak_memory():
-    """The peak memory of this process until now, in GiB."""
-    if sys.platform == 'darwin':
-        return getrusage(RUSAGE_SELF).ru_maxrss / 2**30
-    status = Path('/proc/self/status').read_text()  # on Linux, getrusage counts the peak of the parent process, too
+    """The peak memory of this process until now, in GiB. (getrusage counts the peak of the parent process, too.)"""
+    status = Path('/proc/self/status').read_text()
     return int(re.search(r'VmHWM:\s*(\d+) kB', status)[1]) / 2**20
 
 
