@@ -255,10 +255,10 @@ def of_the_astronaut():
     _, true_classes = match(boxes, torch.tensor([1, 2, 3]), create_prior_boxes())
     background, *counts = true_classes.bincount().tolist()
     n, n_hard = sum(counts), 3 * sum(counts)
-    return ('{} priors have to find the person, {} the rocket, and {} the helmet'.format(*counts),
-            f'right for {background} priors of {n + background}, and useless', f'4 ln 4 = {4 * math.log(4):.2f}',
+    return ('{} priors are responsible for the person, {} for the rocket, and {} for the helmet'.format(*counts),
+            f'right for {background} priors of {n + background}, and useless', f'4 ln 5 = {4 * math.log(5):.2f}',
             f'these are the {n_hard} worst; the other {background - n_hard} are ignored',
-            f'each of {n} positives and {n_hard} negatives costs ln 4', f'it would be 4 ln 21 = {4 * math.log(21):.1f}')
+            f'each of {n} positives and {n_hard} negatives costs ln 5', f'it would be 4 ln 21 = {4 * math.log(21):.1f}')
 
 
 def of_overlaps():
