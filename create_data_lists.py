@@ -39,10 +39,8 @@ def download_voc(root):
             VOCDetection(root, year=year, image_set=image_set, download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f'the download of VOC {year} {image_set} to {os.path.abspath(root)} failed: {error}. '
-                            'Try again, or put the archive there yourself') from None
+                            'Try again, or put the .tar from host.robots.ox.ac.uk/pascal/VOC there') from None
 
-
-# ---------------------------------------------------------------------------------------------------------------- Lists
 
 def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, test_fraction=0.2, keep_empty=False):
     """List images and objects for training and evaluation: TRAIN_images.json, TRAIN_objects.json, TEST_images.json,
@@ -56,9 +54,10 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     :param keep_empty: keep training images without objects
     :raises UserError: no training image has an object of these classes, there is no test image, a label occurs twice,
         or one of the reasons of `find_images`, `check_each_once` and `read_split`"""
-    if isinstance(labels, str) or not isinstance(test_fraction, (int, float)) or not 0 <= test_fraction <= 1:
-        raise UserError(f"labels = {labels!r}, test_fraction = {test_fraction!r} in create_data_lists.py: set labels "
-                        "to None, or a list such as ['cat'], and test_fraction to a number from 0 to 1")
+    if not (labels is None or isinstance(labels, (list, tuple))):
+        raise UserError(f"labels = {labels!r} in create_data_lists.py: set it to None, or a list such as ['cat']")
+    if not isinstance(test_fraction, (int, float)) or not 0 <= test_fraction <= 1:
+        raise UserError(f'test_fraction = {test_fraction!r} in create_data_lists.py: set it to a number from 0 to 1')
     # As they are read from annotations: text, without needless blanks.
     label_map = None if labels is None else make_label_map([' '.join(str(label).split()) for label in labels])
     chosen, splits, left_out = [], {'TRAIN': [], 'TEST': []}, []
@@ -66,25 +65,26 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         train, test = choose_split(folder, find_images(folder), fraction)
         chosen += [(folder, 'TRAIN', train), (folder, 'TEST', test)]
     check_each_once(chosen)
-    for folder, split, image_paths in chosen:
-        images, reasons = read_split(folder, split, image_paths, label_map)
+    for folder, split, found in chosen:
+        images, not_read = read_split(folder, split, found, label_map)
         splits[split] += images
-        left_out += reasons
+        left_out += not_read
+    for split, name in (('TRAIN', 'training'), ('TEST', 'test')):
+        if not splits[split]:
+            raise UserError(f'no {name} image in {voc07_path}: change test_fraction, or list some in ImageSets/Main')
     if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
-        reasons = [reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']]
-        raise UserError(f'no training image of {voc07_path} has an object with a box and one of the labels '
-                        f'{list(labels or ())} ({"; ".join(sorted(set(reasons))[:5])}): set labels to those that occur')
-    if not splits['TEST']:
-        raise UserError(f'no test image in {voc07_path}: list some in ImageSets/Main/test.txt, or raise test_fraction; '
-                        'a folder with a single image needs at least another one')
+        wanted = 'a box' if labels is None else f'a box and one of the labels {list(labels)}'
+        reasons = {reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']}
+        raise UserError(f'no training image of {voc07_path} has an object with {wanted} (dropped: '
+                        f'{"; ".join(sorted(reasons)[:5]) or "none"}): mend the annotations, or set other labels')
     if labels is None:
         occurring = {label for images in splits.values() for _, annotation in images for label in annotation['labels']}
         label_map = make_label_map(sorted(occurring))
 
-    n_train = len(splits['TRAIN'])
-    splits['TRAIN'] = [(path, annotation) for path, annotation in splits['TRAIN'] if keep_empty or annotation['boxes']]
-    write_lists(splits, label_map, output_folder)
-    print_summary(splits, label_map, left_out, n_empty=n_train - len(splits['TRAIN']))
+    listed = {'TEST': splits['TEST'], 'TRAIN': [(path, annotation) for path, annotation in splits['TRAIN']
+                                                if keep_empty or annotation['boxes']]}
+    write_lists(listed, label_map, output_folder)
+    print_summary(splits, listed, label_map, left_out)
     print(f'The lists are in {os.path.abspath(output_folder)}.')
 
 
@@ -103,27 +103,28 @@ def write_lists(splits, label_map, output_folder):
             json.dump(content, file)
 
 
-def print_summary(splits, label_map, left_out, n_empty):
-    """Print how many images and objects are in the lists, what was left out, and how well the priors suit them."""
+def print_summary(splits, listed, label_map, left_out):
+    """Print how many images and objects are `listed`, what was left out of `splits`, and how well the priors suit."""
     counts = {split: Counter(label for _, annotation in images for label in annotation['labels'])
-              for split, images in splits.items()}
+              for split, images in listed.items()}
     print(f'{"":20}{"train":>10}{"test":>10}')
     for row, count in (('images', len), ('objects', lambda images: sum(len(a['boxes']) for _, a in images)),
                        ('of which difficult', lambda images: sum(sum(a['difficulties']) for _, a in images))):
-        print(f'{row:20}{count(splits["TRAIN"]):10}{count(splits["TEST"]):10}')
+        print(f'{row:20}{count(listed["TRAIN"]):10}{count(listed["TEST"]):10}')
     for label in list(label_map)[1:]:
         print(f'  {label:18}{counts["TRAIN"][label]:10}{counts["TEST"][label]:10}')
     images = [*splits['TRAIN'], *splits['TEST']]
     dropped = [f'{path}: {reason}' for path, annotation in images for reason in annotation['dropped']]
-    for what, n in Counter(what for _, annotation in images for what in annotation['notes']).items():
-        print(f'Read {n} {what}.')
+    for note, n in Counter(note for _, annotation in images for note in annotation['notes']).items():
+        print(f'Read {n} {note}.')
+    n_empty = len(splits['TRAIN']) - len(listed['TRAIN'])
     print(f'Left out {n_empty} training images without objects, and dropped {len(dropped)} boxes:')
     print('\n'.join('  ' + line for line in dropped) or '  none')
     print(f"Left out {len(left_out)} images that can't be read, or whose annotation can't:")
     print('\n'.join('  ' + line for line in left_out) or '  none')
 
     boxes = torch.cat([torch.tensor(annotation['boxes']).view(-1, 4) / torch.tensor(annotation['size'] * 2)
-                       for _, annotation in splits['TRAIN']])  # (n_objects, 4), fractional boundary coordinates
+                       for _, annotation in listed['TRAIN']])  # (n_objects, 4), fractional boundary coordinates
     priors_xy = cxcy_to_xy(create_prior_boxes())  # (8732, 4)
     overlap = torch.cat([find_jaccard_overlap(few, priors_xy).amax(dim=1) for few in boxes.split(100)])  # (n_objects)
     share = (overlap >= 0.5).float().mean().item()
@@ -132,20 +133,18 @@ def print_summary(splits, label_map, left_out, n_empty):
         others = boxes[overlap < 0.5]  # (n, 4)
         side = 300 * (others[:, 2:] - others[:, :2]).prod(dim=1).sqrt().median().item()
         print(f'Half of the others cover less than {side:.0f}x{side:.0f} of the 300x300 pixels that the network sees: '
-              'see "My objects are small" in README.md.')
+              'see "My objects are small" in README.md; or, if they are long, "How do I choose scales and ratios".')
 
 
-# ---------------------------------------------------------------------------------------------- Images and annotations
-
-def read_split(folder, split, image_paths, labels=None):
+def read_split(folder, split, found, labels=None):
     """Read the images and annotations of a split. Raises UserError if more than a tenth of them can't be read.
 
-    :param image_paths: dict of an annotation's path -> paths of the images with its name: one, if all is well
+    :param found: dict of an annotation's path -> paths of the images with its name: one, if all is well
     :param labels: the labels of objects to keep, or a dict of them; or None to keep all
     :return: list of (path of an image, what `parse_annotation` returns); and the reason for each image left out"""
     def read(annotation_path):
         """:return: an image's path and annotation; or the reason why they can't be read, a string"""
-        paths = [os.path.join(os.path.abspath(folder), path) for path in image_paths[annotation_path]]
+        paths = [os.path.join(os.path.abspath(folder), path) for path in found[annotation_path]]
         annotation_path = os.path.join(folder, annotation_path)
         try:
             if not paths:
@@ -155,13 +154,14 @@ def read_split(folder, split, image_paths, labels=None):
                                 'just one of them, or move the others out of it')
             image, orientation, bits = read_image(paths[0])  # a broken one must be found now, not in training
             annotation = parse_annotation(annotation_path, labels, image.size, orientation)
-            annotation['notes'] += ['images with more than 8 bits, each scaled to 8 by itself'] if bits > 8 else []
+            if bits > 8:
+                annotation['notes'].append('images with more than 8 bits, each scaled to 8 by itself')
             return paths[0], annotation
         except (UserError, OSError) as error:  # OSError: the annotation can't be read
             return str(error)
 
     with ThreadPool() as pool:  # Pillow decodes in parallel
-        results = list(tqdm(pool.imap(read, image_paths), f'Reading {split}', len(image_paths), disable=None))
+        results = list(tqdm(pool.imap(read, found), f'Reading {split}', len(found), disable=None))
     left_out = [result for result in results if isinstance(result, str)]
     if 10 * len(left_out) > len(results):
         print('\n'.join(left_out[:10]), file=sys.stderr)
@@ -221,7 +221,7 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
 
 
 edges = 'xmin', 'ymin', 'xmax', 'ymax'  # of a bndbox
-difficult_words = {'': 0, 'unspecified': 0, 'false': 0, 'no': 0, 'true': 1, 'yes': 1}  # elsewhere a number
+difficult_words = {'': 0, 'unspecified': 0, 'false': 0, 'no': 0, 'true': 1, 'yes': 1}  # other files have a number
 
 
 def read_objects(annotation_path):
@@ -256,7 +256,7 @@ def read_objects(annotation_path):
                 else:
                     objects.append((name, difficult, [float(bndbox.findtext(edge)) for edge in edges]))
         if len(objects) > 8732:
-            raise ValueError(f'it has {len(objects)} objects, more than there are priors')
+            raise UserError(f'{annotation_path} has {len(objects)} objects for 8732 priors: cut the image into tiles')
     except (ET.ParseError, LookupError, ValueError) as error:
         reason = one_line(error)
         if 'invalid token' in reason and isinstance(error, ET.ParseError):

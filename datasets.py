@@ -15,7 +15,6 @@ from errors import UserError
 from images import open_image
 from utils import find_jaccard_overlap, mean, std
 
-# --------------------------------------------------------------------------------------------------------- The data set
 
 class PascalVOCDataset(Dataset):
     """Images with their objects, ready for the network. See "The data set".
@@ -23,7 +22,7 @@ class PascalVOCDataset(Dataset):
     :param data_folder: the folder with the lists
     :param split: 'TRAIN' for the training images, with augmentation, or 'TEST'; upper or lower case
     :param keep_difficult: keep objects that are marked as difficult
-    :raises UserError: there is no such split; a list is missing, or is not from the same run as the others"""
+    :raises UserError: there is no such split; a list is missing, or does not fit the others"""
 
     def __init__(self, data_folder, split, keep_difficult=False):
         self.split = split = standard_split(split)
@@ -81,8 +80,6 @@ def read_list(data_folder, name):
         raise UserError(f'{path} is damaged ({error}): run "python create_data_lists.py" again') from None
 
 
-# -------------------------------------------------------------------------------------------------------------- Batches
-
 class EpochSampler(Sampler):
     """Yields (index, random seed) of each image, in an order shuffled in each epoch. Order and augmentation depend only
     on `seed` and the epoch: not on the number of workers, nor on whether training was interrupted.
@@ -104,8 +101,8 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         rng = random.Random(f'{self.seed} {self.epoch}')  # a sum would make seed 0, epoch 1 equal seed 1, epoch 0
-        images = [(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)]
-        return iter(images[self.rank::self.world_size][:len(self)])
+        items = [(i, rng.getrandbits(32)) for i in rng.sample(range(self.n), self.n)]
+        return iter(items[self.rank::self.world_size][:len(self)])
 
 
 def collate_fn(batch, match=None):
@@ -257,7 +254,7 @@ def transform(image, boxes, labels, difficulties, split, rng=random):
         in training, without the objects whose center is outside the crop
     :raises UserError: there is no such split"""
     training = standard_split(split) == 'TRAIN'
-    window, distort = (0., 0., float(image.width), float(image.height)), None
+    window, distort = (0, 0, image.width, image.height), None
     if training:
         distort = partial(photometric_distort, rng=rng)
         if rng.random() < 0.5:

@@ -80,10 +80,16 @@ def draw_objects(image, detections, label_map, font=None):
     return image
 
 
-@cache
 def kept_detector(checkpoint):
-    """SSD300, on the GPU if there is one, and its dict of label -> index. Each checkpoint is loaded only once."""
-    if checkpoint is not None and not os.path.exists(checkpoint):
+    """SSD300, on the GPU if there is one, and its dict of label -> index; loaded only once, unless the file changes."""
+    exists = checkpoint is not None and os.path.exists(checkpoint)
+    return load_once(checkpoint, os.path.getmtime(checkpoint) if exists else None)
+
+
+@cache
+def load_once(checkpoint, changed):
+    """`load_detector`'s model, on the GPU if there is one, and label_map. `changed` is when the file was changed."""
+    if checkpoint is not None and changed is None:
         print(f"There is no {checkpoint}: using torchvision's weights, trained on COCO, instead. For weights of "
               'your own, set checkpoint in detect.py, or train some with "python train.py".', file=sys.stderr)
         checkpoint = None
@@ -97,14 +103,14 @@ def main():
     paths, n_failed = list_images(sys.argv[1:] or [img_path]), 0
     for path, output_path in zip(paths, output_paths(paths, output_folder)):
         try:
-            image = open_image(path)
+            image = open_image(path, 'check the path' if sys.argv[1:] else 'name an image: python detect.py photo.jpg')
         except UserError as error:
             if len(paths) == 1:
                 raise
             print(f'Error: {error}', file=sys.stderr)
             n_failed += 1
             continue
-        model, label_map = kept_detector(checkpoint)
+        model, label_map = kept_detector(checkpoint)  # now that there is an image for it
         check_font('detect.py', font, tuple(label_map))
         detections = find_objects(image, min_score, max_overlap, top_k, model, label_map)
         annotated = draw_objects(image, detections, label_map, font)

@@ -46,7 +46,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     :param test_loader: DataLoader of PascalVOCDataset's split TEST, with the difficult objects
     :param model: SSD300
     :param min_score: keep detections with a score above this; low, because AP needs all levels of confidence
-    :param max_overlap: and top_k: see `SSD300.detect_objects`
+    :param max_overlap: with top_k, see `SSD300.detect_objects`
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does
     :return: Evaluation; with several processes, it is of the images of all, the same in each"""
     model.eval()

@@ -271,8 +271,7 @@ class SSD300(nn.Module):
         :param min_score: keep only scores above this
         :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
         :param top_k: keep at most this many detections of an image
-        :param n_candidates: suppress among this many of the highest scores of each class, as in the authors' code: an
-            image with dozens of objects of a class can lose some of them, but suppression is faster
+        :param n_candidates: suppress among this many of the highest scores of each class, as in the authors' code
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
             long, scores (n). An image without detections has one placeholder: box [0, 0, 1, 1], label 0, score 0."""
         batch_boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
@@ -284,8 +283,8 @@ class SSD300(nn.Module):
         all_boxes, all_labels, all_scores = [], [], []
         for boxes, scores, indices in zip(batch_boxes, batch_scores, batch_indices):  # of an image
             ranks, classes = torch.where(scores > min_score)  # row and column of each candidate: (n), (n)
-            boxes = boxes[indices[ranks, classes]]  # those of the candidates' priors, (n, 4)
-            scores, labels = scores[ranks, classes], classes + 1  # (n), (n)
+            # From here on, boxes, scores and labels are those of the candidates: (n, 4), (n), (n)
+            boxes, scores, labels = boxes[indices[ranks, classes]], scores[ranks, classes], classes + 1
             kept = utils.non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
             boxes, labels, scores = boxes[kept], labels[kept], scores[kept]  # (n_kept, 4), (n_kept), (n_kept)
             if len(kept) == 0:  # the placeholder
@@ -374,10 +373,11 @@ class MultiBoxLoss(nn.Module):
 
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
-        if self.min_negatives > 0:  # an image counts as if it had enough positives for them, in the divisor, too
-            n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
+        n_hard = (self.neg_pos_ratio * n_positive).clamp(min=self.min_negatives)  # (N, 1), hard negatives
         # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
         # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.
+        if self.min_negatives > 0:  # an image counts as if it had enough positives for them
+            n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         divisor = all_reduce_mean(n_positive.sum().float()).clamp(min=1e-6)
 
         # Localization: Smooth L1 over the four offsets of the positive priors (equation 2)
@@ -391,8 +391,8 @@ class MultiBoxLoss(nn.Module):
         conf_losses = F.cross_entropy(predicted_scores.float().flatten(0, 1), true_classes.flatten(),
                                       reduction='none').view_as(true_classes)  # (N, 8732)
         negative_losses = conf_losses.where(~positive, 0).sort(dim=1, descending=True).values  # (N, 8732)
-        # Sorted, the hardest come first: take the ranks 0, 1, ... below neg_pos_ratio * n_positive
-        hard_ranks = torch.arange(negative_losses.size(1), device=device) < self.neg_pos_ratio * n_positive  # (N, 8732)
+        # Sorted, the hardest come first: take the ranks 0, 1, ... below n_hard
+        hard_ranks = torch.arange(negative_losses.size(1), device=device) < n_hard  # (N, 8732)
         conf_loss = (conf_losses.where(positive, 0).sum() + negative_losses.where(hard_ranks, 0).sum()) / divisor
         return conf_loss + self.alpha * loc_loss, loc_loss, conf_loss
 

@@ -107,7 +107,8 @@ def rename_torchvision(state_dict, n_all, classes):
 def coco_default_boxes():
     """:return: the priors of torchvision's SSD300, in center-size coordinates and in the order of ours, (8732, 4)"""
     scales = 0.07, 0.15, 0.33, 0.51, 0.69, 0.87
-    maps = {name: feature_map._replace(scale=scale)
+    ratios = {4: (1, 2, 1 / 2), 6: (1, 2, 3, 1 / 2, 1 / 3)}  # by the number of priors in a tile
+    maps = {name: feature_map._replace(scale=scale, ratios=ratios[len(feature_map.ratios) + 1])
             for (name, feature_map), scale in zip(feature_maps.items(), scales, strict=True)}
     priors = create_prior_boxes(maps, last_extra_scale=(0.87 * 1.05) ** 0.5)  # (8732, 4)
 

@@ -42,7 +42,7 @@ thin = 1  # keep every thin-th channel in a new training: 1 for the paper's netw
 # Learning: as many images of VOC 07+12 as in the paper's 120,000 iterations of 32, but in smaller batches
 batch_size = 8  # images in a batch, of each process if there are several
 epochs = 232  # passes over the training images
-optimizer_kind = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for few images or random weights
+optimizer_kind = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for random weights
 lr = 1e-3  # peak learning rate; with 'sgd', that of biases is twice this
 warm_up = 500  # with 'sgd', steps in which the learning rate rises from near 0 to lr; 0 for none
 decay_lr_at = (154, 193)  # with 'sgd', epochs at which the learning rate is multiplied by decay_lr_to
@@ -119,7 +119,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
     first_step = start_epoch * len(train_loader)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(first_step + step))  # LambdaLR counts from 0 in every run
     log_path = os.path.splitext(checkpoint_path)[0] + '.csv' if get_rank() == 0 else None  # rank 0 writes
-    start_log(log_path, start_epoch)
+    start_log(log_path, start_epoch, evaluated)
     best = -math.inf
     if evaluate_every > 0 and start_epoch > 0 and os.path.exists(best_of(checkpoint_path)):
         best = load_checkpoint(best_of(checkpoint_path)).get('mAP', best)
@@ -166,10 +166,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
     :param train_loader: DataLoader of PascalVOCDataset; that of `make_train_loader` has matched the objects already
     :param model: SSD300, or what `distributed.data_parallel` returns for it
-    :param criterion: MultiBoxLoss
-    :param optimizer: optimizer of the model's parameters
-    :param epoch: number of the epoch, from 0
-    :param epochs: number of epochs of the whole training, for the time left
+    :param criterion: MultiBoxLoss; with the optimizer of the model's parameters
+    :param epoch: number of the epoch, from 0, of `epochs` in the whole training, for the time left
     :param print_freq: batches between two lines of the log
     :param grad_clip: largest norm of the gradient; None for no limit
     :param bfloat16: compute in 16 bits, and only the loss in 32
@@ -182,7 +180,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     losses, n_images, loading, line_start = [], 0, 0., time.time()  # since the last line of the log
     step_end = time.time()
 
-    for i, (images, boxes, labels, _) in enumerate(train_loader):
+    for i, (images, boxes, labels, _) in enumerate(train_loader):  # boxes, labels: of the objects, or matched
         loading += time.time() - step_end
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
@@ -195,7 +193,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
                             f'{loss.item()}). The weights were not changed, and the last checkpoint, if there is one, '
-                            'is intact: go on from it with a lower lr, with grad_clip = 10, or with a longer warm_up')
+                            'is intact: go on from it with a lower lr, with grad_clip = 10, or, with sgd in its first '
+                            'steps, with a longer warm_up')
         optimizer.step()
 
         losses.append(torch.stack([loss, loc_loss, conf_loss]).detach())
@@ -217,15 +216,16 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         step_end = time.time()
 
 
-def start_log(log_path, start_epoch):
-    """Begin the log, or remove what follows the last checkpoint, because these epochs will be trained again. Nothing is
-    done if `log_path` is None, as in all processes but rank 0."""
+def start_log(log_path, start_epoch, evaluated=True):
+    """Begin the log, or remove what follows the last checkpoint: these epochs will be trained again, and if `evaluated`
+    is False, the last one evaluated again. Nothing is done if `log_path` is None, as in all processes but rank 0."""
     if log_path is None:
         return
     rows = []
     if start_epoch > 0 and os.path.exists(log_path):
         with open(log_path, newline='') as file:
-            rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < start_epoch]
+            rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < start_epoch
+                    and (evaluated or int(row[0]) < start_epoch - 1 or not row[-1])]
     with write_whole(log_path, mode='w') as [file]:
         csv.writer(file, lineterminator='\n').writerows([log_columns, *rows])
 
@@ -247,8 +247,8 @@ def make_model(label_map, checkpoint, pretrained, thin):
         model, saved_label_map = load_detector(checkpoint)
         if saved_label_map != label_map:
             raise UserError(f'{checkpoint} detects {list(saved_label_map)[1:]}, but the lists have '
-                            f'{list(label_map)[1:]}: use the lists it was trained with, or start anew with '
-                            f"pretrained = '{checkpoint}' and checkpoint = None")
+                            f'{list(label_map)[1:]}: use the lists it was trained with; or rename it, and start anew '
+                            'with checkpoint = None and its new name as pretrained')
         return model
     if pretrained in ('imagenet', None):
         return SSD300(len(label_map), pretrained == 'imagenet', thin)
@@ -274,8 +274,9 @@ def check_overwriting(saved):
     empty dict; that one may be overwritten."""
     existing = [path for path in (checkpoint_path, best_of(checkpoint_path)) if os.path.exists(path)]
     if existing and not ('optimizer' in saved and os.path.samefile(checkpoint, existing[0])):
-        raise UserError(f'{existing[0]} exists, and training would overwrite it: to go on with it, set '
-                        f"checkpoint = '{existing[0]}' in train.py; else move it and its log away")
+        go_on = '' if checkpoint else f"to go on with it, set checkpoint = '{existing[0]}' in train.py; else "
+        raise UserError(f'{existing[0]} exists, and training would overwrite it: {go_on}move it and its log away, or '
+                        'set checkpoint_path to another name')
 
 
 def main():
@@ -285,7 +286,7 @@ def main():
     torch.manual_seed(seed)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)
     if len(train_set) < get_world_size():
-        raise UserError(f'{len(train_set)} training images are too few for {get_world_size()} process(es): list more')
+        raise UserError(f'{len(train_set)} training images are too few for {get_world_size()} processes: list more')
     saved = {} if checkpoint is None else load_checkpoint(checkpoint)
     check_overwriting(saved)
 
@@ -315,7 +316,7 @@ def main():
         test_set = PascalVOCDataset(data_folder, 'TEST', keep_difficult=True)
         test_loader = make_test_loader(test_set, batch_size, workers, device)
     if get_rank() == 0:
-        print(f'Training on {device} with {len(train_set)} images, epochs {start_epoch} to {epochs - 1}.')
+        print(f'Training on {device} with {len(train_set)} images, from epoch {start_epoch} of {epochs}.')
     try:
         fit(model, optimizer, criterion, train_loader, checkpoint_path, epochs=epochs, lr_factor=lr_factor,
             start_epoch=start_epoch, test_loader=test_loader, evaluate_every=evaluate_every, evaluated=evaluated,

@@ -1,10 +1,10 @@
 """The parts of a detector besides its network: labels, box coordinates and overlaps, priors and their encoding,
 non-maximum suppression, and mean average precision. The sections named here are those of README.md.
 
-Boxes come in three forms, and the name or the docstring says which:
+The name or the docstring says which form boxes have:
     xy      boundary coordinates: (x_min, y_min, x_max, y_max)
     cxcy    center-size coordinates: (c_x, c_y, w, h)
-    gcxgcy  (g_cx, g_cy, g_w, g_h): four offsets from a prior, true or predicted
+    gcxgcy  (g_cx, g_cy, g_w, g_h): not a box, but its four offsets from a prior
 The first two are in fractions of the image's width and height (0 to 1), unless a function says otherwise. See "Boxes".
 """
 import math
@@ -133,8 +133,6 @@ def decimate(tensor, m):
     return tensor[tuple(slice(None, None, step) for step in m)]
 
 
-# ------------------------------------------------------------------------------------------ Non-maximum suppression
-
 def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     """From the highest score down, keep each box unless it overlaps a kept box of its class too much: then it is
     suppressed. See "Processing predictions".
@@ -143,12 +141,10 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score"""
-    # To keep classes apart, batched_nms can move each by the largest coordinate + 1 more than the one before. Boxes
-    # that begin left of -1 would reach into that one, and enormous ones would erase others by rounding. So limit them.
+    # To keep classes apart, batched_nms can move the boxes of class k by k * (largest coordinate + 1). A box left
+    # of -1 would reach into the class before, and beside an enormous one, rounding would erase the others.
     return batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)
 
-
-# ------------------------------------------------------------------------------------------- Mean average precision
 
 def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties, label_map=label_map):
     """Average precision of each class, and their mean, as Pascal VOC 2007 defines them; but the width of a box is

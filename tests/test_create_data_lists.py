@@ -134,13 +134,13 @@ laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' fo
     *((text, ['is not an annotation']) for text in (
         '', 'no xml', '<annotation><object></object></annotation>', annotation((' ', (1, 2, 3, 4), '')),
         '<html><body>Page not found</body></html>', '<?xml version="1.0" encoding="klingon"?>' + annotation(),
-        '<?xml version="1.0" encoding="hex"?>' + annotation(), '\x00' * 100, annotation(*[('dog', box, '')] * 8733),
+        '<?xml version="1.0" encoding="hex"?>' + annotation(), '\x00' * 100,
         annotation(('dog', box, '<difficult>maybe</difficult>')),
         f'<!DOCTYPE annotation [{laughs}]>' + annotation(('&e11;', box, '')),
         '<!DOCTYPE annotation [<!ENTITY e SYSTEM "file:///etc/passwd">]>' + annotation(('&e;', box, '')),
         '<!DOCTYPE annotation SYSTEM "e.dtd">' + annotation(('d&e;og', box, '')))),
     (annotation(('dog', (.1, .2, .5, 1), '')), ['fractions', '[0.1, 0.2, 0.5, 1.0]', 'pixels']),
-    (annotation(('', box, '')), ['an object has no name']),
+    (annotation(*[('dog', box, '')] * 8733), ['has 8733 objects for 8732 priors']),
     (annotation(('dog', (1, 2, 3), '')), ['an object has no ymax']),
     (annotation(('dog', box, '')).replace('name>', 'n>'), ['an object has no name']),
     (annotation(('dog', ('invalid token', 2, 3, 4), '')), ["(could not convert string to float: 'invalid token')"]),
@@ -300,14 +300,15 @@ def test_more_than_a_tenth_of_a_split_that_cannot_be_read_is_an_error(tmp_path, 
     ('missing', None, {}, '[^ ]*missing is not a folder: set the paths .* or download = True'),
     ('07', 'missing', {}, '[^ ]*missing is not a folder: set the paths .* or download = True'),
     (None, None, {}, 'None is not a folder: set the paths in create_data_lists.py'),
-    ('07', None, {'labels': 'dog'}, r"labels = 'dog', .* set labels to None, or a list such as \['cat'\]"),
-    ('07', None, {'test_fraction': 20}, 'labels = .*, test_fraction = 20 in create_data_lists.py: set'),
-    ('07', None, {'test_fraction': None}, 'labels = .*, test_fraction = None in create_data_lists.py: set'),
+    ('07', None, {'labels': 'dog'}, r"labels = 'dog' in .* set it to None, or a list such as \['cat'\]"),
+    ('07', None, {'labels': 5}, 'labels = 5 in create_data_lists.py: set it to None, or a list'),
+    ('07', None, {'test_fraction': 20}, 'test_fraction = 20 in create_data_lists.py: set'),
+    ('07', None, {'test_fraction': None}, 'test_fraction = None in create_data_lists.py: set'),
     ('07/JPEGImages', None, {}, r'[^ ]*JPEGImages has no annotations in VOC format \(.xml\): set the paths'),
-    ('07', None, {'labels': ['dragon']}, r"no training image of .*07 has an .* \['dragon'\] \(label 'dog' is not"),
-    ('empty', None, {'labels': None}, r'no training image of .*empty has an object'),
-    ('single', None, {'test_fraction': .5}, 'no test image in .*single: .*single image needs at least another one'),
-    ('no test', None, {}, 'no test image in .*no test: .* raise test_fraction')])
+    ('07', None, {'labels': ['dragon']}, r"no training .*07 has an .* \['dragon'\] \(dropped: label 'dog' is not"),
+    ('empty', None, {'labels': None}, r'no training image of .*empty has an object with a box \(dropped: none\): '),
+    ('single', None, {'test_fraction': 1}, 'no training image in .*single: '),
+    ('no test', None, {}, 'no test image in .*no test: change test_fraction')])
 def test_a_missing_folder_image_or_setting_is_named(tmp_path, voc07_path, voc12_path, settings, message):
     make_voc_folder(tmp_path / '07', 1, 1)
     make_voc_folder(tmp_path / 'single', 1, 0)
@@ -323,8 +324,8 @@ def test_the_lists_and_their_summary(tmp_path, capsys):
     make_voc_folder(tmp_path, 4, 2)
     objects = ('cat', (1, 1, 9, 9), '<difficult>1</difficult>'), ('dog', (1, 1, 5, 5), ''), ('cat', (1, 1, 1, 9), '')
     more = ('dog', (1, 1, 25, 9), ''), ('dog', (9, 9, 5, 5), '')
-    for name, size, *of_image in (('trainval_00', '', *objects), ('trainval_01', ''), ('test_00', ''), (
-            'test_01', '', *objects[:1]), ('trainval_02', size_of(19, 20), *more)):
+    for name, size, *of_image in (('trainval_00', '', *objects), ('trainval_01', '', ('cow', (1, 1, 9, 9), '')), (
+            'test_00', ''), ('test_01', '', *objects[:1]), ('trainval_02', size_of(19, 20), *more)):
         (tmp_path / f'Annotations/{name}.xml').write_text(annotation(*of_image, size=size))
     (tmp_path / 'JPEGImages/trainval_03.jpg').unlink()
     Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20)).save(tmp_path / 'JPEGImages/trainval_03.png')
@@ -352,8 +353,9 @@ def test_the_lists_and_their_summary(tmp_path, capsys):
         '                         train      test', 'images                       3         2',
         'objects                      5         1', 'of which difficult           1         1',
         '  dog                        4         0', '  cat                        1         1',
-        'Left out 1 training images without objects, and dropped 1 boxes:',
+        'Left out 1 training images without objects, and dropped 2 boxes:',
         f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
+        f'  {tmp_path / "JPEGImages" / "trainval_01.jpg"}: label \'cow\' is not one of the labels',
         "Left out 0 images that can't be read, or whose annotation can't:", '  none',
         'Training objects that overlap some prior by at least 0.5: 100% (of Pascal VOC 2008, 84%)',
         f'The lists are in {tmp_path / "lists"}.']

@@ -147,13 +147,14 @@ def test_without_a_checkpoint_torchvisions(tmp_path, monkeypatch, capsys):
     loaded = []
     monkeypatch.setattr(detect, 'load_detector', lambda path: (loaded.append(path) or torch.nn.Dropout(), label_map))
     (tmp_path / 'is.pth').write_text('')
-    detect.kept_detector.cache_clear()
-    for path in 'none.pth', None, str(tmp_path / 'is.pth'), 'none.pth':
+    detect.load_once.cache_clear()
+    for changed, path in enumerate(['none.pth', None, str(tmp_path / 'is.pth'), 'none.pth', str(tmp_path / 'is.pth')]):
+        os.utime(tmp_path / 'is.pth', (1, max(changed, 3)))
         model, found = detect.kept_detector(path)
         assert found is label_map and not model.training
-    assert loaded == [None, None, str(tmp_path / 'is.pth')]  # the last was kept
+    assert loaded == [None, None, *[str(tmp_path / 'is.pth')] * 2]  # what is missing only once, what has changed again
     assert capsys.readouterr().err.startswith("There is no none.pth: using torchvision's weights")
-    detect.kept_detector.cache_clear()
+    detect.load_once.cache_clear()
 
 
 def test_boxes_are_in_pixels_of_each_image():

@@ -104,7 +104,7 @@ run(lambda: print('\u732b', '\udcff', images.open_image('a.png').size))'''
 
 @pytest.mark.parametrize('script, remedy', [
     ('create_data_lists', 'download = True'), ('train', 'python create_data_lists.py'),
-    ('eval', 'python create_data_lists.py'), ('detect', 'photo.jpg is missing: check the path')])
+    ('eval', 'python create_data_lists.py'), ('detect', 'photo.jpg is missing: name an image')])
 def test_without_data_scripts_end_in_one_line(tmp_path, monkeypatch, capsys, script, remedy):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'argv', [f'{script}.py'])

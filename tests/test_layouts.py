@@ -347,7 +347,7 @@ def test_the_summary_says_when_the_objects_are_too_small_for_the_priors(tmp_path
     data = build(tmp_path, pairs(objects=[('dog', box, ''), small, small]))
     create_data_lists(str(data), None, str(tmp_path), labels=None)
     assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nHalf of the others cover less than 10x10 of the 300x300 '
-            'pixels that the network sees: see "My objects are small" in README.md.') in capsys.readouterr().out
+            'pixels that the network sees: see "My objects are small" in README.md; ') in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('keep_empty', [False, True])

@@ -403,14 +403,15 @@ def test_loss_and_gradients_equal_torchvisions():
         assert ours.abs().sum() > 0
 
 
-@pytest.mark.parametrize('n_images, min_negatives', [(1, 0), (3, 0), (1, 30), (2, 1)])
-def test_loss_of_images_without_objects(n_images, min_negatives):
-    """It is the sum over the hardest negatives, divided by a third of their number, however many images; or 0."""
+@pytest.mark.parametrize('n_images, min_negatives, neg_pos_ratio', [(1, 0, 3), (3, 0, 3), (1, 30, 3), (2, 57, 7)])
+def test_loss_of_images_without_objects(n_images, min_negatives, neg_pos_ratio):
+    """It is the sum over the hardest negatives, divided by their number over the ratio, however many images; or 0."""
     locs, scores = (torch.randn(n_images, 8732, n, requires_grad=True) for n in (4, 5))
-    loss, loc_loss, _ = MultiBoxLoss(priors, min_negatives=min_negatives).losses(locs, scores, *no_objects(n_images))
+    criterion = MultiBoxLoss(priors, neg_pos_ratio=neg_pos_ratio, min_negatives=min_negatives)
+    loss, loc_loss, _ = criterion.losses(locs, scores, *no_objects(n_images))
     loss.backward()
     hardest = -scores.log_softmax(dim=2)[:, :, 0].topk(min_negatives, dim=1, largest=False).values
-    assert loss.item() == pytest.approx(3 * hardest.sum().item() / max(1, hardest.numel()), rel=1e-5)
+    assert loss.item() == pytest.approx(neg_pos_ratio * hardest.sum().item() / max(1, hardest.numel()), rel=1e-5)
     assert loc_loss == 0 and (locs.grad == 0).all() and (scores.grad != 0).any(dim=2).sum() == hardest.numel()
 
 

@@ -166,7 +166,7 @@ def test_with_the_file_in_place_no_network_is_touched(theirs, tmp_path, monkeypa
     model, label_map = coco_detector()
     assert len(label_map) == 81 and label_map['person'] == 1 and 'N/A' not in label_map
     monkeypatch.chdir(tmp_path)
-    detect.kept_detector.cache_clear()
+    detect.load_once.cache_clear()
     capsys.readouterr()  # older versions of PyTorch say that a download begins
     assert detect.detect(draw_random_image(), 0.1, 0.45, 5).size == (300, 300)
     line = capsys.readouterr().err

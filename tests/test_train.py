@@ -175,8 +175,8 @@ def test_numbers_of_the_log_by_hand(voc_folder, monkeypatch, n_processes):
 def test_the_log_of_epochs_to_come_is_cut_off():
     train.start_log('log.csv', 0)
     with open('log.csv', 'a', newline='') as file:
-        csv.writer(file).writerows([[0, 1], [1, 1], [2, 1]])
-    train.start_log('log.csv', 2)
+        csv.writer(file).writerows([[0, 1, ''], [1, 1, ''], [1, 1, 0.5], [2, 1, '']])  # the third has an mAP
+    train.start_log('log.csv', 2, evaluated=False)
     assert columns(read_log('log.csv'), 'epoch') == [['0'], ['1']]
     train.start_log('log.csv', 0)
     assert read_log('log.csv') == []
@@ -373,7 +373,7 @@ def test_a_new_training_can_start_from_another_detector(voc_folder, capsys):
     ({'pretrained': 'vgg'}, "^pretrained = 'vgg' in train.py: set it to 'imagenet', 'coco', the path of a checkpoint"),
     ({'pretrained': 16}, "^pretrained = 16 in train.py: set it to 'imagenet'"),
     ({'pretrained': 'c.pth', 'checkpoint_path': 'c.pth'}, '^c.pth exists, and training would overwrite it: '),
-    ({'checkpoint': 'c.pth', 'checkpoint_path': 'another.pth', 'epochs': 3}, '^another.pth exists'),
+    ({'checkpoint': 'c.pth', 'checkpoint_path': 'another.pth', 'epochs': 3}, '^another.pth exists.* overwrite it: mov'),
     ({'checkpoint': 'c.pth', 'checkpoint_path': 'c.pth', 'epochs': 2},
      '^epochs = 2 in train.py, but 2 have been trained already: raise epochs$'),
     ({'checkpoint': 'c.pth', 'checkpoint_path': 'c.pth', 'epochs': 3, 'optimizer_kind': 'adamw'},

@@ -196,11 +196,9 @@ def objects(n_images, device, n_objects=3):
     return list(boxes.to(device)), list(torch.randint(1, n_classes, (n_images, n_objects), generator=rng).to(device))
 
 
-def our_step(batch_size, device, bfloat16, channels_last=True, thin=1):
+def our_step(batch_size, device, bfloat16, thin=1):
     """A function that takes a training step of our model, with README's lines."""
     model = SSD300(n_classes, thin=thin).to(device)
-    if not channels_last:
-        model = model.to(memory_format=torch.contiguous_format)
     criterion, optimizer = MultiBoxLoss(model.priors_cxcy), make_optimizer(model, 'sgd', 1e-5, 5e-4)
     images, (boxes, labels) = torch.randn(batch_size, 3, 300, 300, device=device), objects(batch_size, 'cpu')
 
@@ -277,17 +275,14 @@ def benchmark_training(device, batch_size, n):
     """A training step of our model and of torchvision's, in both precisions."""
     section(f'Training step on {device}: batch {batch_size}', 'ours', 'torchvision', 'ratio')
     for bfloat16 in (False, True):
-        (ours, our_memory), (theirs, their_memory), (plain, _), *thin_ones = race(
+        (ours, our_memory), (theirs, their_memory), *thin_ones = race(
             [(our_step, batch_size, device, bfloat16), (their_step, batch_size, device, bfloat16),
-             (our_step, batch_size, device, False, False), (our_step, batch_size, device, bfloat16, True, 4),
-             (our_step, batch_size, device, bfloat16, True, 8)], n, 1 + n // 5)
+             (our_step, batch_size, device, bfloat16, 4), (our_step, batch_size, device, bfloat16, 8)], n, 1 + n // 5)
         row('  bfloat16' if bfloat16 else '  float32', f'{batch_size / ours:.2f} images/s',
             f'{batch_size / theirs:.2f} images/s', f'{theirs / ours:.2f}x')
         for thin, (seconds, memory) in zip((4, 8), thin_ones):
             row(f'    with thin = {thin}, compared with the whole network', f'{batch_size / seconds:.2f} images/s',
                 f'{memory:.2f} GiB', f'{ours / seconds:.1f}x')
-        row('    compared with float32 without channels_last', f'{batch_size / plain:.2f} images/s', '',
-            f'{plain / ours:.2f}x')
         row('    peak memory' + (' of the process' if device.type == 'cpu' else ''), f'{our_memory:.2f} GiB',
             f'{their_memory:.2f} GiB', f'{their_memory / our_memory:.2f}x')
 
