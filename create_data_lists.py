@@ -71,7 +71,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         left_out += not_read
     for split, name in (('TRAIN', 'training'), ('TEST', 'test')):
         if not splits[split]:
-            raise UserError(f'no {name} image in {voc07_path}: add images, list some in ImageSets/Main, or set test_fraction')
+            raise UserError(f'no {name} image in {voc07_path}: add some, list some in ImageSets, or set test_fraction')
     if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
         wanted = 'a box' if labels is None else f'a box and one of the labels {list(labels)}'
         reasons = {reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']}
