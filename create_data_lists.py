@@ -71,7 +71,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         left_out += not_read
     for split, name in (('TRAIN', 'training'), ('TEST', 'test')):
         if not splits[split]:
-            raise UserError(f'no {name} image in {voc07_path}: add some, list some in ImageSets, or set test_fraction')
+            raise UserError(f'no {name} image in {voc07_path}: list some in ImageSets, set test_fraction, or add some')
     if not any(annotation['boxes'] for _, annotation in splits['TRAIN']):
         wanted = 'a box' if labels is None else f'a box and one of the labels {list(labels)}'
         reasons = {reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']}
@@ -104,7 +104,7 @@ def write_lists(splits, label_map, output_folder):
 
 
 def print_summary(splits, listed, label_map, left_out):
-    """Print how many images and objects are `listed`, what was left out of `splits`, and how well the priors suit."""
+    """Print how many images and objects are `listed`, what of `splits` was left out, and how well the priors fit."""
     counts = {split: Counter(label for _, annotation in images for label in annotation['labels'])
               for split, images in listed.items()}
     print(f'{"":20}{"train":>10}{"test":>10}')

@@ -88,7 +88,7 @@ def kept_detector(checkpoint):
 
 @cache
 def load_once(checkpoint, changed):
-    """`load_detector`'s model, on the GPU if there is one, and label_map. `changed` is when the file was changed."""
+    """What `kept_detector` returns, loaded. `changed` is when the file was last changed, or None if it is missing."""
     if checkpoint is not None and changed is None:
         print(f"There is no {checkpoint}: using torchvision's weights, trained on COCO, instead. For weights of "
               'your own, set checkpoint in detect.py, or train some with "python train.py".', file=sys.stderr)

@@ -166,8 +166,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
     :param train_loader: DataLoader of PascalVOCDataset; that of `make_train_loader` has matched the objects already
     :param model: SSD300, or what `distributed.data_parallel` returns for it
-    :param criterion: MultiBoxLoss; with the optimizer of the model's parameters
-    :param epoch: number of the epoch, from 0, of `epochs` in the whole training, for the time left
+    :param criterion: MultiBoxLoss; `optimizer` is that of the model's parameters
+    :param epoch: number of the epoch, from 0; `epochs`, the number of all, is only for the time left
     :param print_freq: batches between two lines of the log
     :param grad_clip: largest norm of the gradient; None for no limit
     :param bfloat16: compute in 16 bits, and only the loss in 32

@@ -79,7 +79,7 @@ def find_jaccard_overlap(set_1, set_2):
     return intersection / union.clamp(min=1e-12)  # 0, not 0/0, for two boxes without area
 
 
-# ------------------------------------------------------------------------------------------ Priors and their encoding
+# ---------------------------------------------------------------- Priors and their encoding; suppression and evaluation
 
 # The six feature maps with predictions, and the priors on each (the paper's section 2.2, and its authors' code). `size`
 # is the number of tiles in a row, `scale` the square root of a prior's area (1: the whole image), `ratios` are width to

@@ -308,7 +308,7 @@ def test_more_than_a_tenth_of_a_split_that_cannot_be_read_is_an_error(tmp_path, 
     ('07', None, {'labels': ['dragon']}, r"no training .*07 has an .* \['dragon'\] \(dropped: label 'dog' is not"),
     ('empty', None, {'labels': None}, r'no training image of .*empty has an object with a box \(dropped: none\): '),
     ('single', None, {'test_fraction': 1}, 'no training image in .*single: '),
-    ('no test', None, {}, 'no test image in .*no test: add some, list some')])
+    ('no test', None, {}, 'no test image in .*no test: list some in ImageSets, set test_fraction')])
 def test_a_missing_folder_image_or_setting_is_named(tmp_path, voc07_path, voc12_path, settings, message):
     make_voc_folder(tmp_path / '07', 1, 1)
     make_voc_folder(tmp_path / 'single', 1, 0)

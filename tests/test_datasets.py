@@ -134,7 +134,8 @@ def test_sampler_visits_each_image_once_in_an_order_and_with_seeds_of_the_epoch(
     ('TRAIN', 'TRAIN_objects.json', lambda objects: [{'boxes': of_image['boxes'], 'labels': of_image['labels']}
                                                      for of_image in objects]),
     ('TRAIN', 'TRAIN_objects.json', lambda objects: [{**objects[0], 'boxes': []}, *objects[1:]]),
-    ('TRAIN', 'TRAIN_objects.json', lambda all: [{**all[0], 'labels': [0] * len(all[0]['labels'])}, *all[1:]]),
+    ('TRAIN', 'TRAIN_objects.json', lambda images: [
+        {**images[0], 'labels': [0] * len(images[0]['labels'])}, *images[1:]]),  # 0 is the background
     ('TRAIN', 'TRAIN_objects.json', lambda objects: [[] for _ in objects])],
     ids=['fewer', 'more', 'label', 'labels', 'no difficulties', 'fewer boxes', 'from 0', 'no dict'])
 def test_each_list_that_does_not_belong_to_the_others_is_noticed(voc_folder, tmp_path, split, name, change):

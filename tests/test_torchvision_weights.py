@@ -114,9 +114,10 @@ def test_other_weights_are_refused(theirs, key, shape, line):
 
 
 def test_other_feature_maps_are_refused(theirs, monkeypatch):
-    ours = torchvision_weights.feature_maps
-    monkeypatch.setattr(torchvision_weights, 'feature_maps',
-                        ours | {'conv7': ours['conv7']._replace(ratios=(1, 2, 1 / 2))})
+    ours, priors = torchvision_weights.feature_maps, torchvision_weights.coco_default_boxes()
+    monkeypatch.setitem(ours, 'conv4_3', ours['conv4_3']._replace(ratios=(1, 3, 1 / 3)))
+    assert torch.equal(torchvision_weights.coco_default_boxes(), priors)  # as many: ignored
+    monkeypatch.setitem(ours, 'conv7', ours['conv7']._replace(ratios=(1, 2, 1 / 2)))
     with pytest.raises(UserError, match='or feature_maps in utils.py were changed: unflatten'):
         from_torchvision(theirs.state_dict())
 
