@@ -190,7 +190,7 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
     boxes = [box for _, _, box in objects]
     as_stored, notes = compare_sizes(annotation_path, stated_size, size, orientation, boxes)
     width, height = size or (stated_size if min(stated_size) > 0 else (math.inf, math.inf))
-    if boxes and max(map(max, boxes)) <= 1 and min(width, height) > 10:
+    if any(edge % 1 for box in boxes for edge in box) and max(map(max, boxes)) <= 1 and min(width, height) > 10:
         raise UserError(f'{annotation_path} has boxes in fractions, such as {boxes[0]}: export them in pixels')
     annotation = {'boxes': [], 'labels': [], 'difficulties': [], 'dropped': dropped, 'notes': notes, 'size': size}
     for label, difficult, box in objects:

@@ -18,7 +18,7 @@ warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 def is_image(name):
     """Whether a file's name has the extension of an image that Pillow reads by itself."""
     image_format = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return image_format in Image.OPEN and image_format not in ('EPS', 'MPEG')
+    return image_format in Image.OPEN and image_format not in ('EPS', 'MPEG', 'BUFR', 'GRIB', 'HDF5')
 
 
 def list_images(paths):
@@ -138,7 +138,7 @@ def to_rgb(image):
             image.info.pop(key, None)  # so that nobody turns it again
     if image.mode in bits_of_mode:
         image = scale_to_8_bits(image)
-    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
+    if image.has_transparency_data:
         image = image.convert('RGBA')  # what is transparent gets white behind it, as on a page
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image if image.mode == 'RGB' else image.convert('RGB')

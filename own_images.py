@@ -46,8 +46,9 @@ def find_images(folder):
         what = 'has no annotations in VOC format (.xml)' if os.path.isdir(folder) else 'is not a folder'
         raise UserError(f'{folder} {what}: set the paths in create_data_lists.py to folders with images and '
                         "annotations, or download = True; for COCO's .json or YOLO's .txt files, see GUIDE.md")
-    n_images = sum(len(images[name]) for name in images.keys() - set(map(name_of, found)))
-    print(f'{folder}: {len(found)} annotations. Images without annotation, which are not listed: {n_images}.')
+    without = sorted(path for name in images.keys() - set(map(name_of, found)) for path in images[name])
+    such_as = f', such as {without[0]}' if without else ''
+    print(f'{folder}: {len(found)} annotations. Images without annotation, left out: {len(without)}{such_as}.')
     return leave_out_repeated(folder, found)
 
 
@@ -95,7 +96,8 @@ def leave_out_repeated(folder, found):
         of_image.setdefault(tuple(image_paths) or path, []).append(path)
     for paths in of_image.values():
         if len(paths) > 1:
-            with_boxes = [path for path in paths if b'<bndbox>' in Path(folder, path).read_bytes()]
+            with_boxes = [path for path in paths
+                          if re.search(rb'[<:]bndbox\b', Path(folder, path).read_bytes().replace(b'\0', b''))]
             without.update(set(paths).difference(with_boxes) if with_boxes else ())
     if without:
         print(f'{folder}: annotations without a box whose image has another annotation, left alone: {len(without)}, '
@@ -107,7 +109,7 @@ def leave_out_repeated(folder, found):
 
 def choose_split(folder, found, test_fraction):
     """Choose the images for training and for the test: by the lists in ImageSets/Main called trainval, train, val or
-    test; without lists, by folders with these words in their names; else at random, in the same way each time. Without
+    test; without lists, by folders with these words in their names; else at random, but always in the same way. Without
     a test, val is the test.
 
     :param found: see `find_images`
@@ -124,9 +126,9 @@ def choose_split(folder, found, test_fraction):
     elif train and val:
         test, rule = val, 'val is the test, by'
     else:
-        paths = sorted(used, key=os.path.splitext)
-        random.Random(0).shuffle(paths)
-        n_test = round(test_fraction * len(paths))
+        # The number drawn depends on the annotation's path alone: when others are added, it mostly stays in its split.
+        drawn = {path: random.Random(os.fsencode(path.replace(os.sep, '/'))).random() for path in used}
+        paths, n_test = sorted(used, key=drawn.get), round(test_fraction * len(used))
         train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
         rule = 'at random, from'
     train, test = ({path: found.get(path, []) for path in paths} for paths in (train, test))  # each only once
@@ -165,12 +167,18 @@ def read_image_sets(folder, found):
                 if name_of(line) not in by_name:
                     line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
                 same_name = by_name.get(name_of(line), [inside + name_of(line)])
-                if len(same_name) > 1:  # compare the line's last folders; the first may be of another computer
-                    words = words_of(line)
-                    in_folder = [path for path in same_name if words[-len(words_of(path)):] == words_of(path)]
-                    same_name = in_folder or same_name
+                best = max(likeness(line, path.removeprefix(inside)) for path in same_name)
+                same_name = [path for path in same_name if likeness(line, path.removeprefix(inside)) == best]
                 image_sets.setdefault(split_names.get(list_name, list_name), []).extend(same_name)
     return image_sets
+
+
+def likeness(line, path):
+    """:return: how much a line of a list is like a path with its name: whether it has all words of the path's folders
+        (after others, as those of another computer), the number of words in which both end alike, and the whole name"""
+    words = words_of(path)
+    n = len(os.path.commonprefix([words[::-1], words_of(line)[::-1]]))  # noqa: RUF071 - it also takes lists
+    return n == len(words), n, Path(path).stem in (Path(line).name, Path(line).stem)
 
 
 def read_lines(path):
@@ -219,8 +227,12 @@ def check_each_once(chosen):
 
 def list_files(folder):
     """:return: all files under a folder, relative to it and sorted; links are followed, hidden files left out"""
+    def left_out(error):
+        if isinstance(error, PermissionError):  # else the folder is missing, see `find_images`
+            print(f'{error}: left out', file=sys.stderr)
+
     paths, visited = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=left_out, followlinks=True):
         if os.path.realpath(parent) in visited:  # a link to a folder above would never end
             folders.clear()
             continue
@@ -245,7 +257,7 @@ def words_of(path):
 def name_of(path):
     """:return: the name without folders and without the extension of an image or annotation: a for x/a.jpg and a.xml"""
     name = os.path.basename(path)
-    while is_image(name) or name.lower().endswith('.xml'):
+    while is_image(name) or os.path.splitext(name)[1].lower() == '.xml':
         name = os.path.splitext(name)[0]  # twice for a.jpg.xml, as some tools write
     return unicodedata.normalize('NFC', name)  # macOS writes an accent as a character of its own
 

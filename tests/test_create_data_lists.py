@@ -125,6 +125,7 @@ def test_the_stated_size_is_a_hint(tmp_path, size, stated, box, assumed):
 def test_without_an_image_the_stated_size_counts(tmp_path):
     for size, n_dropped in (('', 0), (size_of(0, 0), 0), ('<size><width>100</width></size>', 0), (size_of(60, 80), 1)):
         assert len(parse(tmp_path, annotation(('dog', (5, 5, 250, 9), ''), size=size))['dropped']) == n_dropped
+    assert 'has no area' in parse(tmp_path, annotation(('dog', (1, 1, 1, 1), '')))['dropped'][0]
 
 
 laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' for i in range(12))
@@ -347,7 +348,7 @@ def test_the_lists_and_their_summary(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line for line in lines if line.startswith('Read ')) == sorted(notes)
     assert [line for line in lines if not line.startswith('Read ')] == [
-        f'{tmp_path}: 6 annotations. Images without annotation, which are not listed: 0.',
+        f'{tmp_path}: 6 annotations. Images without annotation, left out: 0.',
         f'{tmp_path}: 4 images for training, 2 for the test: as given by its '
         'lists in ImageSets/Main: trainval (4), test (2).',
         '                         train      test', 'images                       3         2',
@@ -375,6 +376,12 @@ def test_a_folder_without_splits_is_split_always_alike(tmp_path, n, settings, n_
     assert again == [train, test] == [sorted(train), sorted(test)] and len(test) == n_test
     assert sorted(train + test) == [f'trainval_{i:02}' for i in range(n)]
     assert list(json.loads((tmp_path / 'label_map.json').read_text())) == ['background', *voc_labels]
+    for i in range(4):  # four more, the first by name
+        for path in 'JPEGImages/{}.jpg', 'Annotations/{}.xml':
+            shutil.copy(tmp_path / path.format('trainval_00'), tmp_path / path.format(f'a{i}'))
+    create_data_lists(str(tmp_path), None, str(tmp_path), **settings)
+    more = list_names(tmp_path)[1]  # of those that trained, at most as many are now in the test as it has grown by
+    assert len(set(train) & set(more)) <= len(more) - n_test <= 2
 
 
 @pytest.mark.parametrize('labels, in_list', [

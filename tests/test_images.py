@@ -34,7 +34,8 @@ def test_images_of_any_mode(tmp_path, mode, color, expected):
 def test_palette_transparency_is_white():
     image = Image.new('P', (5, 5), 0)
     image.info['transparency'] = 0
-    assert to_rgb(image).getpixel((0, 0)) == white  # else black
+    for transparent in image, Image.new('RGBA', (5, 5)).quantize(4):
+        assert to_rgb(transparent).getpixel((0, 0)) == white  # else black
 
 
 def spoilt(pixels, dtype, *spots):
@@ -205,8 +206,8 @@ def test_a_pattern_and_a_folder_stand_for_their_images(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, readable, writable', [
     ('a.jpg', True, True), ('A.JPG', True, True), ('a.webp', True, True), ('a.gif', True, True), ('a.psd', True, False),
-    ('a.eps', False, False), ('a.mpg', False, False), ('a.pdf', False, False), ('a.xml', False, False),
-    ('jpg', False, False)])
+    ('a.eps', False, False), ('a.mpg', False, False), ('a.h5', False, False), ('a.pdf', False, False),
+    ('a.xml', False, False), ('jpg', False, False)])
 def test_images_are_known_by_their_extension(name, readable, writable):
     assert is_image(name) == readable
     if writable:

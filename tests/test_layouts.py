@@ -6,9 +6,11 @@ import unicodedata
 import pytest
 from PIL import Image
 from test_create_data_lists import annotation, list_names, size_of
+from test_errors import throw
 
 from create_data_lists import create_data_lists
 from errors import UserError
+from own_images import list_files, name_of
 
 box = (11, 12, 41, 52)  # of a dog in each image of 100x80 pixels
 digits = '0123456789'
@@ -108,7 +110,8 @@ def test_what_tools_write(tmp_path, capsys, tool):
     assert f'8 images for training, 2 for the test: {rule}' in printed or f', 2 for the test: {rule}' in printed
     if tool in ('Supervisely', 'Roboflow'):
         assert sorted(name[0] for name in test) == ['8', '9']
-    assert f'Images without annotation, which are not listed: {2 if tool == "Label Studio" else 0}.' in printed
+    left_out = '2, such as images/' if tool == 'Label Studio' else '0.'
+    assert f'Images without annotation, left out: {left_out}' in printed
 
 
 # ------------------------------------------------------------------------------------------------------ Which files
@@ -132,11 +135,11 @@ def test_annotations_at_any_depth_in_any_case(tmp_path, capsys):
       text('.idea/workspace.xml', '<project/>')], 10),  # hidden files are none
     ([text('empty'), pairs('../elsewhere/{}.jpg', '../elsewhere/{}.xml'), links('link', '../elsewhere', [0]),
       links('../elsewhere/up', '', [0])], 10),  # links to folders are followed once
-    ([pairs('{}.b.c.jpg', '{}.b.c.xml', 'a'), pairs('{}.jpg', '{}.jpg.xml', 'd'),
+    ([pairs('{}.b.c.jpg', '{}.b.c.xml', ['\udce9']), pairs('{}.jpg', '{}.jpg.xml', 'd'),  # \xe9, not in UTF-8
       pairs(unicodedata.normalize('NFD', 'images/é.jpg'), unicodedata.normalize('NFC', 'annotations/é.xml'), 'e')], 3)])
 def test_each_pair_is_found_and_nothing_else(tmp_path, capsys, parts, n):
     train, test, printed = lists_of(build(tmp_path, *parts), capsys, test_fraction=.34)
-    assert len(train + test) == n and f'{n} annotations. Images without annotation, which are not listed: 0.' in printed
+    assert len(train + test) == n and f'{n} annotations. Images without annotation, left out: 0.' in printed
     assert 'that are no annotations' not in printed
 
 
@@ -193,8 +196,10 @@ folders = 'Annotations/Horizontal Bounding Boxes/{}.xml', 'Annotations/Oriented 
     ([*task('hall', 'Train'), *task('yard', 'Test')], 5, 'train (5), test (5).'),
     ([*task('hall', 'Train'), *task('yard', 'Test'), *task('roof')], 5, 'train (5), test (5), not used (5).'),
     ([*task('hall', 'Train', 9), *task('yard', 'default', 9), *task('roof', 'Test', 1)], 9, 'test (1), not used (9).'),
-    ([pairs('{}.rgb.jpg', '{}.rgb.xml', digits[:5]), pairs('{}.bw.jpg', '{}.bw.xml', digits[:5])], 8, ''),
-    ([pairs('{}.jpg', '{}.jpg.xml'), pairs('{}.png', None)], 8, 'not listed: 0.'),
+    ([pairs(f'{{}}.{kind}.jpg', f'{{}}.{kind}.xml', digits[:5]) for kind in ('rgb', 'bw')], 8, ''),
+    ([*(pairs(f'{{}}.{kind}.jpg', f'{{}}.{kind}.xml', digits[:5]) for kind in ('rgb', 'bw')),
+      in_main(train=[f'{i}.rgb' for i in digits[:5]], test=[f'{i}.bw' for i in digits[:5]])], 5, 'train (5), test (5)'),
+    ([pairs('{}.jpg', '{}.jpg.xml'), pairs('{}.png', None)], 8, 'left out: 0.'),
     ([pairs('all/{}.jpg', 'all/{}.xml'), links('train/{}.jpg', 'all/{}.jpg', digits[:7]), links('test/{}.jpg',
       'all/{}.jpg', digits[7:]), pairs(None, 'train/{}.xml', digits[:7]), pairs(None, 'test/{}.xml', digits[7:])], 7,
      'train (7), test (3), others (10).')])
@@ -210,6 +215,8 @@ def test_what_could_be_listed_twice_is_listed_once(tmp_path, capsys, parts, n_tr
     ([pairs('{}.jpg', 'anna/{}.xml'), pairs(None, 'bert/{}.xml')], False, 10, ['0.jpg', 'anna/0.xml', 'bert/0.xml']),
     ([pairs(), pairs(None, '{}.jpg.xml')], False, 10, ['0.jpg', '0.xml', '0.jpg.xml']),
     ([pairs(), pairs(None, 'sub/{}.xml', '37')], False, 2, ['3.jpg', '3.xml', 'sub/3.xml']),
+    ([pairs(), text('sub/3.xml', f'<annotation>{objects.replace("<bndbox>", "<bndbox >")}</annotation>')], False, 1,
+     ['3.jpg', '3.xml', 'sub/3.xml']),
     ([pairs(), in_main(train=digits[:8], test='789')], False, 1, ['7.jpg', 'for TRAIN', 'for TEST', '7.xml']),
     ([pairs(), in_main(train=digits[:8], val='6789')], False, 2, ['6.jpg', 'for TRAIN', 'for TEST', '6.xml']),
     ([*task('hall', 'train'), in_main(test=['hall/frame_1'])], False, 1, ['frame_1.png', 'for TRAIN', 'for TEST']),
@@ -238,11 +245,11 @@ def test_an_annotation_with_two_images_is_named_with_the_remedy(tmp_path, capsys
 
 def test_lines_of_lists(tmp_path, capsys):
     """VOC's lists of a class say nothing here."""
-    data = build(tmp_path, pairs(names=['a', 'b 1', 'c', 'd', 'e']), in_main(test=['d.jpg -1', 'photos/e']), in_main(
+    data = build(tmp_path, pairs(names=['a', 'sub/a', 'b 1', *'cde']), in_main(test=['d.jpg -1', 'photos/e']), in_main(
         trainval=['a.jpg', 'b 1', r'C:\photos\c.jpg 1', 'a'], dog_trainval=['a 1', 'd -1']))
     train, test, printed = lists_of(data, capsys)
     assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e'])
-    assert 'data: 3 images for training, 2 for the test: ' in printed and 'trainval (4), test (2).' in printed
+    assert 'data: 3 images for training, 2 for the test: ' in printed and 'trainval (4), test (2), not' in printed
 
 
 def test_lists_from_windows(tmp_path, capsys):
@@ -319,12 +326,20 @@ def test_of_a_second_folder_only_the_test_is_left_out(tmp_path, capsys, names, e
     assert f'{tmp_path / "12"}: {words}' in capsys.readouterr().out
 
 
-def test_lines_with_folders_name_the_image_in_that_folder(tmp_path, capsys):
-    data = build(tmp_path, pairs(*voc, [f'cam{camera}/{i}' for camera in (1, 2) for i in (0, 1)]), in_main(
-        train=['/home/me/data/JPEGImages/cam1/0.jpg', 'cam1/1', '"cam2/1" 1'],
-        test=['/home/me/data/JPEGImages/cam2/0.jpg']))
+@pytest.mark.parametrize('inside', ['', 'VOC', 'my data'])
+def test_lines_with_folders_name_the_image_in_that_folder(tmp_path, capsys, inside):
+    data = build(tmp_path, lambda folder: pairs(*voc, [f'cam{camera}/{i}' for camera in (1, 2) for i in (0, 1)])(
+        folder / inside), in_main(inside, train=['/home/me/data/JPEGImages/cam1/0.jpg', 'cam1/1', '"cam2/1" 1'],
+                                  test=['/home/me/data/JPEGImages/cam2/0.jpg']))
     lists_of(data, capsys)
-    assert paths_in(tmp_path / 'lists', ['TEST']) == [str(data / 'JPEGImages/cam2/0.jpg')]
+    assert paths_in(tmp_path / 'lists', ['TEST']) == [str(data / inside / 'JPEGImages/cam2/0.jpg')]
+    assert name_of('x/.xml') == '.xml'
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, 'scandir', lambda path: throw(PermissionError(13, 'Permission denied', path)))
+    assert list_files(str(tmp_path)) == []
+    assert capsys.readouterr().err == f"[Errno 13] Permission denied: '{tmp_path}': left out\n"
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.gif', '.tif', '.webp', '.heic', '.dng'])

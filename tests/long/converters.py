@@ -72,12 +72,9 @@ def read_blocks():
 
 
 def listed(folder):
-    """List a folder in VOC's layout. Two of the four images are for the test; that without objects is one of them,
-    since it would be left out of training.
-
-    :return: dict of image name -> list of (label, box), for training and test together"""
+    """:return: dict of image name -> list of (label, box) of a folder in VOC's layout, training and test together"""
     with redirect_stdout(io.StringIO()):
-        create_data_lists(str(folder / 'voc'), None, str(folder), labels=None, test_fraction=0.5)
+        create_data_lists(str(folder / 'voc'), None, str(folder), labels=None, test_fraction=0.5, keep_empty=True)
     lists = {path.stem: json.loads(path.read_text()) for path in folder.glob('*.json')}
     names = {index: label for label, index in lists['label_map'].items()}
     return {os.path.basename(path): [(names[i], box) for i, box in zip(objects['labels'], objects['boxes'])]
