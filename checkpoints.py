@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from errors import UserError, one_line, write_whole
+from errors import UserError, is_out_of_memory, one_line, write_whole
 from model import SSD300, possible_thin, thin_out
 from torchvision_weights import coco_detector, coco_index, download_coco, from_torchvision
 
@@ -50,10 +50,10 @@ def load_checkpoint(path):
     if isinstance(version, int) and version > checkpoint_version:
         raise UserError(f'{path} has version {version}, and is from a newer version of this project, which writes '
                         f'version {checkpoint_version}: update the project')
-    kinds = {'epoch': int, 'label_map': dict, 'model': dict, 'seed': int}
+    kinds = {'epoch': int, 'label_map': dict, 'model': dict, 'seed': (int, float, str)}
     wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
     if wrong:
-        raise UserError(f'{path} is no checkpoint of train.py: it lacks {wrong}')
+        raise UserError(f'{path} is no checkpoint of ours: it lacks {wrong}; see "Other people\'s weights" in GUIDE.md')
     weights, indices = content['model'], list(content['label_map'].values())
     if 'priors_cxcy' in content:  # version 1 has the priors beside the model
         weights['priors_cxcy'] = content.pop('priors_cxcy')
@@ -84,7 +84,7 @@ def read_saved(path):
             warnings.simplefilter('ignore')  # of files that are then refused
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # nearly anything, if the file is damaged
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # a RuntimeError
+        if is_out_of_memory(error):
             raise
         with open(path, 'rb') as file:
             if b'cmodel\nSSD300\n' in file.read(2 ** 20):  # as pickle names the class SSD300 of model.py

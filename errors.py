@@ -27,24 +27,31 @@ def run(main):
             time.sleep(1)  # if a worker was killed while it passed on images, PyTorch raises what it says of that now
             raise
     except UserError as error:
-        # From a worker of a data loader, the message is a whole traceback, whose last line is ours.
-        line = 'Error: ' + str(error).splitlines()[-1].split('UserError: ')[-1]
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        where = 'there is not enough memory' if isinstance(error, MemoryError) else 'the GPU ran out of memory'
-        lower = 'lower batch_size, or ' if 'batch_size' in main.__globals__ else ''
-        line = f'Error: {where}: {lower}end other programs that use it'
+        # From a worker of a data loader, the message is a whole traceback, which ends in ours.
+        line = 'Error: ' + str(error).split('UserError: ')[-1].strip().replace('\n', ' ')
     except OSError as error:
         if error.errno is None:  # the system's have a number: a full disk, no permission, ...
             raise
         line = f'Error: {one_line(error)}'
-    except RuntimeError as error:
-        if not str(error).startswith(('DataLoader worker (pid', 'Pin memory thread exited')):  # one was killed
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            on_gpu = isinstance(error, torch.OutOfMemoryError)
+            where = 'the GPU ran out of memory' if on_gpu else 'there is not enough memory'
+            lower = 'lower batch_size, or ' if 'batch_size' in main.__globals__ else ''
+            line = f'Error: {where}: {lower}end other programs that use it'
+        elif str(error).startswith(('DataLoader worker (pid', 'Pin memory thread exited')):  # one was killed
+            # The cause names the signal and, if it was short of shared memory, the remedy.
+            line = 'Error: ' + f'{one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': ')
+        else:
             raise
-        # The cause names the signal and, if it was short of shared memory, the remedy.
-        line = 'Error: ' + f'{one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': ')
     except KeyboardInterrupt as stop:
         line = f'Stopped. {stop}'.strip()
     sys.exit(line)  # not in the lines above: IPython 8 fails to show an exit during the handling of another error
+
+
+def is_out_of_memory(error):
+    """Whether an error says that there is not enough memory: for that of a CPU, PyTorch raises RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error)
 
 
 def one_line(error):

@@ -61,6 +61,8 @@ def test_errors_in_workers_keep_their_lines(workers):
     (UserError('a.jpg is broken'), 'Error: a.jpg is broken'), (KeyboardInterrupt(), 'Stopped.'),
     (KeyboardInterrupt('c.pth has epoch 3'), 'Stopped. c.pth has epoch 3'),
     (MemoryError(), 'Error: there is not enough memory: {}end other programs that use it'),
+    (RuntimeError('DefaultCPUAllocator: no'), 'Error: there is not enough memory: {}end other programs that use it'),
+    (UserError('two\nlines'), 'Error: two lines'),
     (torch.OutOfMemoryError('CUDA'), 'Error: the GPU ran out of memory: {}end other programs that use it'),
     (OSError(errno.ENOSPC, 'No space left on device', 'a.csv'), "Error: [Errno 28] No space left on device: 'a.csv'"),
     (RuntimeError('Pin memory thread exited unexpectedly'), 'Error: Pin memory thread exited unexpectedly'),
@@ -74,7 +76,7 @@ def test_what_a_user_can_cause_ends_in_one_line(monkeypatch, error, line):
 
 @pytest.mark.parametrize('error', [
     RuntimeError('Connection closed by peer'), RuntimeError('no connection between the layers, out of memory'),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory"), EOFError(), OSError('no number'), KeyError('slip'),
+    EOFError(), OSError('no number'), KeyError('slip'),
     NameError("name 'nn' is not defined"), RuntimeError('Caught it in DataLoader worker process 0')])
 def test_everything_else_shows_its_traceback(monkeypatch, error):
     monkeypatch.setattr('errors.time.sleep', lambda _: None)
