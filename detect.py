@@ -2,12 +2,11 @@
 
     python detect.py photo.jpg another.png folder_of_images
 
-prints each detection's label, score and bounding box in pixels, and saves an annotated copy of each image. Edit the
-parameters below first.
+prints each detection's label, score and box in pixels, and saves annotated copies. Edit the parameters below first.
 """
 import os
 import sys
-from functools import cache
+from functools import lru_cache
 
 import torch
 from PIL import Image, ImageColor, ImageDraw
@@ -47,7 +46,9 @@ def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppres
     :param model: SSD300, and its `label_map`; the other parameters are those of `detect`
     :return: list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole pixels"""
     names = list(label_map)
-    suppress = [suppress] if isinstance(suppress, str) else suppress or ()
+    suppress = [suppress] if suppress and isinstance(suppress, str) else suppress or ()
+    if unknown := sorted(set(suppress) - label_map.keys()):
+        raise UserError(f'suppress: the labels are {names[1:]}, not {unknown}')
     unwanted = {'background', *suppress}  # 'background' is the label of the placeholder for no detection
     tensor = to_input(image.resize((300, 300), Image.Resampling.BILINEAR))  # (3, 300, 300)
     predictions = model(tensor.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
@@ -86,10 +87,10 @@ def kept_detector(checkpoint):
     return load_once(checkpoint, os.path.getmtime(checkpoint) if exists else None)
 
 
-@cache
+@lru_cache(maxsize=3)
 def load_once(checkpoint, changed):
     """What `kept_detector` returns, loaded. `changed` is when the file was last changed, or None if it is missing."""
-    if checkpoint is not None and changed is None:
+    if checkpoint == 'checkpoint_ssd300.pth' and changed is None:
         print(f"There is no {checkpoint}: using torchvision's weights, trained on COCO, instead. For weights of "
               'your own, set checkpoint in detect.py, or train some with "python train.py".', file=sys.stderr)
         checkpoint = None

@@ -52,7 +52,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     model.eval()
     device = model.priors_cxcy.device
     lists = [[] for _ in range(6)]  # the first six arguments of calculate_mAP
-    start = time.time()
+    start = time.perf_counter()
     for images, *objects in tqdm(test_loader, 'Evaluating', unit='batch', disable=get_rank() > 0):
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images.to(device, non_blocking=True))
@@ -60,7 +60,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
         for values, batch_values in zip(lists, (*detections, *objects)):
             values.extend(tensor.cpu() for tensor in batch_values)
     lists = [all_gather_images(values) for values in lists]
-    seconds = time.time() - start
+    seconds = time.perf_counter() - start
     average_precisions, mAP = calculate_mAP(*lists, test_loader.dataset.label_map)
     return Evaluation(average_precisions, mAP, tuple(lists[:3]), tuple(lists[3:]), seconds)
 
@@ -99,7 +99,7 @@ def main():
     found = evaluate(make_test_loader(test_set, batch_size, workers, device), model.to(device), bfloat16=bfloat16)
     if get_rank() == 0:
         print_table(found, label_map)
-        print(f'{len(test_set)} images, {len(test_set) / found.seconds:.1f} images/s on {device}')
+        print(f'{checkpoint or "COCO"}: {len(test_set)} images, {len(test_set) / found.seconds:.1f}/s on {device}')
         if mistakes_path is not None:
             counts, *worst = find_mistakes([*found.detections, *found.objects], label_map, mistakes_min_score)
             print_counts(counts, mistakes_min_score)

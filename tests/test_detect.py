@@ -146,15 +146,19 @@ def test_no_copy_has_the_path_of_another_or_of_an_image(tmp_path):
 def test_without_a_checkpoint_torchvisions(tmp_path, monkeypatch, capsys):
     loaded = []
     monkeypatch.setattr(detect, 'load_detector', lambda path: (loaded.append(path) or torch.nn.Dropout(), label_map))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / 'is.pth').write_text('')
     detect.load_once.cache_clear()
-    for changed, path in enumerate(['none.pth', None, str(tmp_path / 'is.pth'), 'none.pth', str(tmp_path / 'is.pth')]):
-        os.utime(tmp_path / 'is.pth', (1, max(changed, 3)))
+    for changed, path in enumerate(['checkpoint_ssd300.pth', None, 'is.pth', 'checkpoint_ssd300.pth', 'is.pth']):
+        os.utime('is.pth', (1, max(changed, 3)))
         model, found = detect.kept_detector(path)
         assert found is label_map and not model.training
-    assert loaded == [None, None, *[str(tmp_path / 'is.pth')] * 2]  # what is missing only once, what has changed again
-    assert capsys.readouterr().err.startswith("There is no none.pth: using torchvision's weights")
+    assert loaded == [None, None, 'is.pth', 'is.pth']  # what is missing only once, what has changed again
+    assert capsys.readouterr().err.startswith("There is no checkpoint_ssd300.pth: using torchvision's weights")
     detect.load_once.cache_clear()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match='^no checkpoint at typo.pth: '):
+        detect.kept_detector('typo.pth')
 
 
 def test_boxes_are_in_pixels_of_each_image():
@@ -179,6 +183,8 @@ def test_boxes_are_in_pixels_of_each_image():
     assert [box for _, _, box in find(31, 50)] == [[3, 12, 16, 45], [0, 15, 31, 25], [6, 10, 12, 20]]
     for suppress, left in ((['circle', 'square'], ['triangle']), ('circle', ['triangle', 'square'])):
         assert [label for label, _, _ in find(200, 100, suppress=suppress)] == left
+    with pytest.raises(UserError, match=r"^suppress: the labels are \['circle', .*\], not \['Circle'\]$"):
+        find(200, 100, suppress=['Circle'])
 
 
 def test_the_best_is_drawn_on_top():

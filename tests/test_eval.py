@@ -102,7 +102,7 @@ def test_eval_runs_with_its_own_parameters(voc_folder, monkeypatch, capsys):
     run_main(monkeypatch, TinyDetector(len(label_map)))
     assert not torch.backends.cudnn.allow_tf32
     printed = capsys.readouterr()
-    assert re.search(r'\n2 images, [\d.]+ images/s on cpu\n', printed.out)
+    assert re.search(r'\n.*\.pth: 2 images, [\d.]+/s on cpu\n', printed.out)
     assert re.search(r'Evaluating: +100%.* 1/1 ', printed.err)
     assert os.path.exists(eval_script.mistakes_path) and eval_script.bfloat16 is False
 
