@@ -1,5 +1,4 @@
-"""The data set: images and objects from the lists that create_data_lists.py wrote, their augmentation for training, and
-how they become a batch."""
+"""The data set: images and objects from the lists, their augmentation for training, and how they become a batch."""
 import json
 import os
 import random
@@ -158,8 +157,7 @@ def photometric_distort(image, rng=random):
 
 # Expanding, cropping and resizing would each compute a whole new image. Instead, the first two only choose a window: a
 # rectangle (x_min, y_min, x_max, y_max) in the image's pixels that may extend beyond it. `expand_window` makes it
-# larger (zoom out), `crop_window` smaller (zoom in). Then `draw_window` draws its content, once, at 300x300. Pixels
-# outside the window are never touched, and colors are distorted only inside.
+# larger (zoom out), `crop_window` smaller (zoom in). Then `draw_window` draws its content, once, at 300x300.
 
 def expand_window(window, rng=random):
     """Zoom out: choose a window up to 4 times as wide and high that contains the given one, at a random position. The

@@ -72,8 +72,8 @@ class VGGBase(nn.Module):
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
-        # relu_ works in place, which saves memory. ReLU and max pooling commute: in the first three groups, pools come
-        # first, and leave ReLU a quarter of the work. (conv4_3's features are needed after ReLU; pool5 keeps the size.)
+        # relu_ works in place, which saves memory. Pooling and ReLU can be swapped: in the first three groups, the pool
+        # is first, and leaves ReLU a quarter of the work. (conv4_3's features are needed after ReLU; pool5 keeps size.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
@@ -203,8 +203,7 @@ class PredictionConvolutions(nn.Module):
         for name, feat in zip(feature_maps, feats, strict=True):
             loc = getattr(self, f'loc_{name}')(feat)  # (N, n_priors * 4, size, size)
             cl = getattr(self, f'cl_{name}')(feat)  # (N, n_priors * n_classes, size, size)
-            # `reshape` follows the order of the dimensions. Channels must come last, or predictions would end up with
-            # the priors of other tiles.
+            # `reshape` follows the order of the dimensions. Channels must come last, or tiles would get mixed up.
             loc = loc.permute(0, 2, 3, 1)  # (N, size, size, n_priors * 4)
             cl = cl.permute(0, 2, 3, 1)  # (N, size, size, n_priors * n_classes)
             locs.append(loc.reshape(loc.size(0), -1, 4))  # (N, size * size * n_priors, 4)
@@ -237,8 +236,7 @@ class SSD300(nn.Module):
         self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (8732, 4)
         if thin != 1:
             thin_out(self, thin)
-        # channels_last (NHWC): on most hardware, convolutions are faster when the channels of a pixel are adjacent in
-        # memory. The shapes stay the same.
+        # channels_last (NHWC): a pixel's channels are adjacent in memory, which is faster. The shapes stay the same.
         for part in (self.base, self.aux_convs, self.pred_convs):
             part.to(memory_format=torch.channels_last)
 
@@ -442,9 +440,8 @@ def standardize(model, images):
     :param images: some images, a tensor (N, 3, 300, 300)"""
     def shift_and_scale(layer, _, output):
         """Change a layer's weights and biases, and its output, which is the next layer's input."""
-        n_values = output[:, 0].numel()  # of each channel; 1 for conv11_2 with a single image
-        std, mean = torch.std_mean(output, dim=(0, 2, 3), correction=min(1, n_values - 1))  # (n_channels) each
-        std = std.where(std > 1e-3, 1)  # (n_channels); a constant channel is only shifted
+        std, mean = torch.std_mean(output, dim=(0, 2, 3), correction=int(output[:, 0].numel() > 1))  # (n_channels) each
+        std = std.where(std > 1e-3, 1)  # (n_channels); a channel that is constant, or has one value, is only shifted
         layer.weight /= std.view(-1, 1, 1, 1)
         layer.bias.sub_(mean).div_(std)
         return (output - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)  # (N, n_channels, height, width)

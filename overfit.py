@@ -98,7 +98,7 @@ def main():
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)
     overfit(train_set, n_images, steps, thin, lr, sheet_path, device)
-    print(f'Look at {sheet_path}. If objects are still missing, look for a mistake before you train.')
+    print(f'Look at {sheet_path}. If a few objects are missing, try more steps; if many, look for a mistake.')
 
 
 if __name__ == '__main__':

@@ -38,6 +38,7 @@ checkpoint = None  # a checkpoint to go on from, or None to start anew
 checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
 pretrained = 'imagenet'  # start from 'imagenet' (VGG-16), 'coco' (a detector), a path (your detector), or None (random)
 thin = 1  # keep every thin-th channel in a new training: 1 for the paper's network, 4 for one that a laptop can train
+frozen = 0  # how many of VGG's five groups of convolutions keep the weights that training starts from; 3 is faster
 
 # Learning: as many images of VOC 07+12 as in the paper's 120,000 iterations of 32, but in smaller batches
 batch_size = 8  # images in a batch, of each process if there are several
@@ -102,8 +103,7 @@ def best_of(checkpoint_path):
 
 def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, lr_factor, start_epoch=0,
         test_loader=None, evaluate_every=0, evaluated=True, bfloat16=False, **options):
-    """Train from `start_epoch` up to `epochs`, with a checkpoint after each epoch; with evaluations, also one of the
-    epoch with the highest mAP.
+    """Train from `start_epoch` up to `epochs`. Save a checkpoint after each epoch and, with evaluations, the best one.
 
     :param model: SSD300, on the device to train on; with its optimizer, see `make_optimizer`
     :param criterion: MultiBoxLoss
@@ -125,8 +125,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
         best = load_checkpoint(best_of(checkpoint_path)).get('mAP', best)
 
     def save(path, epoch, **more):
-        """Save a checkpoint, and return whether it worked. If not, train on, unless this is the last epoch: the next
-        checkpoint may work."""
+        """Save a checkpoint, and return whether it worked. If not, the next one may, so train on if there is one."""
         try:
             save_checkpoint(path, epoch, model, optimizer, train_loader.dataset.label_map, train_loader.sampler.seed,
                             **more)
@@ -177,11 +176,11 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     model.train()
     device = next(model.parameters()).device
     n_batches = len(train_loader)
-    losses, n_images, loading, line_start = [], 0, 0., time.time()  # since the last line of the log
-    step_end = time.time()
+    losses, n_images, loading, line_start = [], 0, 0., time.perf_counter()  # since the last line of the log
+    step_end = time.perf_counter()
 
     for i, (images, boxes, labels, _) in enumerate(train_loader):  # boxes, labels: of the objects, or matched
-        loading += time.time() - step_end
+        loading += time.perf_counter() - step_end
         images = images.to(device, non_blocking=True)  # (N, 3, 300, 300)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
@@ -193,15 +192,14 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
                             f'{loss.item()}). The weights were not changed, and the last checkpoint, if there is one, '
-                            'is intact: go on from it with a lower lr, with grad_clip = 10, or, with sgd in its first '
-                            'steps, with a longer warm_up')
+                            "is intact: go on with a lower lr or grad_clip = 10; or start with more warm_up ('sgd')")
         optimizer.step()
 
         losses.append(torch.stack([loss, loc_loss, conf_loss]).detach())
         n_images += len(images) * get_world_size()
         if (i + 1) % print_freq == 0 or i + 1 == n_batches:
             means = all_reduce_mean(torch.stack(losses).mean(dim=0)).tolist()
-            seconds = time.time() - line_start
+            seconds = time.perf_counter() - line_start
             n_left = ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
             row = dict(zip(('loss', 'loc_loss', 'conf_loss'), means), epoch=epoch, batch=i + 1,
                        lr=optimizer.param_groups[-1]['lr'], images_per_s=n_images / seconds,
@@ -210,10 +208,10 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
                 left = timedelta(seconds=row['left_s'])
                 print(log_line.format(n_batches=n_batches, left=left, **row), flush=True)
             write_log(log_path, **row)
-            losses, n_images, loading, line_start = [], 0, 0., time.time()
+            losses, n_images, loading, line_start = [], 0, 0., time.perf_counter()
         if schedule is not None:
             schedule.step()
-        step_end = time.time()
+        step_end = time.perf_counter()
 
 
 def start_log(log_path, start_epoch, evaluated=True):
@@ -261,12 +259,15 @@ def make_model(label_map, checkpoint, pretrained, thin):
 
 def check_parameters():
     """Raise UserError for parameters at the top of this file that would fail late, or not at all."""
-    for name, value, possible in (('optimizer_kind', optimizer_kind, ('sgd', 'adamw')), ('thin', thin, possible_thin)):
+    for name, value, possible in (('optimizer_kind', optimizer_kind, ('sgd', 'adamw')), ('thin', thin, possible_thin),
+                                  ('frozen', frozen, (0, 1, 2, 3, 4, 5))):
         if value not in possible:
             raise UserError(f'{name} = {value!r} in train.py: set it to one of {possible}')
-    if pretrained not in ('imagenet', 'coco', None) and not os.path.isfile(str(pretrained)):
+    if checkpoint is None and pretrained not in ('imagenet', 'coco', None) and not os.path.isfile(str(pretrained)):
         raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', the path of a "
                         'checkpoint, or None')
+    if checkpoint is None and frozen and (pretrained is None or (thin > 1 and pretrained in ('imagenet', 'coco'))):
+        raise UserError(f'frozen = {frozen} in train.py would keep random or thinned-out weights: set it to 0')
 
 
 def check_overwriting(saved):
@@ -294,14 +295,18 @@ def main():
     if checkpoint is None and pretrained is None:
         images = [train_set[i, i][0] for i in range(min(16, len(train_set)))]  # i is also the seed of its augmentation
         standardize(model, torch.stack(images).to(device))
+    frozen_layers = tuple(f'base.conv{group}_' for group in range(1, frozen + 1))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen_layers))  # the optimizer skips those without a gradient
     optimizer = make_optimizer(model, optimizer_kind, lr, weight_decay, momentum)
     start_epoch, seed_of_run, evaluated = 0, seed, True
     if 'optimizer' in saved:  # convert_checkpoint.py writes only weights, to start from
         restore(optimizer, saved)
         start_epoch, seed_of_run = saved['epoch'] + 1, saved['seed']  # images go on in the order of the first run
         evaluated = 'mAP' in saved or not evaluation_is_due(saved['epoch'], epochs, evaluate_every)
-    if start_epoch >= epochs and evaluated:
-        raise UserError(f'epochs = {epochs} in train.py, but {start_epoch} have been trained already: raise epochs')
+    if start_epoch > epochs or (start_epoch == epochs and evaluated):
+        raise UserError(f'epochs = {epochs} in train.py, but {start_epoch} have been trained already: raise epochs; '
+                        "or with 'adamw', whose learning rate has fallen to 0 by now, start anew with more")
     del saved  # frees the memory of its weights
 
     criterion = MultiBoxLoss(model.priors_cxcy, min_negatives=min_negatives)
