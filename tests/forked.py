@@ -1,5 +1,4 @@
-"""
-Runs a command that begins with "python" again and again, each time anew.
+"""Run a command that begins with "python" again and again, each time anew.
 
 Each line of the input is, in JSON, a folder, what follows "python" in the command (-m pytest ..., -c ... or a script),
 and the environment. The answer is the exit code; what was printed is in output.txt in that folder. A run that takes two
@@ -26,12 +25,7 @@ for name in ('numpy', 'PIL.Image', 'torch.utils.data', 'torch.utils.flop_counter
 
 
 def run(folder, arguments, environment):
-    """
-    :param folder: where to run it
-    :param arguments: what follows "python" in the command
-    :param environment: dict of the environment's variables
-    :return: its exit code; negative if it took too long
-    """
+    """Run what one line of the input says. Returns its exit code; negative if it took too long."""
     child = os.fork()
     if child == 0:
         code = 1

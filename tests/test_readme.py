@@ -397,7 +397,7 @@ def test_detection_from_python(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir('demo')
     Image.new('RGB', (120, 80)).save('photo.jpg')
-    save_detector('demo/checkpoint_ssd300.pth', ['cat', 'person'])
+    save_detector('demo/checkpoint_ssd300.pth', shapes)
     run_block('Inference')
     assert Image.open('annotated.png').size == (120, 80)
 

@@ -20,8 +20,7 @@ class TinyDetector(SSD300):
         self.head = nn.Linear(3, 8732 * (4 + n_classes))
 
     def forward(self, image):
-        """:param image: images, a tensor (N, 3, 300, 300)
-        :return: locs (N, 8732, 4), classes_scores (N, 8732, n_classes)"""
+        """As SSD300's."""
         color = F.adaptive_avg_pool2d(image, 1)  # (N, 3, 1, 1)
         color = self.base['conv1_1'](color)[:, :3].flatten(1)  # (N, 3)
         predictions = self.head(color).view(len(image), 8732, 4 + self.n_classes)
@@ -29,11 +28,8 @@ class TinyDetector(SSD300):
 
 
 class SpoiledImages(torch.utils.data.Dataset):
-    """A data set in which one image has a single color that no image has.
-
-    :param dataset: PascalVOCDataset
-    :param spoiled: the image's index
-    :param value: of all its pixels: NaN, infinite, or so large that the loss becomes infinite"""
+    """A PascalVOCDataset, but all pixels of the image with the index `spoiled` have a value that no image has: NaN,
+    infinite, or so large that the loss becomes infinite."""
 
     def __init__(self, dataset, spoiled, value):
         self.dataset, self.spoiled, self.value = dataset, spoiled, value
@@ -48,10 +44,7 @@ class SpoiledImages(torch.utils.data.Dataset):
 
 
 class SpoiledLoss(MultiBoxLoss):
-    """A loss that is infinite, but not its gradient, or the other way round, in one batch.
-
-    :param what: 'loss' or 'gradient'
-    :param batches: how many are left up to that one"""
+    """The loss, but in batch number `batches`, from 1, it or its gradient, as `what` says, is infinite."""
 
     def __init__(self, priors_cxcy, what, batches):
         super().__init__(priors_cxcy)

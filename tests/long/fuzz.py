@@ -41,7 +41,6 @@ n_files = {'annotation': 20_000, 'image': 4_000, 'checkpoint': 1_000}
 seed = 0
 max_seconds = 20  # to read one file
 known_labels = 'cat', 'dog', 'white horse'
-orientation_tag = 0x0112
 part = '<part><name>cat</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>8</xmax><ymax>9</ymax></bndbox></part>'
 
 
@@ -251,7 +250,7 @@ def make_image(rng):
     if format in ('JPEG', 'PNG', 'WEBP', 'TIFF', 'MPO') and rng.random() < 0.5:  # a TIFF can't have an invalid one
         orientation = rng.choice([*range(1, 9)] if format == 'TIFF' else [0, 9, 65535, *range(1, 9)])
         options['exif'] = Image.Exif()
-        options['exif'][orientation_tag] = orientation
+        options['exif'][0x0112] = orientation
     if format in ('GIF', 'PNG', 'WEBP', 'TIFF', 'MPO') and rng.random() < 0.3:
         options |= {'save_all': True, 'append_images': [draw_random(size, mode, rng) for _ in range(3)]}
     if format == 'JPEG':

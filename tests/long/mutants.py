@@ -1,5 +1,4 @@
-"""
-Mutation testing: do the tests notice if a random line of the program is wrong?
+"""Mutation testing: do the tests notice if a random line of the program is wrong?
 
     python tests/long/mutants.py [how many, 100] [first, 0]
 

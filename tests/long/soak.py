@@ -2,11 +2,8 @@
 
     python tests/long/soak.py
 
-Only memory in use counts; memory that was freed, but that the C library keeps, is printed separately. This needs Linux,
-and takes about 10 minutes.
-
-The network is replaced by a fast one whose predictions have the same shapes (see tests/tiny.py); the data loader and
-its worker, the loss, the optimizer, the log, the checkpoints, detection and evaluation are the real ones.
+Only memory in use counts, not what was freed, but the C library keeps. The network is a fast one (see tests/tiny.py),
+all else is real. This needs Linux, and takes about 10 minutes.
 """
 import ctypes
 import os
@@ -38,9 +35,8 @@ slack = 30  # MB by which memory may grow, since it fluctuates
 
 
 def usage(what):
-    """Measure this process and its child processes, and print a line. `what` describes what was done until now.
-
-    :return: memory in use, in MB; and the number of open files"""
+    """Print `what` was done until now, and what this process and its children use. Returns memory in use, in MB; and
+    the number of open files."""
     pids = os.getpid(), *workers_of(os.getpid())
     taken = sum(map(memory_of, pids))
     ctypes.CDLL(None).malloc_trim(0)
