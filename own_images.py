@@ -228,7 +228,7 @@ def check_each_once(chosen):
 def list_files(folder):
     """:return: all files under a folder, relative to it and sorted; links are followed, hidden files left out"""
     def left_out(error):
-        if isinstance(error, PermissionError):  # else the folder is missing, see `find_images`
+        if isinstance(error, PermissionError) or error.filename != str(folder):  # else it is missing
             print(f'{error}: left out', file=sys.stderr)
 
     paths, visited = [], set()
