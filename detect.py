@@ -90,7 +90,7 @@ def kept_detector(checkpoint):
 @lru_cache(maxsize=3)
 def load_once(checkpoint, changed):
     """What `kept_detector` returns, loaded. `changed` is when the file was last changed, or None if it is missing."""
-    if checkpoint == 'checkpoint_ssd300.pth' and changed is None:
+    if checkpoint == 'checkpoint_ssd300.pth' and changed is None:  # another name may be a slip
         print(f"There is no {checkpoint}: using torchvision's weights, trained on COCO, instead. For weights of "
               'your own, set checkpoint in detect.py, or train some with "python train.py".', file=sys.stderr)
         checkpoint = None

@@ -126,7 +126,7 @@ def choose_split(folder, found, test_fraction):
     elif train and val:
         test, rule = val, 'val is the test, by'
     else:
-        # The number drawn depends on the annotation's path alone: when others are added, it mostly stays in its split.
+        # An annotation's number depends on its path alone: when others are added, most stay in their split.
         drawn = {path: random.Random(os.fsencode(path.replace(os.sep, '/'))).random() for path in used}
         paths, n_test = sorted(used, key=drawn.get), round(test_fraction * len(used))
         train, test = sorted(paths[n_test:]), sorted(paths[:n_test])
@@ -167,15 +167,16 @@ def read_image_sets(folder, found):
                 if name_of(line) not in by_name:
                     line = re.sub(r'\s+(-1|0|1)$', '', line)  # without the flag
                 same_name = by_name.get(name_of(line), [inside + name_of(line)])
-                best = max(likeness(line, path.removeprefix(inside)) for path in same_name)
-                same_name = [path for path in same_name if likeness(line, path.removeprefix(inside)) == best]
+                if len(same_name) > 1:
+                    likenesses = [likeness(line, path.removeprefix(inside)) for path in same_name]
+                    same_name = [path for path, like in zip(same_name, likenesses) if like == max(likenesses)]
                 image_sets.setdefault(split_names.get(list_name, list_name), []).extend(same_name)
     return image_sets
 
 
 def likeness(line, path):
-    """:return: how much a line of a list is like a path with its name: whether it has all words of the path's folders
-        (after others, as those of another computer), the number of words in which both end alike, and the whole name"""
+    """:return: how like a line of a list is to a path with its name: whether its folders end in all words of the path's
+        (the first may be of another computer), in how many words both end alike, and whether whole names are equal"""
     words = words_of(path)
     n = len(os.path.commonprefix([words[::-1], words_of(line)[::-1]]))  # noqa: RUF071 - it also takes lists
     return n == len(words), n, Path(path).stem in (Path(line).name, Path(line).stem)
@@ -228,7 +229,8 @@ def check_each_once(chosen):
 def list_files(folder):
     """:return: all files under a folder, relative to it and sorted; links are followed, hidden files left out"""
     def left_out(error):
-        if isinstance(error, PermissionError) or error.filename != str(folder):  # else it is missing
+        """Say which folder can't be read; but if `folder` itself is missing, `find_images` says it."""
+        if isinstance(error, PermissionError) or error.filename != str(folder):
             print(f'{error}: left out', file=sys.stderr)
 
     paths, visited = [], set()

@@ -38,7 +38,7 @@ checkpoint = None  # a checkpoint to go on from, or None to start anew
 checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
 pretrained = 'imagenet'  # start from 'imagenet' (VGG-16), 'coco' (a detector), a path (your detector), or None (random)
 thin = 1  # keep every thin-th channel in a new training: 1 for the paper's network, 4 for one that a laptop can train
-frozen = 0  # how many of VGG's five groups of convolutions keep the weights that training starts from; 3 is faster
+frozen = 0  # how many of VGG's five groups of convolutions keep the weights that they start with; 0 for none
 
 # Learning: as many images of VOC 07+12 as in the paper's 120,000 iterations of 32, but in smaller batches
 batch_size = 8  # images in a batch, of each process if there are several
@@ -125,7 +125,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
         best = load_checkpoint(best_of(checkpoint_path)).get('mAP', best)
 
     def save(path, epoch, **more):
-        """Save a checkpoint, and return whether it worked. If not, the next one may, so train on if there is one."""
+        """Save a checkpoint, and return whether it worked: the next one may. If the last one fails, raise UserError."""
         try:
             save_checkpoint(path, epoch, model, optimizer, train_loader.dataset.label_map, train_loader.sampler.seed,
                             **more)
@@ -191,8 +191,8 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         # A sum is finite only if both are. Processes differ in loss, not in gradient. This waits for the GPU.
         if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
-                            f'{loss.item()}). The weights were not changed, and the last checkpoint, if there is one, '
-                            "is intact: go on with a lower lr or grad_clip = 10; or start with more warm_up ('sgd')")
+                            f'{loss.item()}). The weights were not changed, and the last checkpoint, if any, is fine: '
+                            "go on with a lower lr or grad_clip = 10; or, with 'sgd', start with a longer warm_up")
         optimizer.step()
 
         losses.append(torch.stack([loss, loc_loss, conf_loss]).detach())

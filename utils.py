@@ -151,7 +151,7 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     x_max - x_min, without the last pixel that VOC's own code includes. See "Evaluation". The arguments are lists with
     a tensor for each image. Boxes are in boundary coordinates, fractional or in pixels.
 
-    :param det_boxes: detections, (n, 4) each; with det_labels (n), of which 0 does not count, and det_scores (n)
+    :param det_boxes: detections, (n, 4) each; with det_labels (n), 0 for no detection, and det_scores (n)
     :param true_boxes: ground truth, (n_objects, 4) each; with true_labels (n_objects) and true_difficulties
         (n_objects), 1 if the object is marked as difficult
     :param label_map: dict of label -> index

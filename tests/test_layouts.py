@@ -337,9 +337,9 @@ def test_lines_with_folders_name_the_image_in_that_folder(tmp_path, capsys, insi
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, 'scandir', lambda path: throw(PermissionError(13, 'Permission denied', path)))
-    assert list_files(str(tmp_path)) == []
-    assert capsys.readouterr().err == f"[Errno 13] Permission denied: '{tmp_path}': left out\n"
+    for error in PermissionError(13, 'Permission denied', str(tmp_path)), OSError(5, 'I/O error', f'{tmp_path}/sub'):
+        monkeypatch.setattr(os, 'scandir', lambda path, error=error: throw(error))
+        assert list_files(str(tmp_path)) == [] and capsys.readouterr().err == f'{error}: left out\n'
 
 
 @pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.gif', '.tif', '.webp', '.heic', '.dng'])

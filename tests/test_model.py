@@ -335,7 +335,7 @@ def test_match_of_as_many_objects_as_priors():
     boxes = cxcy_to_xy(quarters[:1]).repeat(5, 1)
     _, true_classes = match(boxes[:4], torch.tensor([3, 2, 4, 1]), quarters)
     assert true_classes.tolist() == [3, 2, 4, 1]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match='5 objects cannot each have one of 4 priors'):
         match(boxes, torch.ones(5, dtype=torch.long), quarters)
 
 

@@ -2,8 +2,8 @@
 
     python tests/long/soak.py
 
-Only memory in use counts, not what was freed, but the C library keeps. The network is a fast one (see tests/tiny.py),
-all else is real. This needs Linux, and takes about 10 minutes.
+Only memory in use counts, not what the C library keeps after it was freed. The network is a fast one (see
+tests/tiny.py), all else is real. This needs Linux, and takes about 10 minutes.
 """
 import ctypes
 import os
