@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 
 import torch
 
@@ -53,18 +54,17 @@ def finish(folder, checkpoint_path, epochs):
 
 
 def workers_of(pid):
-    """The ids of the child processes of a process."""
-    with open(f'/proc/{pid}/task/{pid}/children') as file:
+    """The ids of the child processes of a process; none if it has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError), open(f'/proc/{pid}/task/{pid}/children') as file:
         return [int(pid) for pid in file.read().split()]
+    return []
 
 
 def runs(pid):
     """Whether a process runs: it exists and is not a zombie."""
-    try:
-        with open(f'/proc/{pid}/stat') as file:
-            return file.read().rpartition(') ')[2][0] != 'Z'
-    except FileNotFoundError:
-        return False
+    with suppress(FileNotFoundError, ProcessLookupError), open(f'/proc/{pid}/stat') as file:
+        return file.read().rpartition(') ')[2][0] != 'Z'
+    return False
 
 
 def written_at(path):
