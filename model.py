@@ -72,7 +72,7 @@ class VGGBase(nn.Module):
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
-        # relu_ works in place, which saves memory. Pooling and ReLU can be swapped: in the first three groups, pools are
+        # relu_ works in place, to save memory. Pooling and ReLU can be swapped: in the first three groups, pools are
         # first, and ReLU has a quarter of the work. (conv4_3's features are used after ReLU; pool5 keeps the size.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
