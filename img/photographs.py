@@ -4,7 +4,6 @@ import json
 import os
 import random
 from functools import partial
-from types import SimpleNamespace
 
 import examples
 import torch
@@ -300,33 +299,6 @@ def draw_nms():
 
 # ------------------------------------------------------------------------------------------------------- Transforms
 
-@figure('distort.png')
-def draw_distort():
-    """Brightness, contrast, saturation and hue at both extremes, and random distortions."""
-    image, _ = photograph('chelsea')
-    fig, axes = panels(3, 4, 3.9)
-    for i, (ax, name) in enumerate(zip(axes, ('brightness', 'contrast', 'saturation', 'hue') * 2)):
-        chances = iter([float(which != i % 4) for which in range(4)])  # 0: this distortion is applied
-        extreme = SimpleNamespace(shuffle=list, random=chances.__next__, uniform=(min, max)[i // 4])  # no shuffling
-        show(ax, photometric_distort(image, extreme), f'{name} {"−+"[i // 4]}')
-    for ax, seed in zip(axes[8:], (3, 6, 11, 19)):
-        show(ax, photometric_distort(image, random.Random(seed)), 'random')
-    return rendered(fig)
-
-
-@figure('expand.png')
-def draw_expand():
-    """Three results of `expand_window`."""
-    image, boxes = photograph('coffee')
-    fig, axes = panels(1, 3, 2.4)
-    for ax, seed in zip(axes, (1, 9, 0)):
-        window = expand_window((0., 0., *map(float, image.size)), random.Random(seed))
-        drawn, found = draw_window(image, boxes, window)
-        show(ax, drawn, f'{(window[2] - window[0]) / image.width:.1f} times as wide')
-        outline(ax, found, 'object', linewidth=1.5)
-    return rendered(fig)
-
-
 def show_crop(ax, image, boxes, window, title=''):
     """Draw an image, pale outside of a window inside it, and the objects' boxes, (n_objects, 4), and centers, faint if
     the crop leaves them out. Window and boxes are boundary coordinates in pixels."""
@@ -339,20 +311,6 @@ def show_crop(ax, image, boxes, window, title=''):
         color = 'object' if kept else 'wrong'
         outline(ax, box, color, linestyle='-' if kept else dashes)
         ax.plot(*xy_to_cxcy(box)[:2], 'o', color=color, markersize=6, zorder=4)
-
-
-@figure('random_crop.png')
-def draw_random_crop():
-    """Windows that `crop_window` chose, and below what they show. An object stays if its center is inside."""
-    image, boxes = photograph('astronaut')
-    fig, axes = panels(2, 4, 3.3)
-    for above, below, seed in zip(axes[:4], axes[4:], (28, 38, 3, 36)):
-        window = crop_window((0., 0., *map(float, image.size)), boxes, random.Random(seed))
-        show_crop(above, image, boxes, window)
-        drawn, found = draw_window(image, boxes[centers_inside(boxes, window)], window)
-        show(below, drawn)
-        outline(below, found, 'object')
-    return rendered(fig)
 
 
 def vary(image, boxes, rng):
