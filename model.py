@@ -312,9 +312,9 @@ def match(boxes, labels, priors_cxcy, threshold=0.5):
     # Each prior gets the object that it overlaps most.
     overlap_of_prior, object_of_prior = overlap.max(dim=0)  # (8732), (8732)
 
-    # Then each object gets a prior of its own: the one that it overlaps most. The object with the largest overlap goes
-    # first, so that it keeps its prior where several choose the same; each of the others chooses its next best.
-    largest, choice = (values.tolist() for values in overlap.max(dim=1))  # lists: each object's best overlap, and prior
+    # Then each object gets a prior of its own: the one that it overlaps most. If several want the
+    # same, the largest overlap goes first, and the others choose their next best.
+    largest, choice = (values.tolist() for values in overlap.max(dim=1))  # of each object, two lists
     waiting, taken = list(range(len(boxes))), set()
     while waiting:
         i = max(waiting, key=lambda j: largest[j])  # an object; of equals, the first
