@@ -278,8 +278,7 @@ def of_hard_negatives():
     of_loss, of_loss_after = (row['hard_loss'] / (row['hard_loss'] + row['ignored_loss']) for row in (before, after))
     assert before['hard_negatives'] == 3 * before['positives']
     return (f"An image of the demo with {before['positives']:.0f} positive priors",
-            f'keeps the worst {share:.0%} of', f"these have {of_loss:.0%} of all negatives' loss",
-            f'after training, {of_loss_after:.0%}')
+            f'the worst {share:.0%} of', f'these have {of_loss:.0%} of all', f'after training, {of_loss_after:.0%}')
 
 
 def of_average_precision():
