@@ -16,11 +16,11 @@ from errors import UserError, run
 from images import check_image_path, open_image, save_tiles
 from mistakes import find_mistakes
 from model import SSD300, MultiBoxLoss, possible_thin, standardize
-from train import make_optimizer, one_cycle
+from train import make_optimizer, one_cycle, train
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 n_images = 4  # how many of the first training images to learn
-steps = 100  # each with all of these images in a batch
+steps = 25  # before each of four looks at what is found; all of these images are in each batch
 thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes a dozen times as long
 lr = 1e-3  # the highest learning rate of AdamW, from random weights
 min_score = 0.4  # the lowest score of the detections that count and are drawn
@@ -28,18 +28,19 @@ sheet_path = 'overfit.png'  # where a sheet goes: the ground truth, and the dete
 
 
 def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
-    """Train on the same images in each step, and four times detect objects in them.
+    """Train on the same images in each step, as train.py does, and four times detect objects in them.
 
     :param train_set: PascalVOCDataset; its split becomes 'TEST': the images as they are, without augmentation
     :param n_images: how many of its first images to learn; all, if it has fewer
-    :param steps: how many steps to train, with `lr` as the highest learning rate
+    :param steps: how many steps to train before each look, with `lr` as the highest learning rate
     :param thin: every thin-th channel of SSD300 is kept, see `model.SSD300`
     :param sheet_path: where the sheet goes
     :param device: the torch.device to train on
-    :return: the last loss, and how many of the objects were found after the last step
+    :return: how many of the objects were found after the last step
     :raises UserError: the loss or the gradient was not finite"""
     train_set.split = 'TEST'
-    images, boxes, labels, difficulties = collate_fn([train_set[i] for i in range(min(n_images, len(train_set)))])
+    batch = collate_fn([train_set[i] for i in range(min(n_images, len(train_set)))])
+    images, boxes, labels, difficulties = batch
     images = images.to(device)  # (N, 3, 300, 300)
     difficulties = [torch.zeros_like(of_image) for of_image in difficulties]  # all objects are learned, so all count
     originals = [open_image(path) for path in train_set.images[:n_images]]
@@ -49,30 +50,20 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
     standardize(model, images)
     criterion = MultiBoxLoss(model.priors_cxcy)
     optimizer = make_optimizer(model, 'adamw', lr, weight_decay=0)
-    schedule = LambdaLR(optimizer, partial(one_cycle, n_steps=steps))
+    schedule = LambdaLR(optimizer, partial(one_cycle, n_steps=4 * steps))
 
     columns = [('ground truth', boxes, labels, [torch.ones(len(of_image)) for of_image in labels])]
-    for step in range(1, steps + 1):
-        predicted_locs, predicted_scores = model(images)  # (N, 8732, 4), (N, 8732, n_classes)
-        loss = criterion(predicted_locs, predicted_scores, boxes, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
-        if not (loss + norm).isfinite():
-            raise UserError(f'the loss or its gradient is not finite in step {step}: check the boxes, or lower lr')
-        optimizer.step()
-        schedule.step()
-        if step in (steps // 4, steps // 2, 3 * steps // 4, steps):
-            with torch.no_grad():
-                found = model.detect_objects(*model(images), min_score)  # boxes, labels, scores
-            counts, false_positives, _ = find_mistakes([*found, boxes, labels, difficulties], train_set.label_map,
-                                                       min_score)
-            n_found = sum(of_class['true positive'] for of_class in counts.values())
-            print(f'step {step}  loss {loss.item():.4f}  found {n_found} of {n_objects}  '
-                  f'false positives {sum(map(len, false_positives.values()))}', flush=True)
-            columns.append((f'step {step}', *found))
+    for look in range(4):
+        train([batch] * steps, model, criterion, optimizer, look, 4, grad_clip=10, schedule=schedule)
+        with torch.no_grad():
+            found = model.detect_objects(*model(images), min_score)  # boxes, labels, scores
+        counts, false_positives, _ = find_mistakes([*found, boxes, labels, difficulties], train_set.label_map,
+                                                   min_score)
+        n_found = sum(of_class['true positive'] for of_class in counts.values())
+        print(f'found {n_found} of {n_objects}  false positives {sum(map(len, false_positives.values()))}', flush=True)
+        columns.append((f'step {(look + 1) * steps}', *found))
     save_sheet(sheet_path, originals, columns, train_set.label_map)
-    return loss.item(), n_found
+    return n_found
 
 
 def save_sheet(path, images, columns, label_map):

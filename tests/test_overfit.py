@@ -47,11 +47,11 @@ def test_what_is_found_is_counted(voc_folder, tmp_path, monkeypatch, capsys, dif
                 [torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.3])])  # the last one's score is too low to count
 
     monkeypatch.setattr(SSD300, 'detect_objects', detect_objects)
-    _, (_, n_found), _ = learn(str(tmp_path), tmp_path, 1, 8)
+    _, n_found, _ = learn(str(tmp_path), tmp_path, 1, 2)
     assert n_found == 2 and asked == [((0.4,), False, 1)] * 4
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split('  ')[0] for line in lines] == ['step 2', 'step 4', 'step 6', 'step 8']
-    assert all(line.endswith(f'found 2 of {len(boxes)}  false positives 3') for line in lines)
+    assert [line.split('  loss')[0] for line in lines[::2]] == [f'epoch {look}  batch 2/2' for look in range(4)]
+    assert lines[1::2] == [f'found 2 of {len(boxes)}  false positives 3'] * 4
 
 
 def test_the_sheet_shows_each_image_and_what_was_found(monkeypatch):
@@ -80,8 +80,9 @@ def test_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch)
     monkeypatch.setattr(overfit, 'save_sheet', lambda *args: shown.append(args))
     Image.new('L', (1, 1)).save(tmp_path / 'overfit.png')
     train_set, *_ = learn(voc_folder, tmp_path, 9, 1)
-    [(_, images, [(heading, boxes, labels, scores), (last, *_)], label_map)] = shown
-    assert label_map == train_set.label_map and (heading, last) == ('ground truth', 'step 1')
+    [(_, images, [(heading, boxes, labels, scores), *looks], label_map)] = shown
+    assert label_map == train_set.label_map
+    assert [heading, *(look[0] for look in looks)] == ['ground truth', 'step 1', 'step 2', 'step 3', 'step 4']
     assert len(images) == len(train_set) == 3  # fewer than asked for
     for i, image in enumerate(images):
         assert image.tobytes() == open_image(train_set.images[i]).tobytes()
@@ -92,14 +93,14 @@ def test_the_first_column_is_the_ground_truth(voc_folder, tmp_path, monkeypatch)
 def test_the_learning_rate_follows_one_cycle(voc_folder, tmp_path, monkeypatch, capsys):
     """With a rate only for the first of four steps, the loss changes once."""
     monkeypatch.setattr(overfit, 'one_cycle', lambda step, n_steps: step == 0 and n_steps == 4)
-    learn(voc_folder, tmp_path, 1, 4)
+    learn(voc_folder, tmp_path, 1, 1)
     first, *others = re.findall(r'loss (\S+)', capsys.readouterr().out)
     assert len(others) == 3 and first != others[0] and len(set(others)) == 1
 
 
 def test_a_loss_that_is_not_finite(voc_folder, tmp_path):
-    with pytest.raises(UserError, match='not finite in step 2: check the boxes'):
-        learn(voc_folder, tmp_path, 1, 4, lr=math.inf)
+    with pytest.raises(UserError, match='became infinite or NaN in epoch 1, batch 1 '):
+        learn(voc_folder, tmp_path, 1, 1, lr=math.inf)
 
 
 def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, capsys):
@@ -112,7 +113,7 @@ def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, caps
     n_objects = sum(len(objects['labels']) for objects in PascalVOCDataset(voc_folder, 'TRAIN').objects[:2])
     printed = capsys.readouterr().out
     assert f' of {n_objects} ' in printed and 'Look at overfit.png' in printed and torch.initial_seed() == 0
-    assert Image.open('overfit.png').size == (2 * tile[0], 2 * tile[1])
+    assert Image.open('overfit.png').size == (5 * tile[0], 2 * tile[1])
 
 
 @pytest.mark.parametrize('name, value, message', [
@@ -126,9 +127,9 @@ def test_parameters_that_cannot_be_are_named(monkeypatch, name, value, message):
 
 
 def test_it_learns_images(voc_folder, tmp_path, capsys):
-    train_set, (loss, n_found), sheet = learn(voc_folder, tmp_path, 2, 40)
+    train_set, n_found, sheet = learn(voc_folder, tmp_path, 2, 10)
     n_objects = sum(len(objects['labels']) for objects in train_set.objects[:2])
-    assert n_found == n_objects > 5 and loss < 0.5
+    assert n_found == n_objects > 5
     assert capsys.readouterr().out.endswith(f'found {n_objects} of {n_objects}  false positives 0\n')
     assert sheet.size == (5 * tile[0], 2 * tile[1])  # objects, and four looks
     assert len(sheet.getcolors(10 ** 6)) > 1000
