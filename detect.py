@@ -91,7 +91,7 @@ def kept_detector(checkpoint):
 def load_once(checkpoint, changed):
     """What `kept_detector` returns, loaded. `changed` is when the file was last changed, or None if it is missing."""
     if checkpoint == 'checkpoint_ssd300.pth' and changed is None:  # another name may be a slip
-        print(f"There is no {checkpoint}: using torchvision's weights, trained on COCO, instead. For weights of "
+        print(f"There is no {checkpoint} here: using torchvision's weights, trained on COCO, instead. For weights of "
               'your own, set checkpoint in detect.py, or train some with "python train.py".', file=sys.stderr)
         checkpoint = None
     model, label_map = load_detector(checkpoint)

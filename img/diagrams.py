@@ -410,23 +410,6 @@ def draw_jaccard():
     return drawing
 
 
-@figure('prior_sizes.svg')
-def draw_prior_sizes():
-    """Widths and heights of all priors."""
-    fig, [axes] = panels(1, 1, 5.8)
-    for ratio, name in ((1, '1:1'), (2, '2:1'), (3, '3:1'), (1 / 2, '1:2'), (1 / 3, '1:3')):
-        x, y = min(1.06, 1.06 * ratio), min(1.06, 1.06 / ratio)
-        axes.plot([0, x], [0, y], color='faint', linewidth=0.8, linestyle=':')
-        write(axes, x + 0.045 * (ratio >= 1), y + 0.03 * (ratio < 1), name)
-    for name, priors in examples.priors_by_map().items():
-        widths, heights = priors[..., 2:].flatten(0, 1).unique(dim=0).unbind(dim=1)
-        axes.plot(widths, heights, 'o', color=map_colors[name], markersize=8, label=name)
-    axes.set(xlim=(0, 1.12), ylim=(0, 1.12), aspect='equal', xlabel='width, as a fraction of the image',
-             ylabel='height, as a fraction of the image')
-    fig.legend(loc='outside upper center', ncols=3, fontsize=small, handletextpad=0.2)
-    return fig
-
-
 @figure('log_sizes.svg')
 def draw_log_sizes():
     """How far sizes of a quarter to four times the prior's are apart, with a logarithm and without."""

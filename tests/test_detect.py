@@ -154,7 +154,7 @@ def test_without_a_checkpoint_torchvisions(tmp_path, monkeypatch, capsys):
         model, found = detect.kept_detector(path)
         assert found is label_map and not model.training
     assert loaded == [None, None, 'is.pth', 'is.pth']  # what is missing only once, what has changed again
-    assert capsys.readouterr().err.startswith("There is no checkpoint_ssd300.pth: using torchvision's weights")
+    assert capsys.readouterr().err.startswith("There is no checkpoint_ssd300.pth here: using torchvision's weights")
     detect.load_once.cache_clear()
     monkeypatch.undo()
     with pytest.raises(UserError, match='^no checkpoint at typo.pth: '):
