@@ -80,6 +80,8 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
     if labels is None:
         occurring = {label for images in splits.values() for _, annotation in images for label in annotation['labels']}
         label_map = make_label_map(sorted(occurring))
+        if len({label.lower() for label in occurring}) < len(occurring):
+            print('Some labels below differ only in upper and lower case: correct them, or they are different classes.')
 
     listed = {'TEST': splits['TEST'], 'TRAIN': [(path, annotation) for path, annotation in splits['TRAIN']
                                                 if keep_empty or annotation['boxes']]}
@@ -118,10 +120,8 @@ def print_summary(splits, listed, label_map, left_out):
     for note, n in Counter(note for _, annotation in images for note in annotation['notes']).items():
         print(f'Read {n} {note}.')
     n_empty = len(splits['TRAIN']) - len(listed['TRAIN'])
-    print(f'Left out {n_empty} training images without objects, and dropped {len(dropped)} boxes:')
-    print('\n'.join('  ' + line for line in dropped) or '  none')
-    print(f"Left out {len(left_out)} images that can't be read, or whose annotation can't:")
-    print('\n'.join('  ' + line for line in left_out) or '  none')
+    print(f'Left out {n_empty} training images without objects, dropped {len(dropped)} boxes.', *dropped, sep='\n  ')
+    print(f"Left out {len(left_out)} images that can't be read, or whose annotation can't.", *left_out, sep='\n  ')
 
     boxes = torch.cat([torch.tensor(annotation['boxes']).view(-1, 4) / torch.tensor(annotation['size'] * 2)
                        for _, annotation in listed['TRAIN']])  # (n_objects, 4), fractional boundary coordinates

@@ -264,7 +264,7 @@ def test_what_cannot_be_read_is_left_out_and_named_in_one_run(tmp_path, capsys, 
     assert list_names(tmp_path) == [[f'trainval_{i:02}' for i in range(50) if i not in (3, 5, 7, 9, 11)],
                                     [f'test_{i:02}' for i in range(2, 20)]]
     assert json.loads((tmp_path / 'label_map.json').read_text()) == {'background': 0, 'dog': 1}
-    _, lines = capsys.readouterr().out.split("Left out 7 images that can't be read, or whose annotation can't:\n")
+    _, lines = capsys.readouterr().out.split("Left out 7 images that can't be read, or whose annotation can't.\n")
     expected = (r'trainval_03\.jpg is not an image .*truncated', r'trainval_05 or its image is missing',
                 r'trainval_07.xml or its image is missing', r'trainval_09\.xml is not an annotation',
                 r'trainval_11\.xml is for an image of 7x9 pixels', r'test_00\.jpg is not an image .*truncated',
@@ -354,10 +354,10 @@ def test_the_lists_and_their_summary(tmp_path, capsys):
         '                         train      test', 'images                       3         2',
         'objects                      5         1', 'of which difficult           1         1',
         '  dog                        4         0', '  cat                        1         1',
-        'Left out 1 training images without objects, and dropped 2 boxes:',
+        'Left out 1 training images without objects, dropped 2 boxes.',
         f'  {tmp_path / "JPEGImages" / "trainval_00.jpg"}: cat [1.0, 1.0, 1.0, 9.0] has no area',
         f'  {tmp_path / "JPEGImages" / "trainval_01.jpg"}: label \'cow\' is not one of the labels',
-        "Left out 0 images that can't be read, or whose annotation can't:", '  none',
+        "Left out 0 images that can't be read, or whose annotation can't.",
         'Training objects that overlap some prior by at least 0.5: 100% (of Pascal VOC 2008, 84%)',
         f'The lists are in {tmp_path / "lists"}.']
 

@@ -357,12 +357,13 @@ def test_half_an_image_is_found_whatever_its_format(tmp_path, capsys, suffix):
     assert len(train + test) == 19 and f'{path} is not an image that can be read' in printed
 
 
-def test_the_summary_says_when_the_objects_are_too_small_for_the_priors(tmp_path, capsys):
-    small = ('cat', (1, 1, 4, 4), '')
-    data = build(tmp_path, pairs(objects=[('dog', box, ''), small, small]))
-    create_data_lists(str(data), None, str(tmp_path), labels=None)
-    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nHalf of the others cover less than 10x10 of the 300x300 '
-            'pixels that the network sees: see "My objects are small" in README.md; ') in capsys.readouterr().out
+@pytest.mark.parametrize('label', ['cat', 'Cat'])
+def test_the_summary_says_that_objects_are_small_and_labels_alike(tmp_path, capsys, label):
+    objects = [('dog', box, ''), ('cat', (1, 1, 4, 4), ''), (label, (1, 1, 4, 4), '')]
+    create_data_lists(str(build(tmp_path, pairs(objects=objects))), None, str(tmp_path), labels=None)
+    printed = capsys.readouterr().out
+    assert ' 33% (of Pascal VOC 2008, 84%)\nHalf of the others cover less than 10x10 of the 300x300 pixels ' in printed
+    assert ('\nSome labels below differ only in upper and lower case: ' in printed) == (label == 'Cat')
 
 
 @pytest.mark.parametrize('keep_empty', [False, True])
