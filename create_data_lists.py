@@ -81,7 +81,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         occurring = {label for images in splits.values() for _, annotation in images for label in annotation['labels']}
         label_map = make_label_map(sorted(occurring))
         if len({label.lower() for label in occurring}) < len(occurring):
-            print('Some labels below differ only in upper and lower case: correct them, or they are different classes.')
+            print('Some labels below differ only in upper and lower case: correct them, or they stay separate classes.')
 
     listed = {'TEST': splits['TEST'], 'TRAIN': [(path, annotation) for path, annotation in splits['TRAIN']
                                                 if keep_empty or annotation['boxes']]}

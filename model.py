@@ -104,7 +104,7 @@ class VGGBase(nn.Module):
 
     def load_pretrained_layers(self):
         """Load torchvision's VGG-16 weights, trained on ImageNet. Raises UserError if they can't be downloaded."""
-        vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, "set pretrained = None, and 'adamw', in train.py")
+        vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, "set pretrained = None, optimizer_kind 'adamw' in train.py")
 
         # torchvision numbers its layers, ReLUs and pools included. These are its convolutions, in the order of ours.
         names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)][:13]
@@ -314,7 +314,7 @@ def match(boxes, labels, priors_cxcy, threshold=0.5):
 
     # Then each object gets a prior of its own: the one that it overlaps most. If several want the
     # same, the largest overlap goes first, and the others choose their next best.
-    largest, choice = (values.tolist() for values in overlap.max(dim=1))  # lists: its best overlap, its prior
+    largest, choice = (values.tolist() for values in overlap.max(dim=1))  # of each object: overlap, prior
     waiting, taken = list(range(len(boxes))), set()
     while waiting:
         i = max(waiting, key=lambda j: largest[j])  # an object; of equals, the first

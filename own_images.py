@@ -175,7 +175,7 @@ def read_image_sets(folder, found):
 
 
 def likeness(line, path):
-    """:return: how like a line of a list is to a path with its name: whether its folders end in all words of the path's
+    """:return: how well a line of a list fits a path with its name: whether its folders end in all words of the path's
         (the first may be of another computer), in how many words both end alike, and whether whole names are equal"""
     words = words_of(path)
     n = len(os.path.commonprefix([words[::-1], words_of(line)[::-1]]))  # noqa: RUF071 - it also takes lists

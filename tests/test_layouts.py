@@ -362,7 +362,8 @@ def test_the_summary_says_that_objects_are_small_and_labels_alike(tmp_path, caps
     objects = [('dog', box, ''), ('cat', (1, 1, 4, 4), ''), (label, (1, 1, 4, 4), '')]
     create_data_lists(str(build(tmp_path, pairs(objects=objects))), None, str(tmp_path), labels=None)
     printed = capsys.readouterr().out
-    assert ' 33% (of Pascal VOC 2008, 84%)\nHalf of the others cover less than 10x10 of the 300x300 pixels ' in printed
+    assert ('at least 0.5: 33% (of Pascal VOC 2008, 84%)\nHalf of the others cover less than 10x10 of the 300x300 '
+            'pixels that the network sees: see "My objects are small" in README.md; ') in printed
     assert ('\nSome labels below differ only in upper and lower case: ' in printed) == (label == 'Cat')
 
 

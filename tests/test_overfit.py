@@ -23,8 +23,7 @@ def learn(folder, tmp_path, n_images, steps, lr=3e-3):
     """Overfit a very thin network on the CPU; what `overfit` returns, and the sheet."""
     train_set = PascalVOCDataset(folder, 'TRAIN', keep_difficult=True)
     path = str(tmp_path / 'overfit.png')
-    n_found = overfit.overfit(train_set, n_images, steps, 16, lr, path, torch.device('cpu'))
-    return train_set, n_found, Image.open(path)
+    return train_set, overfit.overfit(train_set, n_images, steps, 16, lr, path, torch.device('cpu')), Image.open(path)
 
 
 @pytest.mark.parametrize('difficult', [0, 1])
@@ -128,6 +127,6 @@ def test_parameters_that_cannot_be_are_named(monkeypatch, name, value, message):
 def test_it_learns_images(voc_folder, tmp_path, capsys):
     train_set, n_found, sheet = learn(voc_folder, tmp_path, 2, 10)
     n_objects = sum(len(objects['labels']) for objects in train_set.objects[:2])
-    assert n_found == n_objects > 5
-    assert capsys.readouterr().out.endswith(f'found {n_objects} of {n_objects}  false positives 0\n')
+    [*_, (loss, found)] = re.findall(r'loss (\S+).*\nfound (.*)\n', capsys.readouterr().out)
+    assert n_found == n_objects > 5 and float(loss) < 0.5 and found == f'{n_objects} of {n_objects}  false positives 0'
     assert sheet.size == (5 * tile[0], 2 * tile[1]) and len(sheet.getcolors(10 ** 6)) > 1000

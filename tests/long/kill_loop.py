@@ -31,9 +31,8 @@ program = '''
 import errors, os, sys, train
 train.checkpoint_path, epochs = sys.argv[1:]
 train.epochs, train.pretrained, train.batch_size, train.workers, train.print_freq = int(epochs), None, 2, 1, 1
-train.thin = 2  # a checkpoint of 80 MB, and a slow machine trains some epochs between two kills
 train.checkpoint = train.checkpoint_path if os.path.exists(train.checkpoint_path) else None
-train.evaluate_every = 2
+train.evaluate_every, train.thin = 2, 2  # with half of the channels, a slow machine trains epochs between two kills
 if __name__ == '__main__':
     errors.run(train.main)
 '''
