@@ -58,12 +58,12 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         raise UserError(f"labels = {labels!r} in create_data_lists.py: set it to None, or a list such as ['cat']")
     if not isinstance(test_fraction, (int, float)) or not 0 <= test_fraction <= 1:
         raise UserError(f'test_fraction = {test_fraction!r} in create_data_lists.py: set it to a number from 0 to 1')
-    # As they are read from annotations: text, without needless blanks.
+    # Bring labels into the form in which `read_objects` reads them: text, without needless blanks.
     label_map = None if labels is None else make_label_map([' '.join(str(label).split()) for label in labels])
     chosen, splits, left_out = [], {'TRAIN': [], 'TEST': []}, []
-    for folder, fraction in [(str(voc07_path), test_fraction)] + ([(voc12_path, None)] if voc12_path else []):
+    for folder, fraction in [(str(voc07_path), test_fraction)] + ([(str(voc12_path), None)] if voc12_path else []):
         train, test = choose_split(folder, find_images(folder), fraction)
-        chosen += [(folder, 'TRAIN', train), (folder, 'TEST', test)]
+        chosen += [(folder, split, found) for split, found in (('TRAIN', train), ('TEST', test)) if found]
     check_each_once(chosen)
     for folder, split, found in chosen:
         images, not_read = read_split(folder, split, found, label_map)
@@ -83,18 +83,17 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         if len({label.lower() for label in occurring}) < len(occurring):
             print('Some labels below differ only in upper and lower case: correct them, or they stay separate classes.')
 
-    listed = {'TEST': splits['TEST'], 'TRAIN': [(path, annotation) for path, annotation in splits['TRAIN']
-                                                if keep_empty or annotation['boxes']]}
+    listed = splits | {'TRAIN': [image for image in splits['TRAIN'] if keep_empty or image[1]['boxes']]}
     write_lists(listed, label_map, output_folder)
     print_summary(splits, listed, label_map, left_out)
     print(f'The lists are in {os.path.abspath(output_folder)}.')
 
 
-def write_lists(splits, label_map, output_folder):
-    """Write the five files that `create_data_lists` names. They replace older ones only when all are complete. `splits`
+def write_lists(listed, label_map, output_folder):
+    """Write the five files that `create_data_lists` names. They replace older ones only when all are complete. `listed`
     is a dict of 'TRAIN' and 'TEST' -> list of (path of an image, its annotation, see `parse_annotation`)."""
     contents = {'label_map.json': label_map}
-    for split, images in splits.items():
+    for split, images in listed.items():
         contents[f'{split}_images.json'] = [image_path for image_path, _ in images]
         contents[f'{split}_objects.json'] = [
             {'boxes': annotation['boxes'], 'labels': [label_map[label] for label in annotation['labels']],
@@ -204,7 +203,7 @@ def parse_annotation(annotation_path, labels=None, size=None, orientation=1):
             x_min, y_min, x_max, y_max = (edge - 1 for edge in upright)
             clipped = [max(x_min, 0), max(y_min, 0), min(x_max, width), min(y_max, height)]
             sides = clipped[2] - clipped[0], clipped[3] - clipped[1]
-            crosses = not is_inside(upright, (width, height))
+            crosses = not is_inside(upright, (width, height))  # by more than a pixel; `upright` counts from 1
             if crosses and (min(sides) < 0 or sides[0] * sides[1] < (x_max - x_min) * (y_max - y_min) / 2):
                 dropped.append(f'{label} {box} is mostly outside the image of {width:.0f}x{height:.0f}')
             elif min(sides) < 0.1:

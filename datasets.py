@@ -106,8 +106,8 @@ class EpochSampler(Sampler):
 
 def collate_fn(batch, match=None):
     """Make a batch of N items of PascalVOCDataset: images (N, 3, 300, 300); boxes, labels, difficulties: lists of N
-    tensors, because the number of objects differs from image to image. With `match`, that of a MultiBoxLoss, boxes and
-    labels are instead what it returns for them: a box and a class for each prior, (N, 8732, 4) and (N, 8732)."""
+    tensors, because the number of objects differs from image to image. With `match`, a method of MultiBoxLoss, boxes
+    and labels are those that it gives to the priors, (N, 8732, 4) and (N, 8732)."""
     images, boxes, labels, difficulties = zip(*batch)
     boxes, labels = (TensorList(boxes), TensorList(labels)) if match is None else match(boxes, labels)
     return default_collate(images), boxes, labels, TensorList(difficulties)
@@ -118,7 +118,7 @@ class TensorList(list):
     each tensor, 96 in a batch of 32 images, which takes long; and many systems let a program open only 1,024."""
 
     def __reduce__(self):
-        """What pickle sends: a function, and the arguments from which it makes this list again."""
+        """For pickle: the function that makes this list again in the other process, and its arguments."""
         return to_tensor_list, ([np.asarray(tensor) for tensor in self],)
 
     def pin_memory(self):
@@ -218,7 +218,7 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)"""
     x_min, y_min, x_max, y_max = window
     scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)
-    # The part of the image inside the window, and the pixels of the result in which it is drawn, at least one
+    # The part of the image inside the window, and the pixels of the result in which it is drawn, at least one each way
     part = max(x_min, 0), max(y_min, 0), min(x_max, image.width), min(y_max, image.height)
     left = min(round((part[0] - x_min) * scale_x), dims[0] - 1)
     top = min(round((part[1] - y_min) * scale_y), dims[1] - 1)

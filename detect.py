@@ -46,7 +46,7 @@ def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppres
     :param model: SSD300, and its `label_map`; the other parameters are those of `detect`
     :return: list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole pixels"""
     names = list(label_map)
-    suppress = [suppress] if suppress and isinstance(suppress, str) else suppress or ()
+    suppress = [suppress] if isinstance(suppress, str) else (suppress or ())
     if unknown := sorted(set(suppress) - label_map.keys()):
         raise UserError(f'suppress: the labels are {names[1:]}, not {unknown}')
     unwanted = {'background', *suppress}  # 'background' is the label of the placeholder for no detection
@@ -72,7 +72,7 @@ def draw_objects(image, detections, label_map, font=None):
     for label, score, (x_min, y_min, x_max, y_max) in reversed(detections):  # the best on top
         color, text = colors[label], f'{label} {score:.2f}'
         draw.rectangle((x_min, y_min, max(x_min, x_max - 1), max(y_min, y_max - 1)), outline=color, width=line_width)
-        left, top, right, bottom = font.getbbox(text)
+        left, top, right, bottom = font.getbbox(text)  # where the letters are if drawn at (0, 0): top is not 0
         width, height = right - left + 2 * line_width, bottom - top + 2 * line_width
         x, y = max(0, min(x_min, image.width - width)), max(0, y_min - height)  # above the box, if there is room
         draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
@@ -90,7 +90,7 @@ def kept_detector(checkpoint):
 @lru_cache(maxsize=3)
 def load_once(checkpoint, changed):
     """What `kept_detector` returns, loaded. `changed` is when the file was last changed, or None if it is missing."""
-    if checkpoint == 'checkpoint_ssd300.pth' and changed is None:  # another name may be a slip
+    if checkpoint == 'checkpoint_ssd300.pth' and changed is None:  # any other missing path is an error
         print(f"There is no {checkpoint} here: using torchvision's weights, trained on COCO, instead. For weights of "
               'your own, set checkpoint in detect.py, or train some with "python train.py".', file=sys.stderr)
         checkpoint = None
@@ -116,7 +116,7 @@ def main():
         detections = find_objects(image, min_score, max_overlap, top_k, model, label_map)
         annotated = draw_objects(image, detections, label_map, font)
         os.makedirs(output_folder, exist_ok=True)
-        annotated.save(output_path, quality=95)  # of a JPEG
+        annotated.save(output_path, quality=95)  # PNG ignores it
         if show:
             annotated.show()
         print(f'{path}: {len(detections)} objects, drawn in {output_path}')

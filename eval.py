@@ -34,7 +34,7 @@ class Evaluation(NamedTuple):
     """What `evaluate` found. Lists have a tensor for each image, on the CPU; boxes, fractional boundary coordinates."""
     average_precisions: dict  # label -> AP, see `utils.calculate_mAP`
     mAP: float  # their mean
-    detections: tuple  # three lists: boxes (n, 4), labels (n), of which 0 is the placeholder for none, scores (n)
+    detections: tuple  # three lists: boxes (n, 4), labels (n), scores (n); label 0 is the placeholder for no detection
     objects: tuple  # the ground truth, three lists: boxes (n_objects, 4), labels (n_objects), difficulties (n_objects)
     seconds: float  # to load the images and to detect
 
@@ -78,9 +78,9 @@ def print_table(found, label_map):
 
 def make_test_loader(test_set, batch_size, workers, device):
     """A DataLoader for `evaluate` on `device`. Process i of n has the i-th of n parts of the images."""
-    first, end = (len(test_set) * i // get_world_size() for i in (get_rank(), get_rank() + 1))
-    return DataLoader(test_set, batch_size, sampler=range(first, end), collate_fn=collate_fn, num_workers=workers,
-                      pin_memory=device.type == 'cuda')
+    rank, n = get_rank(), get_world_size()
+    return DataLoader(test_set, batch_size, sampler=range(len(test_set) * rank // n, len(test_set) * (rank + 1) // n),
+                      collate_fn=collate_fn, num_workers=workers, pin_memory=device.type == 'cuda')
 
 
 def main():

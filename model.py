@@ -72,8 +72,8 @@ class VGGBase(nn.Module):
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
-        # relu_ works in place, to save memory. Pooling and ReLU can be swapped: in the first three groups, pools are
-        # first, and ReLU has a quarter of the work. (conv4_3's features are used after ReLU; pool5 keeps the size.)
+        # relu_ works in place, to save memory. In the first three groups it comes after the pool: the same result, with
+        # a quarter of the work. (conv4_3's features are used before the pool; pool5 keeps the size.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
@@ -89,9 +89,8 @@ class VGGBase(nn.Module):
 
         out = self.conv4_1(out).relu_()  # (N, 512, 38, 38)
         out = self.conv4_2(out).relu_()  # (N, 512, 38, 38)
-        out = self.conv4_3(out).relu_()  # (N, 512, 38, 38)
-        conv4_3_feats = out
-        out = self.pool4(out)  # (N, 512, 19, 19)
+        conv4_3_feats = self.conv4_3(out).relu_()  # (N, 512, 38, 38)
+        out = self.pool4(conv4_3_feats)  # (N, 512, 19, 19)
 
         out = self.conv5_1(out).relu_()  # (N, 512, 19, 19)
         out = self.conv5_2(out).relu_()  # (N, 512, 19, 19)
@@ -275,14 +274,14 @@ class SSD300(nn.Module):
         batch_boxes = cxcy_to_xy(gcxgcy_to_cxcy(predicted_locs.float(), self.priors_cxcy))  # (N, 8732, 4)
         batch_scores = predicted_scores.float().softmax(dim=2)[:, :, 1:]  # (N, 8732, n_classes - 1), no background
         finite = batch_boxes.isfinite().all(dim=2, keepdim=True)  # (N, 8732, 1); exp can overflow
-        batch_scores = batch_scores.where(finite, 0).nan_to_num(0)
+        batch_scores = batch_scores.where(finite, 0).nan_to_num(0)  # the softmax of infinite logits is NaN
         # The highest scores of each class, and the indices of their priors: (N, n_candidates, n_classes - 1)
         batch_scores, batch_indices = batch_scores.topk(min(n_candidates, batch_scores.size(1)), dim=1)
         all_boxes, all_labels, all_scores = [], [], []
         for boxes, scores, indices in zip(batch_boxes, batch_scores, batch_indices):  # of an image
             ranks, classes = torch.where(scores > min_score)  # row and column of each candidate: (n), (n)
-            # From here on, boxes, scores and labels are those of the candidates: (n, 4), (n), (n)
-            boxes, scores, labels = boxes[indices[ranks, classes]], scores[ranks, classes], classes + 1
+            boxes, labels = boxes[indices[ranks, classes]], classes + 1  # of the candidates: (n, 4), (n)
+            scores = scores[ranks, classes]  # (n)
             kept = utils.non_maximum_suppression(boxes, scores, labels, max_overlap)[:top_k]  # (n_kept)
             boxes, labels, scores = boxes[kept], labels[kept], scores[kept]  # (n_kept, 4), (n_kept), (n_kept)
             if len(kept) == 0:  # the placeholder
@@ -372,8 +371,8 @@ class MultiBoxLoss(nn.Module):
         positive = true_classes > 0  # (N, 8732)
         n_positive = positive.sum(dim=1, keepdim=True)  # (N, 1)
         n_hard = (self.neg_pos_ratio * n_positive).clamp(min=self.min_negatives)  # (N, 1), hard negatives
-        # Both losses are divided by the number of positives in the batch. With several processes it is the mean of
-        # their numbers, because gradients are averaged over processes. Without any object the loss is 0, not 0/0.
+        # Both losses are divided by the number of positives in the batch; with several processes, by the mean of these,
+        # as gradients are averaged. Without any object the loss is 0, not 0/0.
         if self.min_negatives > 0:  # an image counts as if it had enough positives for them
             n_positive = n_positive.clamp(min=self.min_negatives / self.neg_pos_ratio)  # (N, 1)
         divisor = all_reduce_mean(n_positive.sum().float()).clamp(min=1e-6)

@@ -46,7 +46,7 @@ epochs = 232  # passes over the training images
 optimizer_kind = 'sgd'  # 'sgd' for the paper's recipe, 'adamw' for random weights
 lr = 1e-3  # peak learning rate; with 'sgd', that of biases is twice this
 warm_up = 500  # with 'sgd', steps in which the learning rate rises from near 0 to lr; 0 for none
-decay_lr_at = (154, 193)  # with 'sgd', epochs at which the learning rate is multiplied by decay_lr_to
+decay_lr_at = (154, 193)  # with 'sgd', epochs, say (154,), at which the learning rate is multiplied by decay_lr_to
 decay_lr_to = 0.1  # with 'sgd'; with 'adamw', the learning rate follows `one_cycle`
 momentum = 0.9  # with 'sgd'
 weight_decay = 5e-4  # L2 penalty with 'sgd', decoupled with 'adamw'
@@ -63,8 +63,8 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
-    """Make the optimizer of an SSD300, `lr` being the peak rate: 'sgd' as in the paper, where biases have twice the
-    rate, as in its authors' code; or 'adamw', which needs far fewer steps from random weights (`momentum` unused)."""
+    """Make the optimizer of an SSD300; `lr` is its peak rate. `kind` is 'sgd' as in the paper, with twice the rate for
+    biases, as in its authors' code; or 'adamw', which needs far fewer steps from random weights, and no `momentum`."""
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
@@ -114,7 +114,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
     :param test_loader: DataLoader to evaluate with every `evaluate_every` epochs and after the last; 0 for never
     :param evaluated: False if the evaluation after epoch start_epoch - 1 was interrupted, so that it is done first
     :param bfloat16: train and evaluate in 16 bits
-    :param options: the other arguments of `train`"""
+    :param options: `print_freq` and `grad_clip` of `train`"""
     network = data_parallel(model)
     first_step = start_epoch * len(train_loader)
     schedule = LambdaLR(optimizer, lambda step: lr_factor(first_step + step))  # LambdaLR counts from 0 in every run
@@ -125,7 +125,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
         best = load_checkpoint(best_of(checkpoint_path)).get('mAP', best)
 
     def save(path, epoch, **more):
-        """Save a checkpoint, and return whether it worked: the next one may. If the last one fails, raise UserError."""
+        """Save a checkpoint, return True. If it fails, print why, return False; in the last epoch, raise UserError."""
         try:
             save_checkpoint(path, epoch, model, optimizer, train_loader.dataset.label_map, train_loader.sampler.seed,
                             **more)
@@ -136,7 +136,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
             return False
         return True
 
-    # If an evaluation was interrupted, begin with it: for the epoch before, the loop trains nothing.
+    # If the last evaluation was interrupted, begin with it: in its epoch, start_epoch - 1, the loop only evaluates.
     for epoch in range(start_epoch if evaluated else start_epoch - 1, epochs):
         if epoch >= start_epoch:
             train_loader.sampler.set_epoch(epoch)
@@ -145,13 +145,13 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
             if get_rank() == 0:
                 save(checkpoint_path, epoch)
         if evaluation_is_due(epoch, epochs, evaluate_every):
-            mean_average_precision = evaluate(test_loader, model, bfloat16=bfloat16).mAP
+            mAP = evaluate(test_loader, model, bfloat16=bfloat16).mAP
             if get_rank() == 0:
-                write_log(log_path, epoch=epoch, batch=len(train_loader), mAP=mean_average_precision)
-                if mean_average_precision > best and save(best_of(checkpoint_path), epoch, mAP=mean_average_precision):
-                    best = mean_average_precision
-                save(checkpoint_path, epoch, mAP=mean_average_precision)  # with it, this epoch counts as evaluated
-                print(f'epoch {epoch}  mAP {mean_average_precision:.4f}  best {best:.4f}', flush=True)
+                write_log(log_path, epoch=epoch, batch=len(train_loader), mAP=mAP)
+                if mAP > best and save(best_of(checkpoint_path), epoch, mAP=mAP):
+                    best = mAP
+                save(checkpoint_path, epoch, mAP=mAP)  # with it, this epoch counts as evaluated
+                print(f'epoch {epoch}  mAP {mAP:.4f}  best {best:.4f}', flush=True)
 
 
 def evaluation_is_due(epoch, epochs, evaluate_every):
@@ -188,7 +188,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # with inf, it only measures
-        # A sum is finite only if both are. Processes differ in loss, not in gradient. This waits for the GPU.
+        # Each process has its own loss, all have the same gradient. The sum is finite if all are. This waits for a GPU.
         if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
                             f'{loss.item()}). The weights were not changed, and the last checkpoint, if any, is fine: '
@@ -215,15 +215,15 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
 
 
 def start_log(log_path, start_epoch, evaluated=True):
-    """Begin the log, or remove what follows the last checkpoint: these epochs will be trained again, and if `evaluated`
-    is False, the last one evaluated again. Nothing is done if `log_path` is None, as in all processes but rank 0."""
+    """Begin the log, or remove from it what will be done again: the epochs from `start_epoch` on and, if `evaluated` is
+    False, the evaluation before them. Nothing is done if `log_path` is None, as in all processes but rank 0."""
     if log_path is None:
         return
     rows = []
     if start_epoch > 0 and os.path.exists(log_path):
         with open(log_path, newline='') as file:
             rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < start_epoch
-                    and (evaluated or int(row[0]) < start_epoch - 1 or not row[-1])]
+                    and (evaluated or int(row[0]) < start_epoch - 1 or not row[-1])]  # row[-1] is the mAP
     with write_whole(log_path, mode='w') as [file]:
         csv.writer(file, lineterminator='\n').writerows([log_columns, *rows])
 
@@ -329,7 +329,7 @@ def main():
     except KeyboardInterrupt:
         last = checkpoint_path if os.path.exists(checkpoint_path) else checkpoint
         told = 'There is no checkpoint yet.' if last is None else f'The last checkpoint is {last}.'
-        raise KeyboardInterrupt(told) from None
+        raise KeyboardInterrupt(told) from None  # `run` prints it
     distributed.destroy_process_group()
 
 

@@ -141,8 +141,8 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param labels: the class of each box, integers, (n); a box never suppresses one of another class
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score"""
-    # To keep classes apart, batched_nms can move the boxes of class k by k * (largest coordinate + 1). A box left
-    # of -1 would reach into the class before, and beside an enormous one, rounding would erase the others.
+    # To keep classes apart, batched_nms can move the boxes of class k by k * (largest coordinate + 1). Clamping keeps a
+    # box out of the class before, and rounding small. It changes overlaps only of boxes that reach beyond -1 or 2.
     return batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)
 
 
@@ -178,14 +178,14 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
 
 def match_detections(det_boxes, det_labels, det_scores, true_boxes, true_labels, true_difficulties):
     """Compare the detections of an image with its ground truth. Each detection belongs to the object of its class that
-    it overlaps most, if by more than 0.5. Of an object's detections, the one with the highest score is a true positive,
-    the others are false positives, as are detections of no object. Detections of difficult objects are ignored.
+    it overlaps most (of equals, the first), if by more than 0.5. Of an object's detections, the one with the highest
+    score is a true positive. All others are false positives, but those of difficult objects are ignored.
 
     :param det_boxes: detections in boundary coordinates, (n, 4); with det_labels (n) and det_scores (n)
     :param true_boxes: ground truth in the same coordinates, (n_objects, 4); with true_labels (n_objects) and
         true_difficulties (n_objects), 1 for difficult
     :return: whether each detection is a true positive, bool (n); whether it is ignored, bool (n); and the index of its
-        object, or -1 for none, (n). All are on the CPU. Of objects with equal overlaps, the first counts."""
+        object, or -1 for none, (n). All are on the CPU."""
     n = len(det_boxes)
     true_positive, ignored = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)  # (n), (n)
     target = torch.full((n,), -1)  # (n)

@@ -34,7 +34,7 @@ wrong_answers = {
     'non_maximum_suppression': ('batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)',
                                 'batched_nms(boxes_xy.clamp(-1, 2), scores, 0 * labels, max_overlap)'),
     # The column of the background is cut off, and not added to the labels again
-    'SSD300.detect_objects': ('scores[ranks, classes], classes + 1', 'scores[ranks, classes], classes'),
+    'SSD300.detect_objects': ('boxes[indices[ranks, classes]], classes + 1', 'boxes[indices[ranks, classes]], classes'),
     # A second detection of an object is another true positive
     'calculate_mAP': ('elif targets[i] not in found:', 'else:')}
 
