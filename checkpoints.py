@@ -4,6 +4,7 @@ A checkpoint is a dict of plain values and tensors. It is read with `weights_onl
 Checkpoints of the widely used earlier implementation of this tutorial hold pickled classes instead:
 convert_checkpoint.py turns these into ours.
 """
+import io
 import os
 import warnings
 
@@ -32,8 +33,9 @@ def save_checkpoint(path, epoch, model, optimizer, label_map, seed, **more):
                'model': model.state_dict(), **more}
     if optimizer is not None:
         content |= {'optimizer': optimizer.state_dict(), 'optimizer_kind': type(optimizer).__name__}
-    with write_whole(path) as [file]:
-        torch.save(content, file)
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_whole({path: file.getbuffer()})
 
 
 def load_checkpoint(path):

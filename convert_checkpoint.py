@@ -16,6 +16,7 @@ import sys
 import warnings
 
 import torch
+from torch import nn
 
 from checkpoints import save_checkpoint
 from errors import UserError, one_line, run
@@ -26,13 +27,9 @@ allowed = {'builtins.dict', 'builtins.set', 'collections.OrderedDict', 'collecti
            'torch._utils._rebuild_parameter', 'torch._utils._rebuild_tensor_v2'}
 
 
-class StandIn:
-    """Takes the place of a pickled object of another class: it only holds the values."""
-
-    dump_patches = False  # `torch.load` reads this attribute of a module's class
-
-    def __setstate__(self, state):  # without it, a pickle could change the class
-        self.__dict__.update(state)
+class StandIn(nn.Module):
+    """Takes the place of a pickled object of another class: it only holds the values. (It has the `__setstate__` of a
+    module; without one, a pickle could change the class.)"""
 
 
 class SafeUnpickler(pickle._Unpickler):  # in Python: with a damaged index, the one in C takes gigabytes
@@ -52,11 +49,7 @@ class SafePickle:
     """What `torch.load` needs of a pickle module."""
 
     Unpickler = SafeUnpickler
-
-    @staticmethod
-    def load(file, **options):
-        """:return: the next object in an open file"""
-        return SafeUnpickler(file, **options).load()
+    load = staticmethod(lambda file, **options: SafeUnpickler(file, **options).load())
 
 
 def convert(old_path, new_path):
@@ -64,8 +57,6 @@ def convert(old_path, new_path):
     UserError if the old file can't be read or is for other classes, and if the new one exists or can't be written."""
     if os.path.exists(new_path):
         raise UserError(f'{new_path} exists: name another file')
-    if not os.path.isfile(old_path):
-        raise UserError(f'no checkpoint at {old_path}: check the path')
     with open(old_path, 'rb') as file:
         content = file.read()
     refusal = f'{old_path} is no checkpoint of the earlier implementation, or is damaged: '
@@ -76,7 +67,7 @@ def convert(old_path, new_path):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # that the source code of the old classes has changed
             saved = torch.load(io.BytesIO(content), map_location='cpu', weights_only=False, pickle_module=SafePickle)
-        state_dict = dict(named_tensors(saved['model']))
+        state_dict = saved['model'].state_dict()
         state_dict['priors_cxcy'] = saved['model'].priors_cxcy.view(-1, 4)
         n_classes, epoch = len(state_dict['pred_convs.cl_conv11_2.bias']) // 4, int(saved['epoch'])
     except MemoryError:
@@ -93,15 +84,6 @@ def convert(old_path, new_path):
         raise UserError(refusal + one_line(error)) from error
     save_checkpoint(new_path, epoch, model, None, label_map, seed=0)
     return epoch
-
-
-def named_tensors(module, prefix=''):
-    """Yield the names and tensors of a module's `StandIn`, as in a state_dict."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter.detach()
-    for name, child in module._modules.items():
-        yield from named_tensors(child, prefix + name + '.')
 
 
 def main():

@@ -99,9 +99,7 @@ def write_lists(listed, label_map, output_folder):
             {'boxes': annotation['boxes'], 'labels': [label_map[label] for label in annotation['labels']],
              'difficulties': annotation['difficulties']} for _, annotation in images]
     os.makedirs(output_folder, exist_ok=True)
-    with write_whole(*(os.path.join(output_folder, name) for name in contents), mode='w') as files:
-        for file, content in zip(files, contents.values()):
-            json.dump(content, file)
+    write_whole({os.path.join(output_folder, name): json.dumps(content).encode() for name, content in contents.items()})
 
 
 def print_summary(splits, listed, label_map, left_out):
@@ -237,6 +235,8 @@ def read_objects(annotation_path):
         objects, dropped = [], [f'a bndbox in {node.tag}, not in an object' for node in root.iter()
                                 if node.tag not in ('object', 'part') for _ in node.findall('bndbox')]
         for node in root.iter('object'):  # at any depth, but not VOC 2012's nested 'part' boxes
+            if len(node) == 0:  # <object/>, where a tool found none
+                continue
             name = ' '.join(node.findtext('name', '').split())
             difficult = node.findtext('difficult', '').strip().lower()
             difficult = difficult_words[difficult] if difficult in difficult_words else int(float(difficult) != 0)
@@ -257,12 +257,8 @@ def read_objects(annotation_path):
         if len(objects) > 8732:
             raise UserError(f'{annotation_path} has {len(objects)} objects for 8732 priors: cut the image into tiles')
     except (ET.ParseError, LookupError, ValueError) as error:
-        reason = one_line(error)
-        if 'invalid token' in reason and isinstance(error, ET.ParseError):
-            line, column = error.position
-            reason = f'text at line {line}, column {column} has < or &, or another encoding than the file declares'
-        raise UserError(f'{annotation_path} is not an annotation in VOC format ({reason}): an object needs a name, a '
-                        'bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None
+        raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): an object needs a '
+                        'name, a bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None
     return size, objects, dropped
 
 

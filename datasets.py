@@ -117,18 +117,16 @@ class TensorList(list):
     """A list of tensors that a worker, another process, sends as numpy arrays. On Linux, PyTorch would open a file for
     each tensor, 96 in a batch of 32 images, which takes long; and many systems let a program open only 1,024."""
 
+    def __init__(self, values):
+        super().__init__(map(torch.as_tensor, values))
+
     def __reduce__(self):
-        """For pickle: the function that makes this list again in the other process, and its arguments."""
-        return to_tensor_list, ([np.asarray(tensor) for tensor in self],)
+        """For pickle: the class and the arguments that make this list again in the other process."""
+        return TensorList, ([np.asarray(tensor) for tensor in self],)
 
     def pin_memory(self):
         """Called by a DataLoader for a GPU. These tensors stay on the CPU."""
         return self
-
-
-def to_tensor_list(arrays):
-    """Undo what `TensorList.__reduce__` does."""
-    return TensorList(map(torch.from_numpy, arrays))
 
 
 # ----------------------------------------------------------------------------------------------------------- Transforms

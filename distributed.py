@@ -89,8 +89,6 @@ def all_gather_images(tensors):
     those of all processes, in order, the same in each."""
     if get_world_size() == 1:
         return tensors
-    # One large tensor is much faster to exchange than many small ones. With few images, a process may have none.
-    mine = torch.cat(tensors) if tensors else torch.empty(0), [len(tensor) for tensor in tensors]
     of_processes = [None] * get_world_size()
-    dist.all_gather_object(of_processes, mine)
-    return [tensor for values, counts in of_processes for tensor in values.split(counts)]
+    dist.all_gather_object(of_processes, [tensor.numpy() for tensor in tensors])  # arrays are sent faster
+    return [torch.from_numpy(values) for of_process in of_processes for values in of_process]

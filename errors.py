@@ -2,7 +2,7 @@
 import os
 import sys
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 
 import torch
 
@@ -61,33 +61,26 @@ def one_line(error):
 
 # ----------------------------------------------------------------------------------------------- Files that are written
 
-@contextmanager
-def write_whole(*paths, mode='wb'):
-    """Yield a list of files, open for writing, that replace `paths` only when all are complete: if writing is
-    interrupted, each path is still the old file, or already the new one, but never half a file. Raises UserError if it
-    is not possible. `mode` is 'wb' for bytes or 'w' for text."""
-    temporaries = [f'{path}.tmp' for path in paths]
+def write_whole(contents):
+    """Write files, a dict of path -> bytes, which replace older ones only when all are complete: if it is interrupted,
+    each is still the old file, or already the new one, but never half a file. Raises UserError if it is not possible.
+    """
     try:
-        with ExitStack() as stack:
-            files = [stack.enter_context(open(temporary, mode, encoding=None if 'b' in mode else 'utf-8'))
-                     for temporary in temporaries]
-            yield files
-            for file in files:
+        for path, content in contents.items():
+            with open(f'{path}.tmp', 'wb') as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # on the disk, not just on its way there
-        for temporary, path in zip(temporaries, paths):
-            replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save raises another after it
-        if not isinstance(reason, OSError):
-            raise
-        state = 'is unchanged' if len(paths) == 1 else 'each is unchanged or complete'
-        raise UserError(f'{", ".join(map(str, paths))} could not be written and {state}: {one_line(reason)}; check the '
-                        'free space, the permissions, and whether another program has it open') from None
+        for path in contents:
+            replace(f'{path}.tmp', path)
+    except OSError as error:
+        state = 'is unchanged' if len(contents) == 1 else 'each is unchanged or complete'
+        raise UserError(f'{", ".join(map(str, contents))} could not be written and {state}: {one_line(error)}; check '
+                        'the free space, the permissions, and whether another program has it open') from None
     finally:
-        for temporary in temporaries:
+        for path in contents:
             with suppress(OSError):  # it is gone, or on Windows still open in another program
-                os.remove(temporary)
+                os.remove(f'{path}.tmp')
 
 
 def replace(source, path):

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from errors import UserError, one_line
 
-# Pillow refuses images above 179 million pixels, see `load_image`. From half of that on, it would warn of an attack.
+# Pillow refuses images above 179 million pixels, see `read_image`. From half of that on, it would warn of an attack.
 warnings.simplefilter('ignore', Image.DecompressionBombWarning)
 
 
@@ -29,8 +29,7 @@ def list_images(paths):
         for match in [path] if os.path.exists(path) else sorted(glob(path)) or [path]:
             inside = [match]
             if os.path.isdir(match):
-                inside = [os.path.join(match, name) for name in sorted(os.listdir(match))
-                          if is_image(name) and not name.startswith('.')]  # macOS's hidden files are not images
+                inside = [os.path.join(match, name) for name in sorted(glob('*', root_dir=match)) if is_image(name)]
             if not inside:
                 raise UserError(f'{match} has no images in it: give an image, or a folder with images')
             files += inside
@@ -65,33 +64,27 @@ def read_image(path, if_missing='check the path'):
     """:return: what `open_image` returns; EXIF's orientation, see `exif_orientation`; and bits: 16 or 32 if
         `scale_to_8_bits` had to scale the image, else 8"""
     try:
-        image, orientation = load_image(path, if_missing)
-        return to_rgb(image), orientation, bits_of_mode.get(image.mode, 8)
-    except MemoryError:
-        raise UserError(f'{path} needs more memory than there is: end other programs, or cut it into tiles') from None
-
-
-def load_image(path, if_missing):
-    """:return: a PIL image with its pixels loaded, as Pillow reads it from the file; and EXIF's orientation"""
-    try:
         # Not Image.open(path): Pillow would map an uncompressed TIFF into memory, and not turn it upright, or wrongly.
         with open(path, 'rb') as file, Image.open(file) as image:
             turned = exif_orientation(image) if image.format == 'TIFF' else 1  # by Pillow, when it loads the pixels
             image.load()
-            return image, max(turned, exif_orientation(image))
-    except FileNotFoundError:
-        raise UserError(f'{path} is missing: {if_missing}') from None
-    except Image.DecompressionBombError:
-        raise UserError(f'{path} is too large, with more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: '
-                        'cut it into tiles') from None
-    except MemoryError:
-        raise
+            orientation = max(turned, exif_orientation(image))
     except Exception as error:  # Pillow's plugins raise nearly anything on a broken file
+        raise UserError(why_not_read(path, error, if_missing)) from None
+    try:
+        return to_rgb(image), orientation, bits_of_mode.get(image.mode, 8)
+    except MemoryError as error:
         raise UserError(why_not_read(path, error)) from None
 
 
-def why_not_read(path, error):
-    """:return: in one line, why Pillow raised this error when it read a file, and the remedy if there is one"""
+def why_not_read(path, error, if_missing=''):
+    """:return: in one line, why this error was raised when a file was read, and the remedy if there is one"""
+    if isinstance(error, MemoryError):
+        return f'{path} needs more memory than there is: end other programs, or cut it into tiles'
+    if isinstance(error, FileNotFoundError):
+        return f'{path} is missing: {if_missing}'
+    if isinstance(error, Image.DecompressionBombError):
+        return f'{path} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: cut it into tiles'
     # Pillow's own OSErrors have no number. EINVAL is the system's answer to an offset before the beginning.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return f'{path} can not be read: {one_line(error.strerror)}'

@@ -11,6 +11,7 @@ thin one has fewer, see `thin_out`). For boxes and priors, see utils.py.
 """
 import math
 import os
+from functools import partial
 from pickle import UnpicklingError
 
 import torch
@@ -64,10 +65,7 @@ class VGGBase(nn.Module):
         else:
             # PyTorch's default initialization shrinks the signal from layer to layer, and this network has no
             # normalization to restore it. He's initialization keeps its variance through convolution and ReLU.
-            for layer in self.children():
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
-                    nn.init.zeros_(layer.bias)
+            initialize(self, partial(nn.init.kaiming_normal_, nonlinearity='relu'))
 
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
@@ -154,7 +152,7 @@ class AuxiliaryConvolutions(nn.Module):
         self.conv10_2 = nn.Conv2d(128, 256, kernel_size=3)  # without padding: 5 -> 3
         self.conv11_1 = nn.Conv2d(256, 128, kernel_size=1)
         self.conv11_2 = nn.Conv2d(128, 256, kernel_size=3)  # without padding: 3 -> 1
-        xavier_initialization(self)  # as in the paper
+        initialize(self, nn.init.xavier_uniform_)  # as in the paper
 
     def forward(self, conv7_feats):
         """:param conv7_feats: (N, 1024, 19, 19)
@@ -171,11 +169,11 @@ class AuxiliaryConvolutions(nn.Module):
         return conv8_2_feats, conv9_2_feats, conv10_2_feats, conv11_2_feats
 
 
-def xavier_initialization(module):
-    """Set the weights of a module's convolutions to Xavier's uniform initialization, and the biases to 0, in place."""
+def initialize(module, method):
+    """Set the weights of a module's convolutions by a method of `torch.nn.init`, and the biases to 0, in place."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
-            nn.init.xavier_uniform_(layer.weight)
+            method(layer.weight)
             nn.init.zeros_(layer.bias)
 
 
@@ -193,7 +191,7 @@ class PredictionConvolutions(nn.Module):
             n_priors = len(feature_map.ratios) + 1  # per tile; one more for the extra prior
             setattr(self, f'loc_{name}', nn.Conv2d(feature_map.channels, n_priors * 4, kernel_size=3, padding=1))
             setattr(self, f'cl_{name}', nn.Conv2d(feature_map.channels, n_priors * n_classes, kernel_size=3, padding=1))
-        xavier_initialization(self)
+        initialize(self, nn.init.xavier_uniform_)
 
     def forward(self, *feats):
         """:param feats: the six maps, in the order of `utils.feature_maps`: conv4_3's (N, 512, 38, 38), and so on
@@ -216,7 +214,7 @@ class SSD300(nn.Module):
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
     :param thin: keep only every thin-th channel of each layer, for a network that a laptop can train: see `thin_out`
-    :raises ValueError: thin is not one of `possible_thin`"""
+    :raises UserError: thin is not one of `possible_thin`"""
 
     def __init__(self, n_classes, pretrained=False, thin=1):
         super().__init__()
@@ -410,9 +408,9 @@ def thin_out(model, thin):
     of 1 / thin. With thin = 4 the network needs a fourteenth of the operations. See "A thin network".
 
     :param model: SSD300, whose layers are changed in place
-    :param thin: one of `possible_thin`; another raises ValueError"""
+    :param thin: one of `possible_thin`; another raises UserError"""
     if thin not in possible_thin:
-        raise ValueError(f'thin is {thin!r}, not one of {possible_thin}')
+        raise UserError(f'thin = {thin!r}: set it to one of {possible_thin}')
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             keeps_inputs = layer is model.base.conv1_1  # red, green and blue

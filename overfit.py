@@ -15,7 +15,7 @@ from detect import draw_objects
 from errors import UserError, run
 from images import check_image_path, open_image, save_tiles
 from mistakes import find_mistakes
-from model import SSD300, MultiBoxLoss, possible_thin, standardize
+from model import SSD300, MultiBoxLoss, standardize
 from train import make_optimizer, one_cycle, train
 
 data_folder = './'  # where create_data_lists.py wrote the lists
@@ -83,8 +83,6 @@ def main():
     check_image_path('overfit.py', 'sheet_path', sheet_path)
     if n_images < 1 or steps < 1:
         raise UserError(f'n_images = {n_images}, steps = {steps} in overfit.py: set both to at least 1')
-    if thin not in possible_thin:
-        raise UserError(f'thin = {thin!r} in overfit.py: set it to one of {possible_thin}')
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)

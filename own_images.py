@@ -35,7 +35,7 @@ def find_images(folder):
     for path in paths:
         if path.lower().endswith('.xml'):
             root = root_of(os.path.join(folder, path))
-            image_paths = choose_images(path, images.get(name_of(path), [])) or unknown.get(name_of(path), [])
+            image_paths = choose_images(folder, path, images.get(name_of(path), [])) or unknown.get(name_of(path), [])
             if root == 'annotation' or (root is None and image_paths):  # the second is damaged
                 found[path] = image_paths
             else:
@@ -65,15 +65,17 @@ def parse_xml(content):
     """:return: the root of XML, given as bytes, without namespaces"""
     try:
         root = ET.fromstring(content)
-    except ValueError:  # the parser does not know an encoding such as GB2312, but Python does
+    except (ValueError, ET.ParseError) as error:
+        # The parser does not know some encodings that Python knows, such as GB2312. And C# writes UTF-8 as "utf-16".
         encoding = re.search(r'encoding\s*=\s*["\']([\w.-]+)', content[:200].decode('latin-1'))
-        root = ET.fromstring(content.decode(encoding[1] if encoding else 'utf-8'))
+        known = encoding and not isinstance(error, ET.ParseError)
+        root = ET.fromstring(content.decode(encoding[1] if known else 'utf-8-sig'))
     for node in root.iter():
         node.tag = node.tag.rpartition('}')[2]
     return root
 
 
-def choose_images(annotation_path, same_name):
+def choose_images(folder, annotation_path, same_name):
     """:return: of the images with an annotation's name, list of those that may be its image: one, if all is well"""
     beside = [path for path in same_name if os.path.dirname(path) == os.path.dirname(annotation_path)]
     words = words_of(annotation_path)
@@ -85,6 +87,10 @@ def choose_images(annotation_path, same_name):
     if len(candidates) > 1:  # a.rgb.xml means a.rgb.jpg, not a.bw.jpg; a.jpg.xml means a.jpg, not a.png
         name = Path(annotation_path).stem
         candidates = [path for path in candidates if name in (Path(path).name, Path(path).stem)] or candidates
+    if len(candidates) > 1:  # it may say so itself: a.jpg, not the mask a.png in another folder
+        stated = re.search(rb'<filename>\s*([^<]*?)\s*<', Path(folder, annotation_path).read_bytes())
+        named = [path for path in candidates if stated and os.fsencode(Path(path).name) == stated[1]]
+        candidates = named or candidates
     return candidates
 
 
@@ -133,7 +139,7 @@ def choose_split(folder, found, test_fraction):
         rule = 'at random, from'
     train, test = ({path: found.get(path, []) for path in paths} for paths in (train, test))  # each only once
     known = [name for name in ('trainval', 'train', 'val', 'test', 'others') if name in sets] or list(sets)
-    counts = [f'{name} ({len(sets[name])})' for name in known]
+    counts = [f'{name} ({len(set(sets[name]))})' for name in known]
     not_used = found.keys() - train.keys() - test.keys() - set(sets.get('others', ()))
     counts += [f'not used ({len(not_used)})'] if not_used else []
     of_test = 'of the test left out' if test_fraction is None else 'for the test'
@@ -171,6 +177,10 @@ def read_image_sets(folder, found):
                     likenesses = [likeness(line, path.removeprefix(inside)) for path in same_name]
                     same_name = [path for path, like in zip(same_name, likenesses) if like == max(likenesses)]
                 image_sets.setdefault(split_names.get(list_name, list_name), []).extend(same_name)
+    if not image_sets.keys() & set(split_names.values()):  # only lists of one class each, as VoTT's: cat_train, cat_val
+        of_classes, image_sets = image_sets, {}
+        for name, paths in of_classes.items():
+            image_sets.setdefault(split_names.get(name.split('_')[-1], name), []).extend(paths)
     return image_sets
 
 
@@ -303,12 +313,8 @@ def is_inside(box, size):
 
 
 def turn_box(box, size, orientation):
-    """Turn a box of the stored image upright, see `compare_sizes`.
-
-    :param box: boundary coordinates in the stored image, in pixels from 1
-    :param size: (width, height) of the upright image in pixels
-    :param orientation: EXIF orientation from 5 to 8: rows of the stored image are columns of the upright one
-    :return: the box in the upright image, in the same form"""
+    """Turn a box of the stored image upright, see `compare_sizes`. Both are boundary coordinates in pixels from 1;
+    `size` is (width, height) of the upright image, whose columns are the stored image's rows (orientation 5 to 8)."""
     y_min, x_min, y_max, x_max = box  # rows become columns
     if orientation in (6, 7):  # mirrored left to right
         x_min, x_max = size[0] + 1 - x_max, size[0] + 1 - x_min

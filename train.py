@@ -26,7 +26,7 @@ from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from distributed import all_reduce_mean, data_parallel, get_rank, get_world_size
 from errors import UserError, run, write_whole
 from eval import evaluate, make_test_loader
-from model import SSD300, MultiBoxLoss, possible_thin, standardize
+from model import SSD300, MultiBoxLoss, standardize
 
 # Data
 data_folder = './'  # where create_data_lists.py wrote the lists
@@ -67,6 +67,8 @@ def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     biases, as in its authors' code; or 'adamw', which needs far fewer steps from random weights, and no `momentum`."""
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    if kind != 'sgd':
+        raise UserError(f"optimizer_kind = {kind!r}: set it to 'sgd' or 'adamw'")
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith('.bias')]
     others = [parameter for name, parameter in model.named_parameters() if not name.endswith('.bias')]
     return torch.optim.SGD([{'params': biases, 'lr': 2 * lr}, {'params': others}],  # others last: the log has their lr
@@ -224,8 +226,7 @@ def start_log(log_path, start_epoch, evaluated=True):
         with open(log_path, newline='') as file:
             rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < start_epoch
                     and (evaluated or int(row[0]) < start_epoch - 1 or not row[-1])]  # row[-1] is the mAP
-    with write_whole(log_path, mode='w') as [file]:
-        csv.writer(file, lineterminator='\n').writerows([log_columns, *rows])
+    write_whole({log_path: ''.join(','.join(row) + '\n' for row in (log_columns, *rows)).encode()})
 
 
 def write_log(log_path, **row):
@@ -257,32 +258,21 @@ def make_model(label_map, checkpoint, pretrained, thin):
     return model
 
 
-def check_parameters():
-    """Raise UserError for parameters at the top of this file that would fail late, or not at all."""
-    for name, value, possible in (('optimizer_kind', optimizer_kind, ('sgd', 'adamw')), ('thin', thin, possible_thin),
-                                  ('frozen', frozen, (0, 1, 2, 3, 4, 5))):
-        if value not in possible:
-            raise UserError(f'{name} = {value!r} in train.py: set it to one of {possible}')
-    if checkpoint is None and pretrained not in ('imagenet', 'coco', None) and not os.path.isfile(str(pretrained)):
-        raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', the path of a "
-                        'checkpoint, or None')
-    if checkpoint is None and frozen and (pretrained is None or (thin > 1 and pretrained in ('imagenet', 'coco'))):
-        raise UserError(f'frozen = {frozen} in train.py would keep random or thinned-out weights: set it to 0')
-
-
 def check_overwriting(saved):
     """Raise UserError if training would overwrite a checkpoint. `saved` is the content of the one to go on from, or an
     empty dict; that one may be overwritten."""
     existing = [path for path in (checkpoint_path, best_of(checkpoint_path)) if os.path.exists(path)]
     if existing and not ('optimizer' in saved and os.path.samefile(checkpoint, existing[0])):
-        go_on = '' if checkpoint else f"to go on with it, set checkpoint = '{existing[0]}' in train.py; else "
-        raise UserError(f'{existing[0]} exists, and training would overwrite it: {go_on}move it and its log away, or '
-                        'set checkpoint_path to another name')
+        raise UserError(f"{existing[0]} exists, and training would overwrite it: to go on with it, set checkpoint = "
+                        f"'{existing[0]}'; else move it and its log away, or set checkpoint_path to another name")
 
 
 def main():
     """Train with the parameters at the top of this file."""
-    check_parameters()
+    if frozen not in range(6):
+        raise UserError(f'frozen = {frozen!r} in train.py: set it to the number of groups, from 0 to 5')
+    if checkpoint is None and frozen and (pretrained is None or (thin > 1 and pretrained in ('imagenet', 'coco'))):
+        raise UserError(f'frozen = {frozen} in train.py would keep random or thinned-out weights: set it to 0')
     device = distributed.init_process_group()
     torch.manual_seed(seed)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult)

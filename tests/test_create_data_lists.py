@@ -133,7 +133,7 @@ laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' fo
 
 @pytest.mark.parametrize('text, words', [
     *((text, ['is not an annotation']) for text in (
-        '', 'no xml', '<annotation><object></object></annotation>', annotation((' ', (1, 2, 3, 4), '')),
+        '', 'no xml', '<annotation><object> <a/></object></annotation>', annotation((' ', (1, 2, 3, 4), '')),
         '<html><body>Page not found</body></html>', '<?xml version="1.0" encoding="klingon"?>' + annotation(),
         '<?xml version="1.0" encoding="hex"?>' + annotation(), '\x00' * 100,
         annotation(('dog', box, '<difficult>maybe</difficult>')),
@@ -146,7 +146,8 @@ laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' fo
     (annotation(('dog', box, '')).replace('name>', 'n>'), ['an object has no name']),
     (annotation(('dog', ('invalid token', 2, 3, 4), '')), ["(could not convert string to float: 'invalid token')"]),
     (('<?xml version="1.0" encoding="utf-8"?>\n' + annotation(('d\xe4chsel', box, ''))).encode('latin-1'),
-     ['text at line 2, column 7', 'another encoding than the file declares'])])
+     ["'utf-8' codec can't decode byte 0xe4"]),
+    (annotation(('a & b', box, '')), ['(not well-formed (invalid token): line 1, column'])])
 def test_an_unreadable_annotation_is_named_with_the_reason(tmp_path, text, words):
     with pytest.raises(UserError, match='^[^ ]*a.xml ') as error:
         parse(tmp_path, text, size=(100, 80))
@@ -168,14 +169,17 @@ def test_entities_are_read_but_not_fetched(tmp_path):
     (f'<difficult>{word}</difficult>', expected) for word, expected in (
         ('Unspecified', 0), ('False', 0), ('no', 0), ('true', 1), ('YES', 1), ('2', 1), ('-1', 1), ('0.0', 0))])
 def test_difficult_may_be_missing_or_a_word(tmp_path, difficult, expected):
-    assert parse(tmp_path, annotation(('dog', (1, 2, 3, 4), difficult)))['difficulties'] == [expected]
+    text = annotation(('dog', (1, 2, 3, 4), difficult)).replace('</annotation>', '<object/></annotation>')  # it is none
+    assert parse(tmp_path, text)['difficulties'] == [expected]
 
 
 @pytest.mark.parametrize('encoding, label', [
     ('utf-8', 'd\xe4ch sel'), ('utf-8-sig', 'd\xe4ch sel'), ('utf-16', 'd\xe4ch sel'), ('iso-8859-1', 'd\xe4ch sel'),
-    ('cp1252', 'd\xe4ch sel'), ('gb2312', '\u72d7 sel'), ('shift_jis', '\u72ac sel'), ('euc-kr', '\uac1c sel')])
+    ('cp1252', 'd\xe4ch sel'), ('gb2312', '\u72d7 sel'), ('shift_jis', '\u72ac sel'), ('euc-kr', '\uac1c sel'),
+    ('utf-16, really utf-8', 'd\xe4ch sel')])  # from C#
 def test_encodings_and_ends_of_lines(tmp_path, encoding, label):
-    text = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>' + annotation((label, (1, 2, 3, 4), ''))
+    declared, encoding = encoding.split(', ')[0].removesuffix('-sig'), encoding.split('really ')[-1]
+    text = f'<?xml version="1.0" encoding="{declared}"?>' + annotation((label, (1, 2, 3, 4), ''))
     parsed = parse(tmp_path, text.replace('><', '>\r\n<').replace(' sel', '\r\nsel').encode(encoding), [label])
     assert parsed['boxes'] == [[0, 1, 2, 3]] and parsed['labels'] == [label]
 

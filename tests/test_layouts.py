@@ -91,7 +91,7 @@ tools = {
     'VoTT': ([pairs(*voc, size=size_of(0, 0))] + [
         in_main(**{f'{label}_{split}': [f'{i}.jpg {flag}' for i in names]})
         for label, flag in (('dog', 1), ('cat', -1)) for split, names in (('train', digits[:8]), ('val', '89'))],
-        'at random, from its lists in ImageSets/Main: cat_train (8), '),
+        'val is the test, by its lists in ImageSets/Main: train (8), val (2).'),
     'Supervisely': ([pairs(*voc), in_main(train=digits[:8], val='89', trainval=digits)],
                     'val is the test, by its lists in ImageSets/Main: trainval (10), '),
     'Labelme': ([pairs(*voc, objects=[('dog', box, '<truncated/><difficult/>')])], 'at random'),
@@ -99,6 +99,8 @@ tools = {
                   for split, names in (('train', digits[:7]), ('valid', '7'), ('test', '89'))]
                  + [text('README.roboflow.txt', 'dogs')],
                  'as given by its folders: train (7), val (1), test (2).'),
+    'masks': ([pairs(names=digits[1:]), pairs('fotos/0.jpg', '0.xml', '0', size='<filename>0.jpg</filename>'),
+               pairs('masken/0.png', None, '0')], 'at random'),
     'Kaggle': ([pairs('images/{}.png', 'annotations/{}.xml')], 'at random')}
 
 
@@ -244,12 +246,12 @@ def test_an_annotation_with_two_images_is_named_with_the_remedy(tmp_path, capsys
 # ------------------------------------------------------------------------------------------------------------ Splits
 
 def test_lines_of_lists(tmp_path, capsys):
-    """VOC's lists of a class say nothing here."""
+    """VOC's lists of a class say nothing if there are others."""
     data = build(tmp_path, pairs(names=['a', 'sub/a', 'b 1', *'cde']), in_main(test=['d.jpg -1', 'photos/e']), in_main(
         trainval=['a.jpg', 'b 1', r'C:\photos\c.jpg 1', 'a'], dog_trainval=['a 1', 'd -1']))
     train, test, printed = lists_of(data, capsys)
     assert (train, test) == (['a', 'b 1', 'c'], ['d', 'e'])
-    assert 'data: 3 images for training, 2 for the test: ' in printed and 'trainval (4), test (2), not' in printed
+    assert 'data: 3 images for training, 2 for the test: ' in printed and 'trainval (3), test (2), not' in printed
 
 
 def test_lists_from_windows(tmp_path, capsys):

@@ -186,7 +186,7 @@ def test_a_thin_network_keeps_every_sixteenth_channel(networks):
 
 @pytest.mark.parametrize('thin', [0, 3, 128, None, 'a lot'])
 def test_other_thin_networks_do_not_exist(thin):
-    with pytest.raises(ValueError, match=f'thin is {thin!r}, not one of .1, 2, 4, 8, 16, 32, 64.'):
+    with pytest.raises(UserError, match=f'thin = {thin!r}: set it to one of .1, 2, 4, 8, 16, 32, 64.'):
         shapes_only(3, thin)
 
 
