@@ -100,7 +100,7 @@ tools = {
                  + [text('README.roboflow.txt', 'dogs')],
                  'as given by its folders: train (7), val (1), test (2).'),
     'masks': ([pairs(names=digits[1:]), pairs('fotos/0.jpg', '0.xml', '0', size='<filename>0.jpg</filename>'),
-               pairs('masken/0.png', None, '0')], 'at random'),
+               text('masken/0.png', 'broken')], 'at random'),
     'Kaggle': ([pairs('images/{}.png', 'annotations/{}.xml')], 'at random')}
 
 
