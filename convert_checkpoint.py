@@ -54,7 +54,8 @@ class SafePickle:
 
 def convert(old_path, new_path):
     """Convert a checkpoint of the earlier implementation. Returns the number of the last finished epoch. Raises
-    UserError if the old file can't be read or is for other classes, and if the new one exists or can't be written."""
+    OSError if the old file can't be read, and UserError if it is damaged or for other classes, or the new one exists or
+    can't be written."""
     if os.path.exists(new_path):
         raise UserError(f'{new_path} exists: name another file')
     with open(old_path, 'rb') as file:

@@ -235,7 +235,7 @@ def read_objects(annotation_path):
         objects, dropped = [], [f'a bndbox in {node.tag}, not in an object' for node in root.iter()
                                 if node.tag not in ('object', 'part') for _ in node.findall('bndbox')]
         for node in root.iter('object'):  # at any depth, but not VOC 2012's nested 'part' boxes
-            if len(node) == 0:  # <object/>, where a tool found none
+            if not (len(node) or node.attrib or (node.text or '').strip()):  # <object/>, where a tool found none
                 continue
             name = ' '.join(node.findtext('name', '').split())
             difficult = node.findtext('difficult', '').strip().lower()

@@ -46,7 +46,7 @@ def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppres
     :param model: SSD300, and its `label_map`; the other parameters are those of `detect`
     :return: list of (label, score, box) by decreasing score; boxes are boundary coordinates in whole pixels"""
     names = list(label_map)
-    suppress = [suppress] if isinstance(suppress, str) else (suppress or ())
+    suppress = [suppress] if suppress and isinstance(suppress, str) else (suppress or ())
     if unknown := sorted(set(suppress) - label_map.keys()):
         raise UserError(f'suppress: the labels are {names[1:]}, not {unknown}')
     unwanted = {'background', *suppress}  # 'background' is the label of the placeholder for no detection

@@ -29,7 +29,8 @@ def list_images(paths):
         for match in [path] if os.path.exists(path) else sorted(glob(path)) or [path]:
             inside = [match]
             if os.path.isdir(match):
-                inside = [os.path.join(match, name) for name in sorted(glob('*', root_dir=match)) if is_image(name)]
+                inside = [os.path.join(match, name) for name in sorted(os.listdir(match))
+                          if is_image(name) and not name.startswith('.')]  # macOS's hidden files are not images
             if not inside:
                 raise UserError(f'{match} has no images in it: give an image, or a folder with images')
             files += inside

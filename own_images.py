@@ -21,7 +21,7 @@ split_names = {'train': 'train', 'training': 'train', 'val': 'val', 'valid': 'va
 def find_images(folder):
     """Find all annotations under a folder, which are .xml files whose root is `annotation`, and their images. The image
     has the annotation's name, and lies beside it, or in the folder that corresponds (see `words_of`), or in that whose
-    path has most words in common with the annotation's.
+    path has most words in common with the annotation's; or the annotation's <filename> decides.
 
     :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
     :raises UserError: the folder is missing, or has no annotation"""
@@ -63,13 +63,12 @@ def root_of(path):
 
 def parse_xml(content):
     """:return: the root of XML, given as bytes, without namespaces"""
+    content = content.replace(b'encoding="utf-16"', b'', 1)  # in UTF-16 these are other bytes: C# writes them in UTF-8
     try:
         root = ET.fromstring(content)
-    except (ValueError, ET.ParseError) as error:
-        # The parser does not know some encodings that Python knows, such as GB2312. And C# writes UTF-8 as "utf-16".
+    except ValueError:  # the parser does not know an encoding such as GB2312, but Python does
         encoding = re.search(r'encoding\s*=\s*["\']([\w.-]+)', content[:200].decode('latin-1'))
-        known = encoding and not isinstance(error, ET.ParseError)
-        root = ET.fromstring(content.decode(encoding[1] if known else 'utf-8-sig'))
+        root = ET.fromstring(content.decode(encoding[1] if encoding else 'utf-8'))
     for node in root.iter():
         node.tag = node.tag.rpartition('}')[2]
     return root
@@ -88,9 +87,9 @@ def choose_images(folder, annotation_path, same_name):
         name = Path(annotation_path).stem
         candidates = [path for path in candidates if name in (Path(path).name, Path(path).stem)] or candidates
     if len(candidates) > 1:  # it may say so itself: a.jpg, not the mask a.png in another folder
-        stated = re.search(rb'<filename>\s*([^<]*?)\s*<', Path(folder, annotation_path).read_bytes())
-        named = [path for path in candidates if stated and os.fsencode(Path(path).name) == stated[1]]
-        candidates = named or candidates
+        with suppress(OSError, ET.ParseError, LookupError, ValueError):  # if it is damaged, `read_objects` says so
+            stated = parse_xml(Path(folder, annotation_path).read_bytes()).findtext('filename', '').strip()
+            candidates = [path for path in candidates if Path(path).name == stated] or candidates
     return candidates
 
 
@@ -152,7 +151,7 @@ def read_image_sets(folder, found):
     """Read the lists in ImageSets/Main, which are about the folder that has this ImageSets. A line is the name of an
     image, perhaps with folder and extension. A flag may follow, as in VOC's lists of one class; here it is ignored.
 
-    :return: dict of a list's name -> paths of annotations; a name without annotation or image stays as it is"""
+    :return: dict of a list's or split's name -> paths of annotations; a name that is no annotation's stays as it is"""
     lists, elsewhere, image_sets = {}, [], {}
     for path in list_files(folder):
         *folders, name = path.lower().split(os.sep)
@@ -177,11 +176,13 @@ def read_image_sets(folder, found):
                     likenesses = [likeness(line, path.removeprefix(inside)) for path in same_name]
                     same_name = [path for path, like in zip(same_name, likenesses) if like == max(likenesses)]
                 image_sets.setdefault(split_names.get(list_name, list_name), []).extend(same_name)
-    if not image_sets.keys() & set(split_names.values()):  # only lists of one class each, as VoTT's: cat_train, cat_val
-        of_classes, image_sets = image_sets, {}
-        for name, paths in of_classes.items():
-            image_sets.setdefault(split_names.get(name.split('_')[-1], name), []).extend(paths)
-    return image_sets
+    ends = {name: split_names.get(name.rpartition('_')[2]) for name in image_sets}
+    if None in ends.values() or len(set(ends.values())) == 1 or image_sets.keys() & set(split_names.values()):
+        return image_sets
+    of_splits = {}  # only lists of one class each, as VoTT's: cat_train, cat_val
+    for name, paths in image_sets.items():
+        of_splits.setdefault(ends[name], []).extend(paths)
+    return of_splits
 
 
 def likeness(line, path):

@@ -251,6 +251,9 @@ def make_model(label_map, checkpoint, pretrained, thin):
         return model
     if pretrained in ('imagenet', None):
         return SSD300(len(label_map), pretrained == 'imagenet', thin)
+    if pretrained != 'coco' and not os.path.isfile(str(pretrained)):
+        raise UserError(f"pretrained = {pretrained!r} in train.py: set it to 'imagenet', 'coco', the path of a "
+                        'checkpoint, or None')
     model, new_labels = start_from(pretrained, label_map, thin)
     if get_rank() == 0:
         print(f'Starting from the weights of {pretrained}, with its priors; the class scores of '
@@ -263,15 +266,16 @@ def check_overwriting(saved):
     empty dict; that one may be overwritten."""
     existing = [path for path in (checkpoint_path, best_of(checkpoint_path)) if os.path.exists(path)]
     if existing and not ('optimizer' in saved and os.path.samefile(checkpoint, existing[0])):
-        raise UserError(f"{existing[0]} exists, and training would overwrite it: to go on with it, set checkpoint = "
-                        f"'{existing[0]}'; else move it and its log away, or set checkpoint_path to another name")
+        go_on = '' if checkpoint else f"to go on with it, set checkpoint = '{existing[0]}' in train.py; else "
+        raise UserError(f'{existing[0]} exists, and training would overwrite it: {go_on}move it and its log away, or '
+                        'set checkpoint_path to another name')
 
 
 def main():
     """Train with the parameters at the top of this file."""
     if frozen not in range(6):
         raise UserError(f'frozen = {frozen!r} in train.py: set it to the number of groups, from 0 to 5')
-    if checkpoint is None and frozen and (pretrained is None or (thin > 1 and pretrained in ('imagenet', 'coco'))):
+    if checkpoint is None and frozen and (pretrained is None or (thin != 1 and pretrained in ('imagenet', 'coco'))):
         raise UserError(f'frozen = {frozen} in train.py would keep random or thinned-out weights: set it to 0')
     device = distributed.init_process_group()
     torch.manual_seed(seed)

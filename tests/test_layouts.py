@@ -268,7 +268,7 @@ def test_lists_from_windows(tmp_path, capsys):
 @pytest.mark.parametrize('lists, expected', [
     ({'train': 'ab', 'val': 'c', 'test': 'd'}, ('abc', 'd')), ({'train': 'ab', 'test': 'd'}, ('ab', 'd')),
     ({'train': 'ab', 'val': 'c', 'trainval': 'abc'}, ('ab', 'c')), ({'Training': 'ab', 'Validation': 'c'}, ('ab', 'c')),
-    ({'train': 'ab', 'val': 'c', 'test': ''}, ('ab', 'c')),
+    ({'train': 'ab', 'val': 'c', 'test': ''}, ('ab', 'c')), ({'crash_test': 'ab', 'x': 'cd'}, None),
     ({'test': 'd'}, ('abc', 'd')), ({'train': '', 'test': ''}, None), ({'trainval': 'abcd'}, None)])
 def test_which_lists_count(tmp_path, capsys, lists, expected):
     data = build(tmp_path, pairs(names='abcd'), in_main(**lists))

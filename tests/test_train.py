@@ -365,7 +365,7 @@ def test_frozen_groups_keep_their_weights(voc_folder, kind):
 @pytest.mark.parametrize('parameters, line', [
     ({'optimizer_kind': 'adam'}, "^optimizer_kind = 'adam': set it to 'sgd' or 'adamw'$"),
     ({'frozen': 3}, '^frozen = 3 in train.py would keep random or thinned-out weights: set it to 0$'),
-    ({'frozen': 6}, '^frozen = 6 in train.py: set it to'), ({'pretrained': 'vgg'}, '^no checkpoint at vgg: '),
+    ({'frozen': 6}, '^frozen = 6 in train.py: set it to'), ({'pretrained': 'vgg'}, "^pretrained = 'vgg' in train.py: "),
     ({'frozen': 1, 'thin': 4, 'pretrained': 'coco'}, '^frozen = 1 in train.py would keep random'),
     ({'pretrained': 'c.pth', 'checkpoint_path': 'c.pth'}, '^c.pth exists, and training would overwrite it: '),
     ({'checkpoint': 'c.pth', 'checkpoint_path': 'another.pth', 'epochs': 3}, '^another.pth exists.* move it'),
