@@ -84,11 +84,10 @@ def write_whole(contents):
 
 
 def replace(source, path):
-    """Rename a file to `path`, where an older file may be. On Windows this fails as long as another program has the
-    older file open, such as a virus scanner or detect.py: then try again for some seconds, before raising OSError."""
+    """os.replace, tried again for some seconds: on Windows, it fails as long as another program, such as a virus
+    scanner, has the older file open."""
     for seconds in 0.1, 0.2, 0.4, 0.8, 1.6, 3.2:
-        try:
+        with suppress(PermissionError):
             return os.replace(source, path)
-        except PermissionError:
-            time.sleep(seconds)
+        time.sleep(seconds)
     os.replace(source, path)

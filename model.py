@@ -11,7 +11,6 @@ thin one has fewer, see `thin_out`). For boxes and priors, see utils.py.
 """
 import math
 import os
-from functools import partial
 from pickle import UnpicklingError
 
 import torch
@@ -65,7 +64,7 @@ class VGGBase(nn.Module):
         else:
             # PyTorch's default initialization shrinks the signal from layer to layer, and this network has no
             # normalization to restore it. He's initialization keeps its variance through convolution and ReLU.
-            initialize(self, partial(nn.init.kaiming_normal_, nonlinearity='relu'))
+            initialize(self, nn.init.kaiming_normal_)  # its default gain is that for ReLU
 
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
@@ -231,8 +230,7 @@ class SSD300(nn.Module):
 
         # A buffer is not learned, but moves to the GPU and is saved with the weights, which fit only these priors.
         self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (8732, 4)
-        if thin != 1:
-            thin_out(self, thin)
+        thin_out(self, thin)
         # channels_last (NHWC): a pixel's channels are adjacent in memory, which is faster. The shapes stay the same.
         for part in (self.base, self.aux_convs, self.pred_convs):
             part.to(memory_format=torch.channels_last)

@@ -26,7 +26,7 @@ def find_images(folder):
     :return: dict of an annotation's path -> list of its image's path, or none, or several; all relative to the folder
     :raises UserError: the folder is missing, or has no annotation"""
     images, unknown, found, others = {}, {}, {}, []
-    paths = list_files(folder)
+    paths = list_files(folder) if os.path.isdir(folder) else []
     for path in paths:
         if is_image(path):
             images.setdefault(name_of(path), []).append(path)
@@ -239,13 +239,9 @@ def check_each_once(chosen):
 
 def list_files(folder):
     """:return: all files under a folder, relative to it and sorted; links are followed, hidden files left out"""
-    def left_out(error):
-        """Say which folder can't be read; but if `folder` itself is missing, `find_images` says it."""
-        if isinstance(error, PermissionError) or error.filename != str(folder):
-            print(f'{error}: left out', file=sys.stderr)
-
     paths, visited = [], set()
-    for parent, folders, names in os.walk(folder, onerror=left_out, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=lambda error: print(f'{error}: left out', file=sys.stderr),
+                                          followlinks=True):
         if os.path.realpath(parent) in visited:  # a link to a folder above would never end
             folders.clear()
             continue
@@ -256,15 +252,14 @@ def list_files(folder):
 
 
 # Words in folders' names that only say what is in them: Annotations/day1/a.xml belongs to JPEGImages/day1/a.jpg
-content_words = {'jpegimages', 'images', 'image', 'imgs', 'img', 'jpegs', 'jpeg', 'jpg', 'png', 'annotations',
-                 'annotation', 'annots', 'annot', 'annos', 'anno', 'labels', 'label', 'xmls', 'xml'}
+content_words = re.compile('(jpegimage|image|img|jpeg|jpg|png|annotation|annot|anno|label|xml)s?')
 
 
 def words_of(path):
     """:return: list of the words and numbers in the names of a path's folders, in lower case, without `content_words`:
         ['train', '2017'] for img_train2017/a.jpg, Annotations/train2017/a.xml and TrainImages/2017/a.jpg"""
     folders = re.sub('(?<=[a-z])(?=[A-Z])', ' ', unicodedata.normalize('NFC', os.path.dirname(path)))
-    return [word for word in re.findall(r'[^\W\d_]+|\d+', folders.lower()) if word not in content_words]
+    return [word for word in re.findall(r'[^\W\d_]+|\d+', folders.lower()) if not content_words.fullmatch(word)]
 
 
 def name_of(path):

@@ -5,10 +5,12 @@ their order within a tile, and how an image is resized and normalized. See "Wher
 """
 import torch
 from torchvision.models.detection import SSD300_VGG16_Weights
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
 
 from errors import UserError, one_line
 from model import SSD300, download_weights
-from utils import create_prior_boxes, feature_maps, make_label_map, mean, std
+from utils import feature_maps, make_label_map, mean, std, xy_to_cxcy
 
 coco_weights = SSD300_VGG16_Weights.COCO_V1
 coco_categories = coco_weights.meta['categories']  # 91 names: the background, COCO's 80 classes, and some 'N/A'
@@ -34,6 +36,9 @@ names |= {f'head.{head}.module_list.{i}.{kind}': f'pred_convs.{ours}_{feature_ma
           for head, ours in (('regression_head', 'loc'), ('classification_head', 'cl'))
           for i, feature_map in enumerate(feature_maps) for kind in ('weight', 'bias')}
 names['backbone.scale_weight'] = 'rescale_factors'
+
+# Within a tile, torchvision has the ratios 1, extra, 2, 1/2, 3, 1/3; ours are 1, extra, 2, 3, 1/2, 1/3.
+orders = {4: [0, 1, 2, 3], 6: [0, 1, 2, 4, 3, 5]}  # by the number of priors in a tile
 
 
 def coco_detector(labels=None):
@@ -71,11 +76,20 @@ def from_torchvision(state_dict, classes=None):
     n_all = len(state_dict['head.classification_head.module_list.0.bias']) // 4
     classes = list(range(n_all)) if classes is None else list(classes)
     model = SSD300(n_classes=len(classes))
+    renamed = {ours: state_dict[theirs] for theirs, ours in names.items()}
+    renamed['rescale_factors'] = renamed['rescale_factors'].view(1, -1, 1, 1)  # (1, 512, 1, 1)
+    renamed['priors_cxcy'] = coco_default_boxes()  # (8732, 4)
     try:
-        model.load_state_dict(rename_torchvision(state_dict, n_all, classes))
+        for name, feature_map in feature_maps.items():
+            order = orders[4] if len(feature_map.ratios) == 3 else orders[6]
+            for kind in ('weight', 'bias'):
+                loc, cl = f'pred_convs.loc_{name}.{kind}', f'pred_convs.cl_{name}.{kind}'
+                locs = renamed[loc].unflatten(0, (len(order), 4))[order]  # (n_priors, 4, ...)
+                scores = renamed[cl].unflatten(0, (len(order), n_all))[order][:, classes]  # (n_priors, n_classes, ...)
+                renamed |= {loc: locs.flatten(0, 1), cl: scores.flatten(0, 1)}  # (n_priors * 4, ...), and likewise
+        model.load_state_dict(renamed)
     except RuntimeError as error:
         raise UserError(refusal + one_line(error)) from error
-    model.priors_cxcy.copy_(coco_default_boxes())
 
     # The input of torchvision's first layer is 255 * (pixel - their_mean), of ours (pixel - mean) / std. As
     # 255 * (pixel - their_mean) = 255 * std * ours + 255 * (mean - their_mean), change the first layer's weights.
@@ -87,34 +101,12 @@ def from_torchvision(state_dict, classes=None):
     return model
 
 
-def rename_torchvision(state_dict, n_all, classes):
-    """Turn a state_dict of torchvision with `n_all` classes into ours with the listed `classes`, but without priors."""
-    renamed = {ours: state_dict[theirs] for theirs, ours in names.items()}
-    renamed['rescale_factors'] = renamed['rescale_factors'].view(1, -1, 1, 1)  # (1, 512, 1, 1)
-    # Within a tile, torchvision has the ratios 1, extra, 2, 1/2, 3, 1/3; ours are 1, extra, 2, 3, 1/2, 1/3.
-    for name, feature_map in feature_maps.items():
-        order = [0, 1, 2, 3] if len(feature_map.ratios) == 3 else [0, 1, 2, 4, 3, 5]
-        for kind in ('weight', 'bias'):
-            key = f'pred_convs.loc_{name}.{kind}'
-            locs = renamed[key].unflatten(0, (len(order), 4))[order]  # (n_priors, 4, ...)
-            renamed[key] = locs.flatten(0, 1)  # (n_priors * 4, ...)
-            key = f'pred_convs.cl_{name}.{kind}'
-            scores = renamed[key].unflatten(0, (len(order), n_all))[order][:, classes]  # (n_priors, n_classes, ...)
-            renamed[key] = scores.flatten(0, 1)  # (n_priors * n_classes, ...)
-    return renamed
-
-
 def coco_default_boxes():
     """:return: the priors of torchvision's SSD300, in center-size coordinates and in the order of ours, (8732, 4)"""
-    scales = 0.07, 0.15, 0.33, 0.51, 0.69, 0.87
-    ratios = {4: (1, 2, 1 / 2), 6: (1, 2, 3, 1 / 2, 1 / 3)}  # by the number of priors in a tile
-    maps = {name: feature_map._replace(scale=scale, ratios=ratios[len(feature_map.ratios) + 1])
-            for (name, feature_map), scale in zip(feature_maps.items(), scales, strict=True)}
-    priors = create_prior_boxes(maps, last_extra_scale=(0.87 * 1.05) ** 0.5)  # (8732, 4)
-
-    # Our centers are (i + 0.5) / size, torchvision's (i + 0.5) * step / 300, with steps in pixels.
-    steps = 8, 16, 32, 64, 100, 300
-    n_priors = [feature_map.size ** 2 * (len(feature_map.ratios) + 1) for feature_map in maps.values()]
-    for map_priors, feature_map, step in zip(priors.split(n_priors), maps.values(), steps, strict=True):
-        map_priors[:, :2] *= feature_map.size * step / 300  # in place, so priors change too
-    return priors
+    generator = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2, 3], [2], [2]], steps=[8, 16, 32, 64, 100, 300],
+                                    scales=[0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05])
+    maps = [torch.empty(1, 1, size, size) for size in (38, 19, 10, 5, 3, 1)]
+    [boxes] = generator(ImageList(torch.empty(1, 3, 300, 300), [(300, 300)]), maps)  # (8732, 4), in pixels
+    of_maps = xy_to_cxcy(boxes / 300).split([5776, 2166, 600, 150, 36, 4])  # six of (n_tiles * n_priors, 4)
+    return torch.cat([priors.unflatten(0, (-1, n))[:, orders[n]].flatten(0, 1)
+                      for priors, n in zip(of_maps, (4, 6, 6, 6, 4, 4))])

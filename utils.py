@@ -93,25 +93,23 @@ feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
                 'conv11_2': FeatureMap(256, 1, 0.9, (1, 2, 1 / 2))}
 
 
-def create_prior_boxes(maps=feature_maps, last_extra_scale=1.):
+def create_prior_boxes():
     """The 8732 priors of SSD300: map by map, row by row, tile by tile, and within a tile ratio 1, the extra prior, then
     the other ratios. The predictions come in the same order. Clamping limits widths and heights to 1, but does not clip
     priors at the image's edge. See "Which priors".
 
-    :param maps: dict of name -> FeatureMap
-    :param last_extra_scale: scale of the extra prior on the last map, which has no next one
-    :return: priors in fractional center-size coordinates, a tensor (8732, 4); with other maps, (n_priors, 4)"""
-    scales = [feature_map.scale for feature_map in maps.values()]
-    extra_scales = [math.sqrt(scale * next_scale) for scale, next_scale in pairwise(scales)] + [last_extra_scale]
+    :return: priors in fractional center-size coordinates, a tensor (8732, 4)"""
+    scales = [feature_map.scale for feature_map in feature_maps.values()]
+    extra_scales = [*(math.sqrt(scale * next_scale) for scale, next_scale in pairwise(scales)), 1.]  # 1 on the last map
     priors = []
-    for (_, size, scale, ratios), extra_scale in zip(maps.values(), extra_scales):
+    for (_, size, scale, ratios), extra_scale in zip(feature_maps.values(), extra_scales):
         sides = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]
         sides.insert(1, (extra_scale, extra_scale))  # the extra prior is the second
         for row in range(size):
             for column in range(size):
                 c_x, c_y = (column + 0.5) / size, (row + 0.5) / size
                 priors += [(c_x, c_y, w, h) for w, h in sides]
-    return torch.tensor(priors).clamp(0, 1)  # (n_priors, 4)
+    return torch.tensor(priors).clamp(0, 1)  # (8732, 4)
 
 
 def cxcy_to_gcxgcy(cxcy, priors_cxcy):

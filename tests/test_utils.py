@@ -120,21 +120,23 @@ def test_priors_of_each_map_are_the_papers():
     assert (cxcy_to_xy(priors) < 0).any()  # boxes are not cut at the image's edge
 
 
-def test_priors_of_four_tiles_and_of_one_by_hand():
+def test_priors_of_four_tiles_and_of_one_by_hand(monkeypatch):
     """Two rows of two tiles, where one prior would be wider than the image, and one higher; and a map of one tile."""
     maps = {'fine': FeatureMap(1, 2, 0.6, (1, 4, 1 / 4)), 'coarse': FeatureMap(1, 1, 0.8, (1,))}
     extra = math.sqrt(0.6 * 0.8)
     sizes = (.6, .6), (extra, extra), (1., .3), (.3, 1.)
     expected = [[x, y, *size] for y in (.25, .75) for x in (.25, .75) for size in sizes]
-    expected += [[.5, .5, .8, .8], [.5, .5, .9, .9]]
-    priors = create_prior_boxes(maps, last_extra_scale=.9)
+    expected += [[.5, .5, .8, .8], [.5, .5, 1., 1.]]
+    monkeypatch.setattr(utils, 'feature_maps', maps)
+    priors = create_prior_boxes()
     assert priors.dtype == torch.float32
     torch.testing.assert_close(priors, torch.tensor(expected))
 
 
-def test_each_tile_has_an_extra_prior_even_without_the_ratio_1():
-    priors = create_prior_boxes({'only': FeatureMap(1, 1, 0.5, (4, 1 / 4))}, last_extra_scale=.9)
-    torch.testing.assert_close(priors, torch.tensor([[.5, .5, 1., .25], [.5, .5, .9, .9], [.5, .5, .25, 1.]]))
+def test_each_tile_has_an_extra_prior_even_without_the_ratio_1(monkeypatch):
+    monkeypatch.setattr(utils, 'feature_maps', {'only': FeatureMap(1, 1, 0.5, (4, 1 / 4))})
+    priors = create_prior_boxes()
+    torch.testing.assert_close(priors, torch.tensor([[.5, .5, 1., .25], [.5, .5, 1., 1.], [.5, .5, .25, 1.]]))
 
 
 def test_decimate():
