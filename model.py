@@ -230,7 +230,8 @@ class SSD300(nn.Module):
 
         # A buffer is not learned, but moves to the GPU and is saved with the weights, which fit only these priors.
         self.register_buffer('priors_cxcy', self.create_prior_boxes())  # (8732, 4)
-        thin_out(self, thin)
+        if thin != 1:
+            thin_out(self, thin)
         # channels_last (NHWC): a pixel's channels are adjacent in memory, which is faster. The shapes stay the same.
         for part in (self.base, self.aux_convs, self.pred_convs):
             part.to(memory_format=torch.channels_last)
