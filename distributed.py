@@ -90,5 +90,5 @@ def all_gather_images(tensors):
     if get_world_size() == 1:
         return tensors
     of_processes = [None] * get_world_size()
-    dist.all_gather_object(of_processes, [tensor.numpy() for tensor in tensors])  # arrays are sent faster
+    dist.all_gather_object(of_processes, [tensor.numpy() for tensor in tensors])  # much faster than tensors
     return [torch.from_numpy(values) for of_process in of_processes for values in of_process]

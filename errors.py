@@ -62,9 +62,8 @@ def one_line(error):
 # ----------------------------------------------------------------------------------------------- Files that are written
 
 def write_whole(contents):
-    """Write files, a dict of path -> bytes, which replace older ones only when all are complete: if it is interrupted,
-    each is still the old file, or already the new one, but never half a file. Raises UserError if it is not possible.
-    """
+    """Write files, a dict of path -> bytes. They replace older ones only when all are complete: after an interruption,
+    each path has the old file or the new one, never half a file. Raises UserError if a file can't be written."""
     try:
         for path, content in contents.items():
             with open(f'{path}.tmp', 'wb') as file:

@@ -86,7 +86,7 @@ def from_torchvision(state_dict, classes=None):
                 loc, cl = f'pred_convs.loc_{name}.{kind}', f'pred_convs.cl_{name}.{kind}'
                 locs = renamed[loc].unflatten(0, (len(order), 4))[order]  # (n_priors, 4, ...)
                 scores = renamed[cl].unflatten(0, (len(order), n_all))[order][:, classes]  # (n_priors, n_classes, ...)
-                renamed |= {loc: locs.flatten(0, 1), cl: scores.flatten(0, 1)}  # (n_priors * 4, ...), and likewise
+                renamed |= {loc: locs.flatten(0, 1), cl: scores.flatten(0, 1)}  # (n_priors * 4 or n_classes, ...)
         model.load_state_dict(renamed)
     except RuntimeError as error:
         raise UserError(refusal + one_line(error)) from error
