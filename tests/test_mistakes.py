@@ -104,8 +104,7 @@ def test_the_sheet_shows_the_highest_scores(tmp_path, capsys):
     image.paste((0, 0, 0), (20, 20, 60, 60))
     image.save(tmp_path / 'a.png')
     lists = [[torch.tensor([[.5, .5, .75, 1.], [-1e5, -1e5, 1e5, 1e5]])], [torch.tensor([2, 2])],  # one is enormous
-             [torch.tensor([.9, .8])],
-             [torch.tensor([[.1, .2, .3, .6]])], [torch.tensor([1])], [torch.tensor([0])]]
+             [torch.tensor([.9, .8])], [torch.tensor([[.1, .2, .3, .6]])], [torch.tensor([1])], [torch.tensor([0])]]
     counts, false_positives, missed = mistakes.find_mistakes(lists, label_map, 0.4)
     assert counts == {'cat': Counter({'missed': 1}), 'dog': Counter({'background': 2})}
     mistakes.print_counts(counts, 0.4)

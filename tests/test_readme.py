@@ -361,7 +361,7 @@ def test_training_loop_learns(folder, tmp_path, monkeypatch, capsys):
 def test_all_python_blocks_are_run_by_a_test():
     titles = ['Webcam and video', 'Your own images', 'A first training on a laptop', 'New classes for an old detector',
               "Other people's weights", 'Deployment', 'Plotting the log', "COCO's mAP",
-              'COCO and YOLO']  # by tests/long/converters.py
+              'Detections as data', 'COCO and YOLO']  # the last by tests/long/converters.py
     blocks = [*(block for title in ('Multibox loss', 'Training', 'Inference', 'Your own images')
                 for block in section(title)[0]),
               *(block for title in titles for block in section(title, 'GUIDE.md')[0])]
@@ -514,7 +514,7 @@ def find_a_few(model, image, min_score):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('thin', [1, 4])
 def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
-    """Both files yield what the network does, decoded; and the example's detections are detect.py's, also rotated."""
+    """Both files yield what the network does, decoded; and the examples' detections are detect.py's, also rotated."""
     monkeypatch.chdir(tmp_path)
     os.mkdir('demo')
     photograph = Image.fromarray(skimage.data.chelsea())
@@ -538,6 +538,8 @@ def test_exported_networks_find_the_same(tmp_path, monkeypatch, thin):
 
     found, photograph = run_block('Deployment', 'GUIDE.md', 1)['found'], open_image('photo.jpg')
     detections = detect.find_objects(photograph, 0.4, 0.45, 200, model, make_label_map(labels))
+    assert run_block('Detections as data', 'GUIDE.md')['found'] == detections
+    assert json.loads(Path('photo.json').read_text()) == list(map(list, detections))
     assert len(found) == len(detections) > 5 and Image.open('found.png').size == photograph.size
     for (label, score, box), (expected_label, expected_score, expected_box) in zip(found, detections):
         assert labels[label - 1] == expected_label and score == pytest.approx(expected_score, abs=1e-4)

@@ -193,8 +193,7 @@ def tensors(images):
     # No detections, also as the placeholder has it; no objects, also of one class
     ([[], []], [[(left, 1, 0)], []], {'a': 0}),
     ([[([0., 0., 1., 1.], 0, 0.)]], [[(left, 1, 0)]], {'a': 0}),
-    ([[]], [[]], {}),
-    ([[(left, 1, .9)]], [[]], {}),
+    ([[]], [[]], {}), ([[(left, 1, .9)]], [[]], {}),
     ([[(left, 2, .9)]], [[(right, 1, 0)]], {'a': 0})])
 def test_mAP_by_hand(detections, objects, expected):
     average_precisions, mean = utils.calculate_mAP(*tensors(detections), *tensors(objects),
