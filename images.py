@@ -79,7 +79,7 @@ def read_image(path, if_missing='check the path'):
 
 
 def why_not_read(path, error, if_missing=''):
-    """:return: in one line, why a file could not be read, by the error that was raised; and the remedy, if any"""
+    """:return: in one line, the cause of an error that was raised when reading a file, and the remedy, if any"""
     if isinstance(error, MemoryError):
         return f'{path} needs more memory than there is: end other programs, or cut it into tiles'
     if isinstance(error, FileNotFoundError):

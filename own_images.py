@@ -63,7 +63,7 @@ def root_of(path):
 
 def parse_xml(content):
     """:return: the root of XML, given as bytes, without namespaces"""
-    content = content.replace(b'encoding="utf-16"', b'', 1)  # C# declares it, and writes UTF-8
+    content = content.replace(b'encoding="utf-16"', b'', 1)  # some C# programs declare it, but write UTF-8
     try:
         root = ET.fromstring(content)
     except ValueError:  # the parser does not know an encoding such as GB2312, but Python does
