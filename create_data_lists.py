@@ -33,7 +33,7 @@ download = False  # download Pascal VOC first: 2.9 GB, into VOCdevkit in the cur
 
 def download_voc(root):
     """Download VOC 2007 trainval and test and VOC 2012 trainval to root/VOCdevkit/VOC2007 and VOC2012. Archives that
-    are in `root` with the right checksum are not downloaded again."""
+    are in `root` with the right checksum are not downloaded again. Raises UserError if a download fails."""
     for year, image_set in (('2007', 'trainval'), ('2007', 'test'), ('2012', 'trainval')):
         try:
             VOCDetection(root, year=year, image_set=image_set, download=True)
@@ -229,6 +229,9 @@ def read_objects(annotation_path):
     :raises UserError: the file is not XML, or an object lacks a name or an edge"""
     try:
         root = parse_xml(Path(annotation_path).read_bytes())
+    except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: an unknown encoding
+        raise UserError(f'{annotation_path} is not an annotation in XML ({one_line(error)}): copy it again') from None
+    try:
         if root.tag != 'annotation':
             raise ValueError(f'its root is {root.tag}')
         size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
@@ -256,7 +259,7 @@ def read_objects(annotation_path):
                     objects.append((name, difficult, [float(bndbox.findtext(edge)) for edge in edges]))
         if len(objects) > 8732:
             raise UserError(f'{annotation_path} has {len(objects)} objects for 8732 priors: cut the image into tiles')
-    except (ET.ParseError, LookupError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): an object needs a '
                         'name, a bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None
     return size, objects, dropped

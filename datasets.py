@@ -212,7 +212,8 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
     :param window: boundary coordinates in pixels; it must overlap the image
     :param dims: width and height of the result
-    :param distort: a function from PIL image to PIL image, applied to the part of the image, not to the mean; or None
+    :param distort: a function from PIL image to PIL image, applied to the part of the image, not to the mean; or None.
+        After the crop, to save time: contrast is relative to the part's mean
     :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)"""
     x_min, y_min, x_max, y_max = window
     scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)

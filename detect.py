@@ -31,7 +31,7 @@ def detect(original_image, min_score, max_overlap=0.45, top_k=200, suppress=None
     """Detect objects in a PIL image of any mode. Returns a copy, in RGB and upright, with boxes, labels and scores.
 
     :param min_score: with max_overlap and top_k, see `SSD300.detect_objects`
-    :param suppress: a label, or a list of labels, to leave out
+    :param suppress: a label, or a list of labels, to leave out; one that the detector lacks raises UserError
     :param detector: (model, label_map), see `kept_detector`; None for the checkpoint at the top of this file
     :param font: a font file for the labels, see `images.load_font`; None for Pillow's own"""
     model, label_map = detector or kept_detector(checkpoint)

@@ -102,11 +102,11 @@ class VGGBase(nn.Module):
         """Load torchvision's VGG-16 weights, trained on ImageNet. Raises UserError if they can't be downloaded."""
         vgg = download_weights(VGG16_Weights.IMAGENET1K_V1, "set pretrained = None, optimizer_kind 'adamw' in train.py")
 
-        # torchvision numbers its layers, ReLUs and pools included. These are its convolutions, in the order of ours.
-        names = [name for name, layer in self.named_children() if isinstance(layer, nn.Conv2d)][:13]
-        indices = 0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28
+        # torchvision numbers its layers, ReLUs and pools included.
+        indices = {'conv1_1': 0, 'conv1_2': 2, 'conv2_1': 5, 'conv2_2': 7, 'conv3_1': 10, 'conv3_2': 12, 'conv3_3': 14,
+                   'conv4_1': 17, 'conv4_2': 19, 'conv4_3': 21, 'conv5_1': 24, 'conv5_2': 26, 'conv5_3': 28}
         state_dict = {f'{name}.{kind}': vgg[f'features.{index}.{kind}']
-                      for name, index in zip(names, indices, strict=True) for kind in ('weight', 'bias')}
+                      for name, index in indices.items() for kind in ('weight', 'bias')}
         # fc6 (4096, 512 * 7 * 7) -> conv6 (1024, 512, 3, 3); fc7 (4096, 4096) -> conv7 (1024, 1024, 1, 1)
         state_dict['conv6.weight'], state_dict['conv6.bias'] = fully_connected_to_convolution(
             vgg['classifier.0.weight'], vgg['classifier.0.bias'], 512, 7, m=(4, None, 3, 3))

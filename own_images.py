@@ -194,7 +194,8 @@ def likeness(line, path):
 
 
 def read_lines(path):
-    """:return: list of the lines of a text file that are not empty, with / in paths, without quotation marks"""
+    """:return: list of the lines of a text file that are not empty, with / in paths, without quotation marks
+    :raises UserError: it is not in UTF-8"""
     try:
         with open(path, encoding='utf-8-sig') as file:  # sig: skip a byte order mark
             return [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]

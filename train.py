@@ -64,7 +64,8 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """Make the optimizer of an SSD300; `lr` is its peak rate. `kind` is 'sgd' as in the paper, with twice the rate for
-    biases, as in its authors' code; or 'adamw', which needs far fewer steps from random weights, and no `momentum`."""
+    biases, as in its authors' code; or 'adamw', which needs far fewer steps from random weights, and no `momentum`.
+    Raises UserError for another."""
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     if kind != 'sgd':
@@ -241,7 +242,8 @@ def write_log(log_path, **row):
 
 
 def make_model(label_map, checkpoint, pretrained, thin):
-    """The SSD300 to start from, on the CPU, for the parameters of these names at the top of this file."""
+    """The SSD300 to start from, on the CPU, for the parameters of these names at the top of this file. Raises UserError
+    if one does not fit."""
     if checkpoint is not None:
         model, saved_label_map = load_detector(checkpoint)
         if saved_label_map != label_map:

@@ -81,9 +81,10 @@ def find_jaccard_overlap(set_1, set_2):
 
 # ---------------------------------------------------------------- Priors and their encoding; suppression and evaluation
 
-# The six feature maps with predictions, and the priors on each (the paper's section 2.2, and its authors' code). `size`
-# is the number of tiles in a row, `scale` the square root of a prior's area (1: the whole image), `ratios` are width to
-# height. Each tile also has an extra prior of ratio 1, with the geometric mean of this map's scale and the next one's.
+# The six feature maps with predictions, and the priors on each (the paper's section 2.2; the numbers as in
+# sgrvinod's tutorial, see "Where the sources differ" in GUIDE.md). `size` is the number of tiles in a row, `scale` the
+# square root of a prior's area (1: the whole image), `ratios` are width to height. Each tile also has an extra prior of
+# ratio 1, with the geometric mean of this map's scale and the next one's.
 FeatureMap = namedtuple('FeatureMap', 'channels size scale ratios')
 feature_maps = {'conv4_3': FeatureMap(512, 38, 0.1, (1, 2, 1 / 2)),
                 'conv7': FeatureMap(1024, 19, 0.2, (1, 2, 3, 1 / 2, 1 / 3)),
