@@ -69,9 +69,8 @@ def load_checkpoint(path):
 
 
 def restore(optimizer, saved):
-    """Restore the optimizer's state, such as the momentum, from what `load_checkpoint` returns. The learning rates stay
-    as they are, because they follow from the parameters at the top of train.py, which may have changed. Raises
-    UserError if the state is of another kind of optimizer."""
+    """Restore the optimizer's state, such as the momentum, from what `load_checkpoint` returns; raises UserError if it
+    is of another kind. The learning rates stay: they follow from train.py's parameters, which may have changed."""
     kind, saved_kind = type(optimizer).__name__, saved.get('optimizer_kind', 'SGD')
     if kind != saved_kind:
         raise UserError(f'the checkpoint was trained with {saved_kind}, whose state does not fit {kind}: set '

@@ -96,4 +96,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, takes_arguments=True)

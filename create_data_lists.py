@@ -98,7 +98,7 @@ def write_lists(listed, label_map, output_folder):
         contents[f'{split}_objects.json'] = [
             {'boxes': annotation['boxes'], 'labels': [label_map[label] for label in annotation['labels']],
              'difficulties': annotation['difficulties']} for _, annotation in images]
-    os.makedirs(output_folder, exist_ok=True)
+    os.makedirs(output_folder or '.', exist_ok=True)
     write_whole({os.path.join(output_folder, name): json.dumps(content).encode() for name, content in contents.items()})
 
 
@@ -257,8 +257,6 @@ def read_objects(annotation_path):
                     dropped.append(f'{name} has more than one {repeated[0]}')
                 else:
                     objects.append((name, difficult, [float(bndbox.findtext(edge)) for edge in edges]))
-        if len(objects) > 8732:
-            raise UserError(f'{annotation_path} has {len(objects)} objects for 8732 priors: cut the image into tiles')
     except ValueError as error:
         raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): an object needs a '
                         'name, a bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None

@@ -52,6 +52,8 @@ class PascalVOCDataset(Dataset):
             rng = random.Random(seed)
         image = open_image(self.images[i], if_missing='the lists name it, so run "python create_data_lists.py" again')
         boxes = torch.tensor(self.objects[i]['boxes'], dtype=torch.float32).view(-1, 4)  # (n_objects, 4)
+        if (boxes[:, 2:] > torch.tensor(image.size)).any():
+            raise UserError(f'{self.images[i]} is smaller than it was: run "python create_data_lists.py" again')
         labels = torch.tensor(self.objects[i]['labels'], dtype=torch.long)  # (n_objects)
         difficulties = torch.tensor(self.objects[i]['difficulties'], dtype=torch.uint8)  # (n_objects)
         if not self.keep_difficult:
@@ -212,8 +214,7 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     :param boxes: boundary coordinates in pixels, a tensor (n_objects, 4)
     :param window: boundary coordinates in pixels; it must overlap the image
     :param dims: width and height of the result
-    :param distort: a function from PIL image to PIL image, applied to the part of the image, not to the mean; or None.
-        After the crop, to save time: contrast is relative to the part's mean
+    :param distort: a function from PIL image to PIL image, applied to the part of the image alone; or None
     :return: a PIL image, and the boxes in fractional boundary coordinates, clipped to the window, (n_objects, 4)"""
     x_min, y_min, x_max, y_max = window
     scale_x, scale_y = dims[0] / (x_max - x_min), dims[1] / (y_max - y_min)

@@ -127,4 +127,4 @@ def main():
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, takes_arguments=True)

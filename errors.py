@@ -12,7 +12,7 @@ class UserError(Exception):
     """Something the user can put right. Its message is one line; scripts print that line and exit with code 1."""
 
 
-def run(main):
+def run(main, takes_arguments=False):
     """Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback."""
     for name in 'stdout', 'stderr':
         stream = getattr(sys, name)
@@ -21,6 +21,9 @@ def run(main):
         elif hasattr(stream, 'reconfigure'):  # not in a notebook or IDLE
             stream.reconfigure(errors='backslashreplace')  # a name with letters that the console lacks
     try:
+        # Pasted into a notebook, a script has no __file__, and the notebook's arguments.
+        if sys.argv[1:] and not takes_arguments and main.__module__ == '__main__' and '__file__' in main.__globals__:
+            raise UserError(f'{sys.argv[0]} takes no arguments: edit the parameters at its top')
         try:
             return main()
         except (EOFError, ConnectionError):
@@ -64,20 +67,21 @@ def one_line(error):
 def write_whole(contents):
     """Write files, a dict of path -> bytes. They replace older ones only when all are complete: after an interruption,
     each path has the old file or the new one, never half a file. Raises UserError if a file can't be written."""
+    files = {os.path.realpath(path): content for path, content in contents.items()}  # of a link, what it leads to
     try:
-        for path, content in contents.items():
+        for path, content in files.items():
             with open(f'{path}.tmp', 'wb') as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # on the disk, not just on its way there
-        for path in contents:
+        for path in files:
             replace(f'{path}.tmp', path)
     except OSError as error:
         state = 'is unchanged' if len(contents) == 1 else 'each is unchanged or complete'
         raise UserError(f'{", ".join(map(str, contents))} could not be written and {state}: {one_line(error)}; check '
                         'the free space, the permissions, and whether another program has it open') from None
     finally:
-        for path in contents:
+        for path in files:
             with suppress(OSError):  # it is gone, or on Windows still open in another program
                 os.remove(f'{path}.tmp')
 

@@ -6,6 +6,7 @@ from collections import Counter, namedtuple
 import torch
 from PIL import ImageDraw
 
+from datasets import draw_window
 from images import load_font, open_image, save_tiles
 from utils import find_jaccard_overlap, match_detections
 
@@ -109,12 +110,12 @@ def draw_mistake(image, box, true_box):
     image of side `tile`. The boxes are tensors (4) in fractional boundary coordinates; one may be None."""
     size = torch.tensor([image.width, image.height] * 2)  # (4)
     boxes = [(b.cpu().clamp(0, 1) * size, color) for b, color in ((true_box, 'lime'), (box, 'orange')) if b is not None]
-    corners = torch.stack([b for b, _ in boxes])  # (1 or 2, 4)
+    corners = torch.stack([b for b, _ in boxes])  # (n, 4), with n = 1 or 2
     low, high = corners[:, :2].amin(dim=0), corners[:, 2:].amax(dim=0)  # (2), (2)
     side = max(1.6 * (high - low).max().item(), 24)  # of the part of the image that is shown, in pixels
-    left, top = ((low + high) / 2 - side / 2).tolist()
-    drawn = image.crop((round(left), round(top), round(left + side), round(top + side))).resize((tile, tile))
-    for b, color in boxes:
-        corners = (b - torch.tensor([left, top] * 2)) * tile / side  # (4)
-        ImageDraw.Draw(drawn).rectangle(corners.tolist(), outline=color, width=2)
+    center = (low + high) / 2  # (2)
+    window = torch.cat([center - side / 2, center + side / 2]).tolist()
+    drawn, corners = draw_window(image, corners, window, (tile, tile))  # corners in fractions of the tile, (n, 4)
+    for b, (_, color) in zip(corners * tile, boxes):
+        ImageDraw.Draw(drawn).rectangle(b.tolist(), outline=color, width=2)
     return drawn

@@ -44,6 +44,8 @@ def overfit(train_set, n_images, steps, thin, lr, sheet_path, device):
     images = images.to(device)  # (N, 3, 300, 300)
     difficulties = [torch.zeros_like(of_image) for of_image in difficulties]  # all objects are learned, so all count
     originals = [open_image(path) for path in train_set.images[:n_images]]
+    for original in originals:
+        original.thumbnail((480, 360))  # the size on the sheet
     n_objects = sum(map(len, boxes))
 
     model = SSD300(len(train_set.label_map), thin=thin).to(device)

@@ -9,6 +9,7 @@ import unicodedata
 import xml.etree.ElementTree as ET
 from collections import Counter
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from errors import UserError
@@ -89,6 +90,7 @@ def choose_images(folder, annotation_path, same_name):
     if len(candidates) > 1:  # it may say so itself: a.jpg, not the mask a.png in another folder
         with suppress(OSError, ET.ParseError, LookupError, ValueError):  # if it is damaged, `read_objects` says so
             stated = parse_xml(Path(folder, annotation_path).read_bytes()).findtext('filename', '').strip()
+            stated = stated.replace('\\', '/').rpartition('/')[2]  # some tools write a path
             candidates = [path for path in candidates if Path(path).name == stated] or candidates
     return candidates
 
@@ -194,8 +196,7 @@ def likeness(line, path):
 
 
 def read_lines(path):
-    """:return: list of the lines of a text file that are not empty, with / in paths, without quotation marks
-    :raises UserError: it is not in UTF-8"""
+    """Lines of a text file that are not empty, with / in paths, without quotes. Raises UserError if not in UTF-8."""
     try:
         with open(path, encoding='utf-8-sig') as file:  # sig: skip a byte order mark
             return [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]
@@ -256,6 +257,7 @@ def list_files(folder):
 content_words = re.compile('(jpegimage|image|img|jpeg|jpg|png|annotation|annot|anno|label|xml)s?')
 
 
+@cache
 def words_of(path):
     """:return: list of the words and numbers in the names of a path's folders, in lower case, without `content_words`:
         ['train', '2017'] for img_train2017/a.jpg, Annotations/train2017/a.xml and TrainImages/2017/a.jpg"""

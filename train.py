@@ -64,8 +64,7 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """Make the optimizer of an SSD300; `lr` is its peak rate. `kind` is 'sgd' as in the paper, with twice the rate for
-    biases, as in its authors' code; or 'adamw', which needs far fewer steps from random weights, and no `momentum`.
-    Raises UserError for another."""
+    biases; or 'adamw', which needs far fewer steps from random weights, and no `momentum`; else raises UserError."""
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     if kind != 'sgd':
@@ -224,9 +223,10 @@ def start_log(log_path, start_epoch, evaluated=True):
         return
     rows = []
     if start_epoch > 0 and os.path.exists(log_path):
-        with open(log_path, newline='') as file:
-            rows = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < start_epoch
-                    and (evaluated or int(row[0]) < start_epoch - 1 or not row[-1])]  # row[-1] is the mAP
+        with open(log_path, newline='', errors='replace') as file:
+            lines = [line.replace('\0', '') for line in file]  # a power failure can leave null bytes
+        rows = [row for row in csv.reader(lines) if row and row[0].isdigit() and int(row[0]) < start_epoch
+                and (evaluated or int(row[0]) < start_epoch - 1 or not row[-1])]  # row[-1] is the mAP
     write_whole({log_path: ''.join(','.join(row) + '\n' for row in (log_columns, *rows)).encode()})
 
 
@@ -242,8 +242,7 @@ def write_log(log_path, **row):
 
 
 def make_model(label_map, checkpoint, pretrained, thin):
-    """The SSD300 to start from, on the CPU, for the parameters of these names at the top of this file. Raises UserError
-    if one does not fit."""
+    """The SSD300 to start from, on the CPU, for the parameters of these names. Raises UserError if one does not fit."""
     if checkpoint is not None:
         model, saved_label_map = load_detector(checkpoint)
         if saved_label_map != label_map:

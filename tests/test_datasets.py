@@ -33,6 +33,9 @@ def test_dataset_items(voc_folder):
         assert boxes.shape == (len(labels), 4) and boxes.dtype == torch.float32
         assert boxes.min() >= 0 and boxes.max() <= 1
         assert labels.dtype == torch.long and difficulties.dtype == torch.uint8 and len(difficulties) == len(labels)
+    dataset.objects[0]['boxes'][0][3] = 1000  # as if the image had been larger
+    with pytest.raises(UserError, match='jpg is smaller than it was: run "python create_data_lists.py" again'):
+        dataset[0]
 
 
 def test_images_whose_objects_are_all_difficult_or_that_have_none(voc_folder, tmp_path):

@@ -115,6 +115,15 @@ def test_without_data_scripts_end_in_one_line(tmp_path, monkeypatch, capsys, scr
     assert capsys.readouterr() == ('', '') and os.listdir(tmp_path) == []
 
 
+def test_arguments_are_refused_but_not_those_of_a_notebook(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['eval.py', 'best.pth'])
+    exec('def main(): return 1', names := {'__name__': '__main__', '__file__': 'eval.py'})
+    assert last_line(names['main']) == 'Error: eval.py takes no arguments: edit the parameters at its top'
+    assert run(names['main'], takes_arguments=True) == 1
+    del names['__file__']
+    assert run(names['main']) == 1
+
+
 def test_importing_touches_nothing(tmp_path):
     modules = ', '.join(name[:-3] for name in sorted(os.listdir(root)) if name.endswith('.py'))
     program = ('import socket, torch\n'
@@ -153,8 +162,10 @@ def test_of_several_files_each_is_old_or_new(tmp_path, monkeypatch, folder, a_is
     (tmp_path / 'a').write_bytes(b'old')
     if folder:
         (tmp_path / folder).mkdir()
+    else:
+        (tmp_path / 'b').symlink_to('c')  # then the file that it leads to is written
     words = 'a, .*b could not be written and each is unchanged or complete: .*s a directory'
     with pytest.raises(UserError, match=words) if folder else nullcontext():
         write_whole({tmp_path / 'a': b'new', tmp_path / 'b': b'new'})
     assert (tmp_path / 'a').read_bytes() == a_is
-    assert sorted(os.listdir(tmp_path)) == ['a', folder or 'b']
+    assert sorted(os.listdir(tmp_path)) == (['a', folder] if folder else ['a', 'b', 'c'])

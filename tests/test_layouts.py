@@ -99,7 +99,7 @@ tools = {
                   for split, names in (('train', digits[:7]), ('valid', '7'), ('test', '89'))]
                  + [text('README.roboflow.txt', 'dogs')],
                  'as given by its folders: train (7), val (1), test (2).'),
-    'masks': ([pairs(names=digits[1:]), pairs('fotos/0.jpg', '0.xml', '0', size='<filename>0.jpg</filename>'),
+    'masks': ([pairs(names=digits[1:]), pairs('fotos/0.jpg', '0.xml', '0', size='<filename>day1/0.jpg</filename>'),
                text('masken/0.png', 'broken')], 'at random'),
     'Kaggle': ([pairs('images/{}.png', 'annotations/{}.xml')], 'at random')}
 

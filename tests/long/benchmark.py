@@ -62,14 +62,8 @@ def peak_memory():
 
 
 def row(what, ours='', other='', ratio=''):
-    """Print a row of the table."""
+    """Print a row of the table, or the title of a part of it, which begins with a line break."""
     print(f'{what:62}{ours:>22}{other:>22}{ratio:>8}'.rstrip(), flush=True)
-
-
-def section(title, *columns):
-    """Print the title of a part of the table, and those of its columns."""
-    print()
-    row(title, *columns)
 
 
 # --------------------------------------------------------------------------------------------------------- Detection
@@ -92,7 +86,7 @@ def predictions(n_images, trained, device):
 
 def benchmark_detection(device):
     """Decoding and non-maximum suppression, ours and torchvision's, of a batch of 8 images."""
-    section(f'Detection on {device}: 8 images, {n_classes} classes', 'ours', 'torchvision', 'ratio')
+    row(f'\nDetection on {device}: 8 images, {n_classes} classes', 'ours', 'torchvision', 'ratio')
     model = SSD300(n_classes).to(device)
     other = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=n_classes).to(device).eval()
     other.score_thresh, other.nms_thresh, other.detections_per_img = 0.01, 0.45, 200
@@ -109,35 +103,29 @@ def benchmark_detection(device):
 
 def benchmark_one_image():
     """The time that detect.py takes for an image of 500x375 on the CPU, without loading and saving it."""
-    section('An image of 500x375 in detect.py, on the CPU')
+    row('\nAn image of 500x375 in detect.py, on the CPU')
     image, _ = photograph()
     for thin in (1, 4):
         detector = SSD300(n_classes, thin=thin).eval(), utils.label_map
-        seconds = median_seconds(partial(detect, image, 0.4, detector=detector), 10)
-        row(f'  thin = {thin}', f'{1000 * seconds:.0f} ms')
+        row(f'  thin = {thin}', f'{1000 * median_seconds(partial(detect, image, 0.4, detector=detector), 10):.0f} ms')
 
 
-def random_detections(n_images):
-    """Arguments of `calculate_mAP`: 200 detections in each image, 20 classes, as many objects per image as in VOC."""
+def benchmark_mAP():
+    """Mean average precision on one core, of as many images and objects as VOC 2007's test has."""
+    row('\nMean average precision on one core: 200 detections in each image')
     rng = torch.Generator().manual_seed(0)
 
     def boxes(n):
         return torch.rand(n, 2, 2, generator=rng).sort(dim=1).values.flatten(1)
 
-    n_objects = 12032 * n_images // 4952
-    counts = torch.randint(n_images, (n_objects,), generator=rng).bincount(minlength=n_images).tolist()
+    n_images, n_objects = 4952, 12032
     n = 200 * n_images
-    return (boxes(n).split(200), torch.randint(1, 21, (n,), generator=rng).split(200),
-            torch.rand(n, generator=rng).split(200), boxes(n_objects).split(counts),
-            torch.randint(1, 21, (n_objects,), generator=rng).split(counts),
-            (torch.rand(n_objects, generator=rng) < 0.1).byte().split(counts))
-
-
-def benchmark_mAP():
-    """Mean average precision on one core, of as many images as VOC 2007's test has."""
-    section('Mean average precision on one core: 200 detections in each image')
-    arguments = random_detections(4952)
-    row(f'  4,952 images, {sum(map(len, arguments[4])):,} objects',
+    counts = torch.randint(n_images, (n_objects,), generator=rng).bincount(minlength=n_images).tolist()
+    arguments = (boxes(n).split(200), torch.randint(1, 21, (n,), generator=rng).split(200),
+                 torch.rand(n, generator=rng).split(200), boxes(n_objects).split(counts),
+                 torch.randint(1, 21, (n_objects,), generator=rng).split(counts),
+                 (torch.rand(n_objects, generator=rng) < 0.1).byte().split(counts))
+    row(f'  {n_images:,} images, {n_objects:,} objects',
         f'{median_seconds(partial(utils.calculate_mAP, *arguments), 3):.2f} s')
 
 
@@ -153,7 +141,7 @@ def photograph():
 
 def benchmark_transforms():
     """Augmentation for training, ours and torchvision's, of an image with two objects, on one thread."""
-    section('Training transform on one thread: 500x375 pixels', 'ours', 'torchvision v2', 'ratio')
+    row('\nTraining transform on one thread: 500x375 pixels', 'ours', 'torchvision v2', 'ratio')
     image, jpeg = photograph()
     boxes = torch.tensor([[100., 50., 300., 300.], [320., 100., 420., 200.]])
     labels, difficulties = torch.tensor([1, 2]), torch.zeros(2, dtype=torch.uint8)
@@ -166,12 +154,10 @@ def benchmark_transforms():
     torch.manual_seed(0)
 
     def ours(image):
-        for _ in range(50):
-            datasets.transform(image(), boxes, labels, difficulties, 'TRAIN', rng)
+        datasets.transform(image(), boxes, labels, difficulties, 'TRAIN', rng)
 
     def theirs(image):
-        for _ in range(50):
-            chain(image(), targets)
+        chain(image(), targets)
 
     def decoded():
         return Image.open(io.BytesIO(jpeg)).convert('RGB')
@@ -179,7 +165,7 @@ def benchmark_transforms():
     tensor = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
     for what, our_input, their_input in (('without decoding', lambda: image, lambda: tensor),
                                          (f'with decoding a JPEG of {len(jpeg) // 1000} kB', decoded, decoded)):
-        a, b = median_seconds(partial(ours, our_input)) / 50, median_seconds(partial(theirs, their_input)) / 50
+        a, b = median_seconds(partial(ours, our_input), 250), median_seconds(partial(theirs, their_input), 250)
         row(f'  images per second, {what}', f'{1 / a:.0f}', f'{1 / b:.0f}', f'{b / a:.1f}x')
 
 
@@ -250,7 +236,7 @@ def race(runners, n, warm_up):
 
 def benchmark_loss(device, batch_size):
     """Matching of one image, on the CPU, and the loss of a batch that is matched, with its gradient."""
-    section(f'Loss on {device}: batch {batch_size}', 'matching an image', 'loss and gradient')
+    row(f'\nLoss on {device}: batch {batch_size}', 'matching an image', 'loss and gradient')
     criterion = MultiBoxLoss(utils.create_prior_boxes())
     locs = torch.randn(batch_size, 8732, 4, device=device, requires_grad=True)
     scores = torch.randn(batch_size, 8732, n_classes, device=device, requires_grad=True)
@@ -267,7 +253,7 @@ def benchmark_loss(device, batch_size):
 
 def benchmark_training(device, batch_size, n):
     """A training step of our model and of torchvision's, in both precisions."""
-    section(f'Training step on {device}: batch {batch_size}', 'ours', 'torchvision', 'ratio')
+    row(f'\nTraining step on {device}: batch {batch_size}', 'ours', 'torchvision', 'ratio')
     for bfloat16 in (False, True):
         (ours, our_memory), (theirs, their_memory), *thin_ones = race(
             [(our_step, batch_size, device, bfloat16), (their_step, batch_size, device, bfloat16),
@@ -283,7 +269,7 @@ def benchmark_training(device, batch_size, n):
 
 def benchmark_loader():
     """The training loop of train.py on the GPU, with images loaded from JPEG files."""
-    section('Training from JPEG files of 500x375 on the GPU')
+    row('\nTraining from JPEG files of 500x375 on the GPU')
     workers = os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'a.jpg')
@@ -304,9 +290,8 @@ def benchmark_loader():
                 train(loader, model, criterion, optimizer, epoch, print_freq=100, bfloat16=bfloat16)
                 torch.cuda.synchronize()
                 seconds = time.perf_counter() - start
-            precision = 'bfloat16' if bfloat16 else 'float32'
-            row(f'  batch {batch_size}, {precision}, {workers} workers', f'{6400 / seconds:.0f} images/s',
-                f'recipe: {recipe_images / (6400 / seconds) / 3600:.1f} hours')
+            row(f'  batch {batch_size}, {"bfloat16" if bfloat16 else "float32"}, {workers} workers',
+                f'{6400 / seconds:.0f} images/s', f'recipe: {recipe_images / (6400 / seconds) / 3600:.1f} hours')
 
 
 def main():

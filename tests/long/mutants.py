@@ -77,10 +77,8 @@ def is_noticed(folder, name):
     for tests in ([*of_file, '-n', '0'], ['-n', '2']):
         command = [sys.executable, '-m', 'pytest', '-q', '-x', *tests]
         try:
-            tested = subprocess.run(command, cwd=folder, capture_output=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return True
-        if tested.returncode != 0:
+            subprocess.run(command, cwd=folder, capture_output=True, timeout=timeout, check=True)
+        except subprocess.SubprocessError:
             return True
     return False
 

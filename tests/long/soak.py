@@ -54,8 +54,7 @@ def memory_of(pid):
 def repeated(folder, split, n):
     """A data set of n images: those of a split, repeated."""
     dataset = PascalVOCDataset(folder, split, keep_difficult=True)
-    times = n // len(dataset)
-    dataset.images, dataset.objects = dataset.images * times, dataset.objects * times
+    dataset.images, dataset.objects = ([*of_set] * (n // len(of_set)) for of_set in (dataset.images, dataset.objects))
     return dataset
 
 
