@@ -13,7 +13,8 @@ class UserError(Exception):
 
 
 def run(main, takes_arguments=False):
-    """Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback."""
+    """Run a script's `main`. What a user can put right ends in one line and a non-zero exit, without a traceback; so do
+    arguments, unless the script takes some."""
     for name in 'stdout', 'stderr':
         stream = getattr(sys, name)
         if stream is None:  # with pythonw, where tqdm would fail
