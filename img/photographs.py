@@ -68,8 +68,6 @@ with open(os.path.join(images_folder, 'photographs.json'), encoding='utf-8') as 
     photographs, decoded = json.load(file).values()
 
 
-
-
 def draw_photographs(name):
     """A row of photographs with what a detector found in them."""
     found = photographs[name]
