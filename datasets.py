@@ -24,10 +24,10 @@ class PascalVOCDataset(Dataset):
     :raises UserError: there is no such split; a list is missing, or does not fit the others"""
 
     def __init__(self, data_folder, split, keep_difficult=False):
-        self.split = split = standard_split(split)
+        self.split = standard_split(split)
         self.keep_difficult = keep_difficult
-        self.images = read_list(data_folder, f'{split}_images.json')
-        self.objects = read_list(data_folder, f'{split}_objects.json')
+        self.images = read_list(data_folder, f'{self.split}_images.json')
+        self.objects = read_list(data_folder, f'{self.split}_objects.json')
         self.label_map = read_list(data_folder, 'label_map.json')
         try:
             valid = all(len(objects['boxes']) == len(objects['labels']) == len(objects['difficulties'])
@@ -36,7 +36,7 @@ class PascalVOCDataset(Dataset):
         except (KeyError, TypeError):
             valid = False
         if not valid or len(self.images) != len(self.objects):
-            raise UserError(f'the lists of {split} in {data_folder} do not belong together, or a label is wrong: '
+            raise UserError(f'the lists of {self.split} in {data_folder} do not belong together, or a label is wrong: '
                             'run "python create_data_lists.py" again')
 
     def __len__(self):

@@ -56,7 +56,7 @@ def draw_background(size, rng):
     for _ in range(rng.randint(40, 120)):
         x, y = rng.randrange(size[0]), rng.randrange(size[1])
         draw.line((x, y, x + rng.randint(-30, 30), y + rng.randint(-30, 30)), random_color(rng), rng.randint(1, 4))
-    grain = Image.frombytes('L', (size[0], size[1]), rng.randbytes(size[0] * size[1])).convert('RGB')
+    grain = Image.frombytes('L', size, rng.randbytes(size[0] * size[1])).convert('RGB')
     return Image.blend(image, grain, rng.uniform(0, 0.2))
 
 

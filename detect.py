@@ -115,7 +115,7 @@ def main():
         check_font('detect.py', font, tuple(label_map))
         detections = find_objects(image, min_score, max_overlap, top_k, model, label_map)
         annotated = draw_objects(image, detections, label_map, font)
-        os.makedirs(output_folder, exist_ok=True)
+        os.makedirs(output_folder or '.', exist_ok=True)
         annotated.save(output_path, quality=95)  # PNG ignores it
         if show:
             annotated.show()

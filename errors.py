@@ -39,13 +39,12 @@ def run(main, takes_arguments=False):
         line = f'Error: {one_line(error)}'
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            on_gpu = isinstance(error, torch.OutOfMemoryError)
-            where = 'the GPU ran out of memory' if on_gpu else 'there is not enough memory'
+            where = 'the GPU ran out of memory' if 'CUDA' in str(error) else 'there is not enough memory'
             lower = 'lower batch_size, or ' if 'batch_size' in main.__globals__ else ''
             line = f'Error: {where}: {lower}end other programs that use it'
         elif str(error).startswith(('DataLoader worker (pid', 'Pin memory thread exited')):  # one was killed
             # The cause names the signal and, if it was short of shared memory, the remedy.
-            line = 'Error: ' + f'{one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': ')
+            line = f'Error: {one_line(error)}: {one_line(error.__cause__ or "")}'.rstrip(': ')
         else:
             raise
     except KeyboardInterrupt as stop:
@@ -54,8 +53,9 @@ def run(main, takes_arguments=False):
 
 
 def is_out_of_memory(error):
-    """Whether an error says that there is not enough memory: for that of a CPU, PyTorch raises RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or 'DefaultCPUAllocator' in str(error)
+    """Whether an error says that there is not enough memory: PyTorch also raises RuntimeError then."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or any(words in str(error) for words in ('DefaultCPUAllocator', 'CUDA error: out of memory')))
 
 
 def one_line(error):

@@ -26,7 +26,7 @@ def list_images(paths):
     does not expand, with the files that match. Raises UserError if a folder has no images."""
     files = []
     for path in paths:
-        for match in [path] if os.path.exists(path) else sorted(glob(path)) or [path]:
+        for match in [path] if os.path.exists(path) else (sorted(glob(path)) or [path]):
             inside = [match]
             if os.path.isdir(match):
                 inside = [os.path.join(match, name) for name in sorted(os.listdir(match))
@@ -215,4 +215,5 @@ def save_tiles(path, rows, width, height, font=None):
             drawn.paste(image)
             ImageDraw.Draw(drawn).text((2, height + 2), caption, fill='black', font=font, spacing=2)
             sheet.paste(drawn, (x * (width + 10), y * (height + 34)))
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     sheet.save(path)

@@ -308,20 +308,14 @@ def match(boxes, labels, priors_cxcy, threshold=0.5):
     # Each prior gets the object that it overlaps most.
     overlap_of_prior, object_of_prior = overlap.max(dim=0)  # (8732), (8732)
 
-    # Then each object gets a prior of its own: the one that it overlaps most. If several want the
-    # same, the largest overlap goes first, and the others choose their next best.
-    largest, choice = (values.tolist() for values in overlap.max(dim=1))  # of each object: overlap, prior
-    waiting, taken = list(range(len(boxes))), set()
-    while waiting:
-        i = max(waiting, key=lambda j: largest[j])  # an object; of equals, the first
-        if choice[i] in taken:
-            overlap[i, choice[i]] = -1  # not again
-            largest[i], choice[i] = (value.item() for value in overlap[i].max(dim=0))
-        else:
-            taken.add(choice[i])
-            waiting.remove(i)
-            object_of_prior[choice[i]] = i
-            overlap_of_prior[choice[i]] = 1  # reaches any threshold
+    # Then each object gets a prior of its own. The largest of all overlaps goes first, then the largest
+    # between the other objects and the other priors, and so on.
+    for _ in range(len(boxes)):
+        largest = int(overlap.cpu().numpy().argmax())  # of equals, the first; torch's argmax is slower
+        i, prior = divmod(largest, len(priors_xy))  # its row and its column
+        object_of_prior[prior] = i
+        overlap_of_prior[prior] = 1  # reaches any threshold
+        overlap[i] = overlap[:, prior] = -1  # both are taken
 
     positive = overlap_of_prior >= threshold  # (8732)
     true_classes = labels[object_of_prior].where(positive, 0)  # (8732)

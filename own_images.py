@@ -59,7 +59,7 @@ def root_of(path):
         text = file.read(100_000).replace(b'\0', b'')  # every other byte in UTF-16
         text = re.sub(rb'<!--.*?-->|<\?.*?\?>', b'', text, flags=re.DOTALL)  # without comments and <?xml ...?>
         root = re.search(rb'<([^\s<>/!:]+:)?([^\s<>/!:]+)', text)
-        return root and root[2].decode(errors='replace')
+        return root[2].decode(errors='replace') if root else None
 
 
 def parse_xml(content):
@@ -105,7 +105,7 @@ def leave_out_repeated(folder, found):
         if len(paths) > 1:
             with_boxes = [path for path in paths
                           if re.search(rb'[<:]bndbox\b', Path(folder, path).read_bytes().replace(b'\0', b''))]
-            without.update(set(paths).difference(with_boxes) if with_boxes else ())
+            without.update(set(paths) - set(with_boxes or paths))  # if none has a box, all stay
     if without:
         print(f'{folder}: annotations without a box whose image has another annotation, left alone: {len(without)}, '
               f'such as {min(without)}.')

@@ -203,9 +203,9 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
             means = all_reduce_mean(torch.stack(losses).mean(dim=0)).tolist()
             seconds = time.perf_counter() - line_start
             n_left = ((epochs or epoch + 1) - epoch) * n_batches - (i + 1)
-            row = dict(zip(('loss', 'loc_loss', 'conf_loss'), means), epoch=epoch, batch=i + 1,
-                       lr=optimizer.param_groups[-1]['lr'], images_per_s=n_images / seconds,
-                       data_s=loading / len(losses), left_s=round(n_left * seconds / len(losses)))
+            row = {'epoch': epoch, 'batch': i + 1, 'loss': means[0], 'loc_loss': means[1], 'conf_loss': means[2],
+                   'lr': optimizer.param_groups[-1]['lr'], 'images_per_s': n_images / seconds,
+                   'data_s': loading / len(losses), 'left_s': round(n_left * seconds / len(losses))}
             if get_rank() == 0:
                 left = timedelta(seconds=row['left_s'])
                 print(log_line.format(n_batches=n_batches, left=left, **row), flush=True)

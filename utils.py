@@ -101,7 +101,7 @@ def create_prior_boxes():
 
     :return: priors in fractional center-size coordinates, a tensor (8732, 4)"""
     scales = [feature_map.scale for feature_map in feature_maps.values()]
-    extra_scales = [*(math.sqrt(scale * next_scale) for scale, next_scale in pairwise(scales)), 1.]  # 1 on the last map
+    extra_scales = [math.sqrt(scale * next_scale) for scale, next_scale in pairwise(scales)] + [1.]  # 1 on the last map
     priors = []
     for (_, size, scale, ratios), extra_scale in zip(feature_maps.values(), extra_scales):
         sides = [(scale * math.sqrt(ratio), scale / math.sqrt(ratio)) for ratio in ratios]

@@ -64,6 +64,7 @@ def test_errors_in_workers_keep_their_lines(workers):
     (RuntimeError('DefaultCPUAllocator: no'), 'Error: there is not enough memory: {}end other programs that use it'),
     (UserError('two\nlines'), 'Error: two lines'),
     (torch.OutOfMemoryError('CUDA'), 'Error: the GPU ran out of memory: {}end other programs that use it'),
+    (RuntimeError('CUDA error: out of memory'), 'Error: the GPU ran out of memory: {}end other programs that use it'),
     (OSError(errno.ENOSPC, 'No space left on device', 'a.csv'), "Error: [Errno 28] No space left on device: 'a.csv'"),
     (RuntimeError('Pin memory thread exited unexpectedly'), 'Error: Pin memory thread exited unexpectedly'),
     (RuntimeError('DataLoader worker (pid(s) 7, 8) exited\nunexpectedly'),

@@ -27,7 +27,7 @@ wrong_answers = {
     # The channels do not come last before the output is reshaped
     'PredictionConvolutions.forward': ('loc.permute(0, 2, 3, 1)', 'loc'),
     # An object has its own prior, but below the threshold it is background nevertheless
-    'match': ('overlap_of_prior[choice[i]] = 1 ', 'overlap_of_prior[choice[i]] = overlap[i, choice[i]] '),
+    'match': ('overlap_of_prior[prior] = 1 ', 'overlap_of_prior[prior] = overlap[i, prior] '),
     # Positives are among the hard negatives
     'MultiBoxLoss.losses': ('conf_losses.where(~positive, 0).sort(', 'conf_losses.sort('),
     # A box also suppresses those of other classes

@@ -299,14 +299,13 @@ def small_boxes(n):
 
 
 def match_plainly(boxes, labels):
-    """Take the pair of an object and a prior with the largest overlap, of equals the first, until each object has one;
-    then go from prior to prior."""
-    overlap = find_jaccard_overlap(boxes, priors_xy)
-    left, own = overlap.clone(), {}
-    for _ in boxes:
-        i, prior = divmod(left.argmax().item(), 8732)
-        own[prior] = i
-        left[i], left[:, prior] = -1, -1
+    """Go through all pairs of an object and a prior, the largest overlap first: they belong together if neither is
+    taken yet. Then go from prior to prior."""
+    overlap, own = find_jaccard_overlap(boxes, priors_xy), {}
+    for pair in overlap.flatten().argsort(descending=True, stable=True).tolist():
+        i, prior = divmod(pair, 8732)
+        if prior not in own and i not in own.values():
+            own[prior] = i
     true_boxes, true_classes = priors_xy.clone(), torch.zeros(8732, dtype=torch.long)
     for prior, overlaps in enumerate(overlap.T.tolist()):
         i = own.get(prior, overlaps.index(max(overlaps)))
