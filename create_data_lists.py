@@ -230,7 +230,7 @@ def read_objects(annotation_path):
     try:
         root = parse_xml(Path(annotation_path).read_bytes())
     except (ET.ParseError, LookupError, ValueError) as error:  # LookupError: an unknown encoding
-        raise UserError(f'{annotation_path} is not an annotation in XML ({one_line(error)}): copy it again') from None
+        raise UserError(f'{annotation_path} is not an annotation in XML ({one_line(error)}): export it again') from None
     try:
         if root.tag != 'annotation':
             raise ValueError(f'its root is {root.tag}')
@@ -257,6 +257,8 @@ def read_objects(annotation_path):
                     dropped.append(f'{name} has more than one {repeated[0]}')
                 else:
                     objects.append((name, difficult, [float(bndbox.findtext(edge)) for edge in edges]))
+        if len(objects) > 8732:
+            raise UserError(f'{annotation_path} has {len(objects)} objects for 8732 priors: cut the image into tiles')
     except ValueError as error:
         raise UserError(f'{annotation_path} is not an annotation in VOC format ({one_line(error)}): an object needs a '
                         'name, a bndbox of xmin, ymin, xmax, ymax in numbers, and difficult 0 or 1') from None

@@ -31,7 +31,7 @@ def init_process_group():
         torch.cuda.set_device(index)
     device = torch.device('cuda', index) if gpu else torch.device('cpu')
     backend = 'nccl' if gpu and dist.is_nccl_available() else 'gloo'
-    # Up to two hours, not nccl's 10 minutes or gloo's 30: one may download 528 MB. nccl warns without its device.
+    # Wait two hours, not nccl's 10 minutes or gloo's 30: one may download 528 MB. nccl warns without its device.
     dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device if backend == 'nccl' else None)
     return device
 
@@ -79,7 +79,7 @@ def data_parallel(model):
     """:return: the network to train: with several processes, its gradients are the mean over all of them"""
     if get_world_size() == 1:
         return model
-    network = DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves copying them back
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)  # saves copying gradients
     network.broadcast_buffers = False  # the priors never change; newer versions warn if this is an argument
     return network
 

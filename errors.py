@@ -22,8 +22,9 @@ def run(main, takes_arguments=False):
         elif hasattr(stream, 'reconfigure'):  # not in a notebook or IDLE
             stream.reconfigure(errors='backslashreplace')  # a name with letters that the console lacks
     try:
-        # Pasted into a notebook, a script has no __file__, and the notebook's arguments.
-        if sys.argv[1:] and not takes_arguments and main.__module__ == '__main__' and '__file__' in main.__globals__:
+        # Pasted into a notebook, a script has no __file__, and the notebook's arguments. Some shells pass on comments.
+        is_script = main.__module__ == '__main__' and '__file__' in main.__globals__
+        if is_script and not takes_arguments and sys.argv[1:2] not in ([], ['#']):
             raise UserError(f'{sys.argv[0]} takes no arguments: edit the parameters at its top')
         try:
             return main()
@@ -39,7 +40,8 @@ def run(main, takes_arguments=False):
         line = f'Error: {one_line(error)}'
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            where = 'the GPU ran out of memory' if 'CUDA' in str(error) else 'there is not enough memory'
+            on_gpu = isinstance(error, torch.OutOfMemoryError) or 'CUDA' in str(error)
+            where = 'the GPU ran out of memory' if on_gpu else 'there is not enough memory'
             lower = 'lower batch_size, or ' if 'batch_size' in main.__globals__ else ''
             line = f'Error: {where}: {lower}end other programs that use it'
         elif str(error).startswith(('DataLoader worker (pid', 'Pin memory thread exited')):  # one was killed
@@ -68,8 +70,9 @@ def one_line(error):
 def write_whole(contents):
     """Write files, a dict of path -> bytes. They replace older ones only when all are complete: after an interruption,
     each path has the old file or the new one, never half a file. Raises UserError if a file can't be written."""
-    files = {os.path.realpath(path): content for path, content in contents.items()}  # of a link, what it leads to
+    files = {}
     try:
+        files = {os.path.realpath(path): content for path, content in contents.items()}  # of a link, what it leads to
         for path, content in files.items():
             with open(f'{path}.tmp', 'wb') as file:
                 file.write(content)

@@ -140,6 +140,7 @@ laughs = ''.join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "ha" * 10}">' fo
         '<!DOCTYPE annotation [<!ENTITY e SYSTEM "file:///etc/passwd">]>' + annotation(('&e;', box, '')),
         '<!DOCTYPE annotation SYSTEM "e.dtd">' + annotation(('d&e;og', box, '')))),
     (annotation(('dog', (.1, .2, .5, 1), '')), ['fractions', '[0.1, 0.2, 0.5, 1.0]', 'pixels']),
+    (annotation(*[('dog', box, '')] * 8733), ['has 8733 objects for 8732 priors']),
     (annotation(('dog', (1, 2, 3), '')), ['an object has no ymax']),
     (annotation(('dog', box, '')).replace('name>', 'n>'), ['an object has no name']),
     (annotation(('dog', ('invalid token', 2, 3, 4), '')), ["(could not convert string to float: 'invalid token')"]),

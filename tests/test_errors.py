@@ -118,11 +118,12 @@ def test_without_data_scripts_end_in_one_line(tmp_path, monkeypatch, capsys, scr
 
 def test_arguments_are_refused_but_not_those_of_a_notebook(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['eval.py', 'best.pth'])
-    exec('def main(): return 1', names := {'__name__': '__main__', '__file__': 'eval.py'})
-    assert last_line(names['main']) == 'Error: eval.py takes no arguments: edit the parameters at its top'
-    assert run(names['main'], takes_arguments=True) == 1
-    del names['__file__']
-    assert run(names['main']) == 1
+    exec('def main(): return 1', script := {'__name__': '__main__', '__file__': 'eval.py'})
+    exec('def main(): return 1', notebook := {'__name__': '__main__'})
+    assert last_line(script['main']) == 'Error: eval.py takes no arguments: edit the parameters at its top'
+    assert run(script['main'], takes_arguments=True) == run(notebook['main']) == 1
+    sys.argv[1:] = '#', 'AP', 'of'  # a comment, in a shell that passes it on
+    assert run(script['main']) == 1
 
 
 def test_importing_touches_nothing(tmp_path):
@@ -161,10 +162,7 @@ def test_of_several_files_each_is_old_or_new(tmp_path, monkeypatch, folder, a_is
     """And nothing is waited for."""
     monkeypatch.setattr('errors.time.sleep', lambda _: pytest.fail('waited'))
     (tmp_path / 'a').write_bytes(b'old')
-    if folder:
-        (tmp_path / folder).mkdir()
-    else:
-        (tmp_path / 'b').symlink_to('c')  # then the file that it leads to is written
+    (tmp_path / folder).mkdir() if folder else (tmp_path / 'b').symlink_to('c')  # then what it leads to is written
     words = 'a, .*b could not be written and each is unchanged or complete: .*s a directory'
     with pytest.raises(UserError, match=words) if folder else nullcontext():
         write_whole({tmp_path / 'a': b'new', tmp_path / 'b': b'new'})

@@ -43,16 +43,17 @@ gpu = torch.device('cuda') if torch.cuda.is_available() else None
 kept = {}  # the step that a process of `race` takes
 
 
-def median_seconds(function, n=5, warm_up=1):
-    """The median time that a function takes, including its work on the GPU."""
+def median_seconds(function, n=5, warm_up=1, times=1):
+    """The median time that a function takes, the mean of `times` runs, including its work on the GPU."""
     seconds = []
     for _ in range(warm_up + n):
         start = time.perf_counter()
-        function()
+        for _ in range(times):
+            function()
         if gpu is not None:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[warm_up:])
+    return statistics.median(seconds[warm_up:]) / times
 
 
 def peak_memory():
@@ -165,7 +166,7 @@ def benchmark_transforms():
     tensor = tv_tensors.Image(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
     for what, our_input, their_input in (('without decoding', lambda: image, lambda: tensor),
                                          (f'with decoding a JPEG of {len(jpeg) // 1000} kB', decoded, decoded)):
-        a, b = median_seconds(partial(ours, our_input), 250), median_seconds(partial(theirs, their_input), 250)
+        a, b = (median_seconds(partial(*step), times=50) for step in ((ours, our_input), (theirs, their_input)))
         row(f'  images per second, {what}', f'{1 / a:.0f}', f'{1 / b:.0f}', f'{b / a:.1f}x')
 
 
