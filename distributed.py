@@ -31,7 +31,7 @@ def init_process_group():
         torch.cuda.set_device(index)
     device = torch.device('cuda', index) if gpu else torch.device('cpu')
     backend = 'nccl' if gpu and dist.is_nccl_available() else 'gloo'
-    # Wait two hours, not nccl's 10 minutes or gloo's 30: one may download 528 MB. nccl warns without its device.
+    # Wait 2 hours, not nccl's 10 minutes or gloo's 30: one process may download 528 MB. nccl warns without its device.
     dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=device if backend == 'nccl' else None)
     return device
 

@@ -64,7 +64,7 @@ log_line = ('epoch {epoch}  batch {batch}/{n_batches}  loss {loss:.4f} (loc {loc
 
 def make_optimizer(model, kind, lr, weight_decay, momentum=0.9):
     """Make the optimizer of an SSD300; `lr` is its peak rate. `kind` is 'sgd' as in the paper, but with twice the rate
-    for biases; or 'adamw', which needs far fewer steps from random weights, no `momentum`; else raises UserError."""
+    for biases; or 'adamw', without `momentum`, which learns faster from random weights. Raises UserError for others."""
     if kind == 'adamw':
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     if kind != 'sgd':

@@ -87,6 +87,7 @@ dog, cat = (f'<object><name>{name}</name>{bndbox(box)}</object>' for name in ('d
     (dog + bndbox(box), ['dog'], ['a bndbox in annotation, not in an object']),
     (f'<object><name>cat</name><boxes>{bndbox(box) * 2}</boxes></object>{dog}', ['dog'],
      ['a bndbox in boxes, not in an object'] * 2 + ['cat has no bndbox']),
+    pytest.param(dog * 8732, ['dog'] * 8732, [], id='as many objects as priors'),
     (dog + polygon, ['dog'], ['dog has no bndbox']), (dog.replace('<name>', '<polygon/><name>'), ['dog'], []),
     (dog + dog.replace('dog', 'dragon'), ['dog'], ["label 'dragon' is not one of the labels"]),
     (dog + dog.replace('dog', 'background'), ['dog'], ["label 'background' is not one of the labels"])])

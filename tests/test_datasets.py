@@ -34,7 +34,7 @@ def test_dataset_items(voc_folder):
         assert boxes.min() >= 0 and boxes.max() <= 1
         assert labels.dtype == torch.long and difficulties.dtype == torch.uint8 and len(difficulties) == len(labels)
     dataset.objects[0]['boxes'][0][3] = 1000  # as if the image had been larger
-    with pytest.raises(UserError, match='jpg has only .* fewer than its boxes in the lists: run'):
+    with pytest.raises(UserError, match='jpg has .* pixels, but its boxes in the lists reach further: run'):
         dataset[0]
 
 

@@ -257,7 +257,7 @@ def of_the_astronaut():
     n, n_hard = sum(counts), 3 * sum(counts)
     return ('{} priors are responsible for the person, {} for the rocket, and {} for the helmet'.format(*counts),
             f'right for {background} priors of {n + background}, and useless', f'4 ln 5 = {4 * math.log(5):.2f}',
-            f'here are {background / n:.0f} for each positive',
+            f'there are {background / n:.0f} for each positive',
             f'these are the {n_hard} worst; the other {background - n_hard} are ignored',
             f'each of {n} positives and {n_hard} negatives costs ln 5', f'would be 4 ln 21 = {4 * math.log(21):.1f}')
 
