@@ -54,6 +54,13 @@ def run(main, takes_arguments=False):
     sys.exit(line)  # not in the lines above: IPython 8 fails to show an exit during the handling of another error
 
 
+def check_whole_numbers(script, least, **parameters):
+    """Raise UserError unless each of these parameters of a script is a whole number, and at least `least`."""
+    for name, value in parameters.items():
+        if not isinstance(value, int) or value < least:
+            raise UserError(f'{name} = {value!r} in {script}: set it to a whole number, at least {least}')
+
+
 def is_out_of_memory(error):
     """Whether an error says that there is not enough memory: PyTorch also raises RuntimeError then."""
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -127,9 +127,10 @@ def test_in_16_bits_only_if_its_parameter_says_so(voc_folder, monkeypatch, bfloa
     assert dtypes == {torch.bfloat16 if bfloat16 else torch.float32}
 
 
-def test_a_path_that_cannot_be_is_named_first(monkeypatch):
-    with pytest.raises(UserError, match=r"^mistakes_path = 'mistakes' in eval.py: end it in .png"):
-        run_main(monkeypatch, None, mistakes_path='mistakes')
+@pytest.mark.parametrize('name, value', [('mistakes_path', 'mistakes'), ('batch_size', 0), ('workers', None)])
+def test_what_cannot_be_is_named_first(monkeypatch, name, value):
+    with pytest.raises(UserError, match=f'^{name} = {value!r} in eval.py: (end it in .png|set it to a whole number)'):
+        run_main(monkeypatch, None, **{name: value})
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs Linux, to know how many files are open')

@@ -28,8 +28,7 @@ def test_each_kind_of_mistake_by_hand():
                   ([.5, 0., .9, .06], 1, ('both', 1)),          # 0.15
                   ([.8, .3, .9, .4], 1, ('background', None)),  # a sixteenth
                   ([.5, .5, .9, .9], 2, ('background', None)),
-                  ([0., .5, .4, .9], 1, ('ignored', 2)),
-                  ([0., .5, .4, .9], 1, ('ignored', 2)),
+                  ([0., .5, .4, .9], 1, ('ignored', 2)), ([0., .5, .4, .9], 1, ('ignored', 2)),
                   ([0., .5, .4, .9], 2, ('classification', 2))]
     boxes, labels, expected = zip(*detections)
     scores = torch.linspace(1, 0.5, len(boxes))

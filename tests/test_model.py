@@ -118,8 +118,7 @@ def test_features_of_conv4_3_get_the_length_1_and_are_multiplied_by_their_factor
     ('conv8_2', 9, 0, 3, (0.05, 0.95, 0.375 * math.sqrt(3), 0.375 / math.sqrt(3))),
     ('conv9_2', 2, 4, 5, (0.9, 0.5, 0.55 / math.sqrt(3), 0.55 * math.sqrt(3))),
     ('conv10_2', 1, 1, 3, (0.5, 0.5, 0.725 / math.sqrt(2), 1.)),  # 0.725 * sqrt(2) = 1.025, clamped
-    ('conv11_2', 0, 0, 1, (0.5, 0.5, 1., 1.)),
-    ('conv11_2', 0, 0, 2, (0.5, 0.5, 1., 0.9 / math.sqrt(2)))])
+    ('conv11_2', 0, 0, 1, (0.5, 0.5, 1., 1.)), ('conv11_2', 0, 0, 2, (0.5, 0.5, 1., 0.9 / math.sqrt(2)))])
 def test_priors_by_hand_and_the_order_of_predictions(name, row, column, prior, expected):
     """A score made at one tile, for one prior, must come out at that prior's place, and detect that prior's box."""
     size, n_priors = feature_maps[name].size, len(feature_maps[name].ratios) + 1

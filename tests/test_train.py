@@ -98,7 +98,7 @@ def usual(voc_folder, tmp_path_factory):
 @pytest.mark.parametrize('name, value', [
     ('keep_difficult', False), ('batch_size', 3), ('epochs', 3), ('optimizer_kind', 'adamw'), ('lr', 2e-3),
     ('warm_up', 4), ('decay_lr_at', (0, 1)), ('decay_lr_to', 0.5), ('momentum', 0.5), ('weight_decay', 0.1),
-    ('grad_clip', 0.1), ('min_negatives', 5000), ('bfloat16', True), ('seed', 1.5), ('seed', '3')])
+    ('grad_clip', 0.1), ('min_negatives', 5000), ('bfloat16', True), ('seed', 3)])
 def test_parameters_that_change_the_weights(usual, name, value):
     folder, before, _ = usual
     after, _ = train_main(data_folder=folder, **common | {name: value})
@@ -368,6 +368,9 @@ def test_frozen_groups_keep_their_weights(voc_folder, kind):
     ({'frozen': 3}, '^frozen = 3 in train.py would keep random or thinned-out weights: set it to 0$'),
     ({'frozen': 6}, '^frozen = 6 in train.py: set it to'), ({'pretrained': 'vgg'}, "^pretrained = 'vgg' in train.py: "),
     ({'frozen': 1, 'thin': 4, 'pretrained': 'coco'}, '^frozen = 1 in train.py would keep random'),
+    ({'print_freq': 0}, '^print_freq = 0 in train.py: set it to a whole number, at least 1$'),
+    ({'evaluate_every': None}, '^evaluate_every = None in train.py: .* at least 0$'), ({'seed': '1'}, "^seed = '1' in"),
+    ({'decay_lr_at': 154}, r'^decay_lr_at = 154 in train.py: set it to epochs, as \(154, 193\) or \(154,\), or \(\)$'),
     ({'pretrained': 'c.pth', 'checkpoint_path': 'c.pth'}, '^c.pth exists, and training would overwrite it: '),
     ({'checkpoint': 'c.pth', 'checkpoint_path': 'another.pth', 'epochs': 3}, '^another.pth exists.* move it'),
     ({'checkpoint': 'c.pth', 'checkpoint_path': 'c.pth', 'epochs': 1, 'evaluate_every': 1}, '^epochs = 1 in train.py'),

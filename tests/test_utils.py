@@ -171,8 +171,7 @@ def tensors(images):
     # A duplicate is a false positive: hit, duplicate, hit; precision 1 at 6 points, 2/3 at 5
     ([[(left, 1, .9), (left, 1, .8), (right, 1, .7)]], [[(left, 1, 0), (right, 1, 0)]], {'a': (6 + 5 * 2 / 3) / 11}),
     # The right box with the wrong class, and the right box in another image, are false positives
-    ([[(left, 2, .9)], []], [[(left, 1, 0)], []], {'a': 0}),
-    ([[], [(left, 1, .9)]], [[(left, 1, 0)], []], {'a': 0}),
+    ([[(left, 2, .9)], []], [[(left, 1, 0)], []], {'a': 0}), ([[], [(left, 1, .9)]], [[(left, 1, 0)], []], {'a': 0}),
     # Two classes
     ([[(left, 1, .9)]], [[(left, 1, 0), (right, 2, 0)]], {'a': 1, 'b': 0}),
     # An overlap of exactly one half is not enough
@@ -192,8 +191,7 @@ def tensors(images):
     ([[(left, 1, .5), (left, 1, .5)]], [[(left, 1, 0), (left, 1, 0)]], {'a': 6 / 11}),
     # No detections, also as the placeholder has it; no objects, also of one class
     ([[], []], [[(left, 1, 0)], []], {'a': 0}),
-    ([[([0., 0., 1., 1.], 0, 0.)]], [[(left, 1, 0)]], {'a': 0}),
-    ([[]], [[]], {}), ([[(left, 1, .9)]], [[]], {}),
+    ([[([0., 0., 1., 1.], 0, 0.)]], [[(left, 1, 0)]], {'a': 0}), ([[]], [[]], {}), ([[(left, 1, .9)]], [[]], {}),
     ([[(left, 2, .9)]], [[(right, 1, 0)]], {'a': 0})])
 def test_mAP_by_hand(detections, objects, expected):
     average_precisions, mean = utils.calculate_mAP(*tensors(detections), *tensors(objects),
