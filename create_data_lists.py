@@ -44,7 +44,7 @@ def download_voc(root):
 
 def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, test_fraction=0.2, keep_empty=False):
     """List images and objects for training and evaluation: TRAIN_images.json, TRAIN_objects.json, TEST_images.json,
-    TEST_objects.json, label_map.json. The test keeps images without objects: a detection in one must count.
+    TEST_objects.json, label_map.json. The test keeps images without objects: detections in them are false positives.
 
     :param voc07_path: path of a folder for training and test, see `find_images` and `choose_split`
     :param voc12_path: path of a second folder, only for training; or None
@@ -76,7 +76,7 @@ def create_data_lists(voc07_path, voc12_path, output_folder, labels=voc_labels, 
         wanted = 'a box' if labels is None else f'a box and one of the labels {list(labels)}'
         reasons = {reason for _, annotation in splits['TRAIN'] for reason in annotation['dropped']}
         raise UserError(f'no training image of {voc07_path} has an object with {wanted} (dropped: '
-                        f'{"; ".join(sorted(reasons)[:5]) or "none"}): mend the annotations, or set other labels')
+                        f'{"; ".join(sorted(reasons)[:5]) or "none"}): correct the annotations, or set other labels')
     if labels is None:
         occurring = {label for images in splits.values() for _, annotation in images for label in annotation['labels']}
         label_map = make_label_map(sorted(occurring))
@@ -163,7 +163,7 @@ def read_split(folder, split, found, labels=None):
     if 10 * len(left_out) > len(results):
         print('\n'.join(left_out[:10]), file=sys.stderr)
         raise UserError(f"{len(left_out)} of the {len(results)} images in {folder}'s split {split} can't be read (see "
-                        'above), so no lists were written: repair them, or set the path to a folder that has both '
+                        'above), so no lists were written: repair these, or set the path to a folder that has both '
                         'these images and their .xml files')
     return [result for result in results if not isinstance(result, str)], left_out
 

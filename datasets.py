@@ -140,7 +140,7 @@ mean_color = tuple(round(255 * value) for value in mean)
 def to_input(image):
     """Turn a PIL image in RGB, 300x300, into the network's input: float (3, 300, 300), normalized."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, 300, 300), from 0 to 255
-    # The same as to divide by 255 first, and then to normalize, but faster.
+    # The same result as dividing by 255 first and then normalizing, but faster.
     return FT.normalize(pixels.float(), [255 * m for m in mean], [255 * s for s in std], inplace=True)
 
 
@@ -161,8 +161,8 @@ def photometric_distort(image, rng=random):
 # larger (zoom out), `crop_window` smaller (zoom in). Then `draw_window` draws its content, once, at 300x300.
 
 def expand_window(window, rng=random):
-    """Zoom out: choose a window up to 4 times as wide and high that contains the given one, at a random position. The
-    network learns small objects from it. Windows are boundary coordinates in pixels."""
+    """Zoom out: choose a window up to 4 times as wide and high that contains the given one, at a random position. It
+    teaches the network to find small objects. Windows are boundary coordinates in pixels."""
     x_min, y_min, x_max, y_max = window
     scale = rng.uniform(1, 4)
     width, height = scale * (x_max - x_min), scale * (y_max - y_min)
@@ -231,7 +231,7 @@ def draw_window(image, boxes, window, dims=(300, 300), distort=None):
     canvas = Image.new('RGB', dims, mean_color)
     canvas.paste(drawn, (left, top))
 
-    # Scale the boxes as the part was drawn, which is rounded to whole pixels. (* 2 repeats: x, y, x, y.)
+    # Scale the boxes exactly as the part was drawn, at a size rounded to whole pixels. (* 2 repeats: x, y, x, y.)
     scales = torch.tensor([(right - left) / (part[2] - part[0]), (bottom - top) / (part[3] - part[1])] * 2)  # (4)
     boxes = (boxes - torch.tensor(part[:2] * 2)) * scales + torch.tensor([left, top] * 2)  # (n_objects, 4)
     return canvas, (boxes / torch.tensor(dims * 2)).clamp(0, 1)

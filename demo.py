@@ -35,7 +35,7 @@ thin = 8  # every thin-th channel is kept: a network that two CPU cores train in
 epochs = 4  # passes over the training images
 batch_size = 4  # images in a batch
 lr = 1.5e-3  # peak learning rate of AdamW, which needs far fewer steps here than 'sgd'
-min_score = 0.4  # the lowest score of the detections that are drawn
+min_score = 0.4  # only detections with higher scores are drawn
 
 size_xml = '<filename>{}.jpg</filename><size><width>{}</width><height>{}</height></size>'
 object_xml = ('<object><name>{}</name><difficult>{:d}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>'
@@ -151,7 +151,7 @@ def main():
     save_tiles(sheet_path, [tiles[:4], tiles[4:8], tiles[8:]], 350, 290)
     print(f'''
 mAP {found.mAP:.3f} after {(time.time() - began) / 60:.1f} minutes. Look at {sheet_path}.
-Next: read README.md beside the code; detect in other images, in the folder of the checkpoint:
+Next: read README.md beside the code; detect in the drawn images, from the folder of the checkpoint:
     cd {folder} && python {os.path.join('..', 'detect.py')} JPEGImages
 or set download = True in create_data_lists.py, and train on real images:
     python create_data_lists.py && python train.py && python eval.py''')

@@ -48,7 +48,7 @@ def find_objects(image, min_score, max_overlap, top_k, model, label_map, suppres
     names = list(label_map)
     suppress = [suppress] if suppress and isinstance(suppress, str) else (suppress or ())
     if unknown := sorted(set(suppress) - label_map.keys()):
-        raise UserError(f'suppress: the labels are {names[1:]}, not {unknown}')
+        raise UserError(f'suppress: {unknown} are not among the labels of the detector: {names[1:]}')
     unwanted = {'background', *suppress}  # 'background' is the label of the placeholder for no detection
     tensor = to_input(image.resize((300, 300), Image.Resampling.BILINEAR))  # (3, 300, 300)
     predictions = model(tensor.unsqueeze(0).to(model.priors_cxcy.device))  # (1, 8732, 4), (1, 8732, n_classes)
@@ -104,7 +104,7 @@ def main():
     paths, n_failed = list_images(sys.argv[1:] or [img_path]), 0
     for path, output_path in zip(paths, output_paths(paths, output_folder)):
         try:
-            image = open_image(path, 'check the path' if sys.argv[1:] else 'name an image: python detect.py photo.jpg')
+            image = open_image(path, 'check the path' if sys.argv[1:] else 'name an image: python detect.py IMAGE')
         except UserError as error:
             if len(paths) == 1:
                 raise

@@ -22,14 +22,14 @@ def run(main, takes_arguments=False):
         elif hasattr(stream, 'reconfigure'):  # not in a notebook or IDLE
             stream.reconfigure(errors='backslashreplace')  # a name with letters that the console lacks
     try:
-        # Pasted into a notebook, a script has no __file__, and the notebook's arguments. Some shells pass on comments.
+        # Pasted into a notebook, a script has no __file__, but the notebook's arguments. Some shells pass on comments.
         is_script = main.__module__ == '__main__' and '__file__' in main.__globals__
         if is_script and not takes_arguments and sys.argv[1:2] not in ([], ['#']):
             raise UserError(f'{sys.argv[0]} takes no arguments: edit the parameters at its top')
         try:
             return main()
         except (EOFError, ConnectionError):
-            time.sleep(1)  # if a worker was killed while it passed on images, PyTorch raises what it says of that now
+            time.sleep(1)  # if a worker was killed while it sent images, PyTorch raises its own error now
             raise
     except UserError as error:
         # From a worker of a data loader, the message is a whole traceback, which ends in ours.

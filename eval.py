@@ -22,16 +22,16 @@ from utils import calculate_mAP
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 checkpoint = 'checkpoint_ssd300.pth'  # the weights to evaluate, from train.py; None for torchvision's, trained on COCO
-batch_size = 32  # images in a batch; fewer if memory runs out
+batch_size = 32  # images in a batch; lower it if memory runs out
 workers = 4  # processes that load images
 mistakes_path = 'mistakes.png'  # where to save an image of the worst mistakes; None for none
-mistakes_min_score = 0.4  # the lowest score of the detections whose mistakes are counted and drawn: see detect.py
+mistakes_min_score = 0.4  # only detections with higher scores are judged and drawn: see min_score in detect.py
 font = None  # a .ttf, .otf or .ttc file for the labels in that image; None for Pillow's own font: see detect.py
 bfloat16 = False  # compute in 16 bits: faster on many GPUs, but the result differs a little
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` found. Lists have a tensor for each image, on the CPU; boxes, fractional boundary coordinates."""
+    """What `evaluate` found. Lists have a CPU tensor for each image; boxes are in fractional boundary coordinates."""
     average_precisions: dict  # label -> AP, see `utils.calculate_mAP`
     mAP: float  # their mean
     detections: tuple  # three lists: boxes (n, 4), labels (n), scores (n); label 0 is the placeholder for no detection
@@ -48,7 +48,7 @@ def evaluate(test_loader, model, min_score=0.01, max_overlap=0.45, top_k=200, bf
     :param min_score: keep detections with a score above this; low, because AP needs all levels of confidence
     :param max_overlap: with top_k, see `SSD300.detect_objects`
     :param bfloat16: compute in 16 bits, not in 32 as detect.py does
-    :return: Evaluation; with several processes, it is of the images of all, the same in each"""
+    :return: Evaluation; with several processes, it covers the images of all, and is the same in each"""
     model.eval()
     device = model.priors_cxcy.device
     lists = [[] for _ in range(6)]  # the first six arguments of calculate_mAP
@@ -95,7 +95,7 @@ def main():
     model, label_map = load_detector(checkpoint, list(test_set.label_map)[1:])
     if label_map != test_set.label_map:
         raise UserError(f'{checkpoint} detects {list(label_map)[1:]}, but the lists in {data_folder} have '
-                        f'{list(test_set.label_map)[1:]}: write lists with the labels of the checkpoint')
+                        f'{list(test_set.label_map)[1:]}: set labels in create_data_lists.py to the first, rerun it')
     if mistakes_path is not None and get_rank() == 0:
         check_font('eval.py', font, tuple(label_map))
     found = evaluate(make_test_loader(test_set, batch_size, workers, device), model.to(device), bfloat16=bfloat16)

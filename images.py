@@ -88,7 +88,7 @@ def why_not_read(path, error, if_missing=''):
         return f'{path} has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels: cut it into tiles'
     # Pillow's own OSErrors have no number. EINVAL is the system's answer to an offset before the beginning.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        return f'{path} can not be read: {one_line(error.strerror)}'
+        return f'{path} cannot be read: {one_line(error.strerror)}'
     if not isinstance(error, UnidentifiedImageError):
         return f'{path} is not an image that can be read: {one_line(error)}'
     with open(path, 'rb') as file:
@@ -172,8 +172,8 @@ def check_image_path(script, name, path):
 
 @cache
 def load_font(path, size):
-    """A Pillow font from a .ttf, .otf or .ttc file; None for Pillow's own. Each is kept: loading takes longer than to
-    draw with it. Raises UserError if the file can't be read."""
+    """A Pillow font from a .ttf, .otf or .ttc file; None for Pillow's own. Each is cached: loading takes longer than
+    drawing with it. Raises UserError if the file can't be read."""
     if path is None:
         return ImageFont.load_default(size)
     try:

@@ -16,7 +16,7 @@ n_shown = 5  # false positives, and missed objects, of a class in the sheet
 tile = 150  # width and height of an image in the sheet, in pixels
 
 # A false positive, or a missed object: one of `kinds`, or 'missed'; the index of the image; score, label and box of the
-# detection; label and box of the object. What there is not is None. Boxes are tensors (4).
+# detection; label and box of the object. What does not apply is None. Boxes are tensors (4).
 Mistake = namedtuple('Mistake', 'kind image score label box true_label true_box')
 
 

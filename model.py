@@ -53,9 +53,9 @@ class VGGBase(nn.Module):
         self.conv5_1 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv5_2 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
         self.conv5_3 = nn.Conv2d(512, 512, kernel_size=3, padding=1)
-        self.pool5 = nn.MaxPool2d(kernel_size=3, stride=1, padding=1)  # keeps 19x19; VGG-16's halves
+        self.pool5 = nn.MaxPool2d(kernel_size=3, stride=1, padding=1)  # keeps 19x19, which VGG-16's halves
 
-        # fc6 and fc7. With its dilation, the 3x3 kernel that is left of fc6 covers 13x13 tiles.
+        # fc6 and fc7. With its dilation, the 3x3 kernel that remains of fc6 covers 13x13 tiles.
         self.conv6 = nn.Conv2d(512, 1024, kernel_size=3, padding=6, dilation=6)
         self.conv7 = nn.Conv2d(1024, 1024, kernel_size=1)
 
@@ -63,14 +63,14 @@ class VGGBase(nn.Module):
             self.load_pretrained_layers()
         else:
             # PyTorch's default initialization shrinks the signal from layer to layer, and this network has no
-            # normalization to restore it. He's initialization keeps its variance through convolution and ReLU.
+            # normalization to restore it. He initialization keeps its variance through convolution and ReLU.
             initialize(self, nn.init.kaiming_normal_)  # its default gain is that for ReLU
 
     def forward(self, image):
         """:param image: images, a tensor (N, 3, 300, 300), see `datasets.to_input`
         :return: conv4_3_feats (N, 512, 38, 38), conv7_feats (N, 1024, 19, 19)"""
-        # relu_ works in place, to save memory. In the first three groups it comes after the pool: the same result, with
-        # a quarter of the work. (conv4_3's features are used before the pool; pool5 keeps the size.)
+        # relu_ works in place, to save memory. In the first three groups, the last is after the pool: the same result,
+        # with a quarter of the work. (conv4_3's features are used before the pool; pool5 keeps the size.)
         out = self.conv1_1(image).relu_()  # (N, 64, 300, 300)
         out = self.conv1_2(out)  # (N, 64, 300, 300)
         out = self.pool1(out).relu_()  # (N, 64, 150, 150)
@@ -213,7 +213,7 @@ class SSD300(nn.Module):
     :param n_classes: number of classes, background included
     :param pretrained: start the base from torchvision's ImageNet weights instead of random ones
     :param thin: keep only every thin-th channel of each layer, for a network that a laptop can train: see `thin_out`
-    :raises UserError: thin is not one of `possible_thin`"""
+    :raises UserError: thin is not one of `possible_thin`, or the pretrained weights can't be downloaded"""
 
     def __init__(self, n_classes, pretrained=False, thin=1):
         super().__init__()
@@ -224,7 +224,7 @@ class SSD300(nn.Module):
         self.aux_convs = AuxiliaryConvolutions()
         self.pred_convs = PredictionConvolutions(n_classes)
 
-        # conv4_3's features have another scale than those of the other maps. They are divided by their L2 norm, then
+        # conv4_3's features differ in scale from those of the other maps. They are divided by their L2 norm, then
         # multiplied by learned factors, one for each channel, which start at 20 (Liu et al., "ParseNet", 2015).
         self.rescale_factors = nn.Parameter(torch.full((1, 512, 1, 1), 20.))
 
@@ -263,7 +263,7 @@ class SSD300(nn.Module):
         :param predicted_locs: offsets from the priors, (N, 8732, 4)
         :param predicted_scores: logits, (N, 8732, n_classes)
         :param min_score: keep only scores above this
-        :param max_overlap: Jaccard overlap above which the lower score of two boxes of a class is suppressed
+        :param max_overlap: Jaccard overlap above which the box with the lower score, of two of a class, is suppressed
         :param top_k: keep at most this many detections of an image
         :param n_candidates: suppress among this many of the highest scores of each class, as in the authors' code
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)
@@ -324,15 +324,15 @@ def match(boxes, labels, priors_cxcy, threshold=0.5):
 
 
 class MultiBoxLoss(nn.Module):
-    """The loss of a batch: how wrong are the offsets of the positive priors, which should find an object, and how wrong
-    are the class scores of these and of the hardest negative priors (the paper's section 2.2, equations 1 to 3). See
+    """The loss of a batch: how wrong the offsets of the positive priors are, which should find an object, and how wrong
+    the class scores of these and of the hardest negative priors are (the paper's section 2.2, equations 1 to 3). See
     "Multibox loss". Several processes must compute it at the same time, because they exchange the number of positives.
 
     :param priors_cxcy: priors in center-size coordinates, (8732, 4)
     :param threshold: see `match`
     :param neg_pos_ratio: number of hard negatives for each positive
     :param alpha: weight of the localization loss
-    :param min_negatives: least number of hard negatives in each image; with 0, images without objects teach nothing"""
+    :param min_negatives: minimum number of hard negatives in an image; with 0, images without objects teach nothing"""
 
     def __init__(self, priors_cxcy, threshold=0.5, neg_pos_ratio=3, alpha=1., min_negatives=0):
         super().__init__()

@@ -2,7 +2,7 @@
 
     python overfit.py
 
-A detector that can't learn four images won't learn four thousand. If this one does not find all objects in them, there
+A detector that can't learn four images won't learn four thousand. If this one misses many of the objects in them, there
 is a mistake in the boxes, in the labels, or in a change to the code. Edit the parameters below first.
 """
 from functools import partial
@@ -20,10 +20,10 @@ from train import make_optimizer, one_cycle, train
 
 data_folder = './'  # where create_data_lists.py wrote the lists
 n_images = 4  # how many of the first training images to learn
-steps = 25  # before each of four looks at what is found; all of these images are in each batch
+steps = 25  # steps of training before each of four looks at what is found; each batch has all of these images
 thin = 4  # every thin-th channel is kept; 1 for the paper's network, which takes a dozen times as long
 lr = 1e-3  # the highest learning rate of AdamW, from random weights
-min_score = 0.4  # the lowest score of the detections that count and are drawn
+min_score = 0.4  # only detections with higher scores count and are drawn
 sheet_path = 'overfit.png'  # where a sheet goes: the ground truth, and the detections at four steps
 
 

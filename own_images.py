@@ -201,7 +201,7 @@ def read_lines(path):
         with open(path, encoding='utf-8-sig') as file:  # sig: skip a byte order mark
             return [line.strip().replace('\\', '/').replace('"', '') for line in file if line.strip()]
     except ValueError as error:
-        raise UserError(f'{path} is not a list in UTF-8 ({error}): save it as that') from None
+        raise UserError(f'{path} is not a list in UTF-8 ({error}): save it as UTF-8') from None
 
 
 def sets_by_folders(found):

@@ -34,7 +34,7 @@ keep_difficult = True  # also train on objects that are marked as difficult
 workers = 4  # processes that load images
 
 # Model
-checkpoint = None  # a checkpoint to go on from, or None to start anew
+checkpoint = None  # a checkpoint to resume from, or None to start anew
 checkpoint_path = 'checkpoint_ssd300.pth'  # where checkpoints are written
 pretrained = 'imagenet'  # start from 'imagenet' (VGG-16), 'coco' (a detector), a path (your detector), or None (random)
 thin = 1  # keep every thin-th channel in a new training: 1 for the paper's network, 4 for one that a laptop can train
@@ -50,8 +50,8 @@ decay_lr_at = (154, 193)  # with 'sgd', epochs, say (154,), at which the learnin
 decay_lr_to = 0.1  # with 'sgd'; with 'adamw', the learning rate follows `one_cycle`
 momentum = 0.9  # with 'sgd'
 weight_decay = 5e-4  # L2 penalty with 'sgd', decoupled with 'adamw'
-grad_clip = None  # largest norm of the gradient; set it, say to 10, if the loss explodes
-min_negatives = 0  # least number of hard negatives in an image; set it, say to 30, if the lists have empty images
+grad_clip = None  # maximum norm, to which a larger gradient is scaled down; set it, say to 10, if the loss explodes
+min_negatives = 0  # minimum number of hard negatives in an image; set it, say to 30, if the lists have empty images
 bfloat16 = False  # compute in 16 bits: faster on recent GPUs, much slower on most CPUs; see GUIDE.md
 seed = 0  # the same seed gives the same weights on the same processor; on a GPU, they drift apart
 print_freq = 200  # batches between two lines of the log
@@ -95,7 +95,7 @@ def make_train_loader(train_set, batch_size, criterion, seed=0, workers=0, pin_m
     where it is loaded: in the workers, if there are some, so that a fast GPU need not wait for it."""
     sampler = EpochSampler(len(train_set), seed, get_rank(), get_world_size())
     return DataLoader(train_set, batch_size, sampler=sampler, collate_fn=partial(collate_fn, match=criterion.match),
-                      num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)
+                      num_workers=workers, pin_memory=pin_memory, persistent_workers=workers > 0)  # kept between epochs
 
 
 def best_of(checkpoint_path):
@@ -112,7 +112,7 @@ def fit(model, optimizer, criterion, train_loader, checkpoint_path, *, epochs, l
     :param train_loader: see `make_train_loader`
     :param checkpoint_path: where to save the checkpoint; the log is saved beside it
     :param epochs: number of epochs of the whole training; start_epoch is the first to train, from 0
-    :param lr_factor: function from a step of the whole training, from 0, to the factor of the learning rate
+    :param lr_factor: function that maps a step, counted from 0 over all epochs, to the factor of the learning rate
     :param test_loader: DataLoader to evaluate with every `evaluate_every` epochs and after the last; 0 for never
     :param evaluated: False if the evaluation after epoch start_epoch - 1 was interrupted, so that it is done first
     :param bfloat16: train and evaluate in 16 bits
@@ -168,9 +168,9 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
     :param train_loader: DataLoader of PascalVOCDataset; that of `make_train_loader` has matched the objects already
     :param model: SSD300, or what `distributed.data_parallel` returns for it
     :param criterion: MultiBoxLoss; `optimizer` is that of the model's parameters
-    :param epoch: number of the epoch, from 0; `epochs`, the number of all, is only for the time left
+    :param epoch: number of the epoch, from 0; `epochs`, their number, is only for the time left
     :param print_freq: batches between two lines of the log
-    :param grad_clip: largest norm of the gradient; None for no limit
+    :param grad_clip: maximum norm of the gradient; None for no limit
     :param bfloat16: compute in 16 bits, and only the loss in 32
     :param log_path: CSV file of the log; None for none
     :param schedule: PyTorch's LRScheduler, which sets the learning rate of the next step; None to keep it
@@ -190,7 +190,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # with inf, it only measures
-        # Each process has its own loss, all have the same gradient. The sum is finite if all are. This waits for a GPU.
+        # Each process has its own loss, all have the same gradient. The sum is finite only if all are. Waits for a GPU.
         if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
                             f'{loss.item()}). The weights were not changed, and the last checkpoint, if any, is fine: '
@@ -237,7 +237,7 @@ def write_log(log_path, **row):
     try:
         with open(log_path, 'a', newline='') as file:
             csv.writer(file, lineterminator='\n').writerow([row.get(column, '') for column in log_columns])
-    except OSError as error:  # not worth ending a training of days
+    except OSError as error:  # not worth ending days of training
         print(f'A line could not be written to the log {log_path}: {error}', file=sys.stderr)
 
 
@@ -247,8 +247,8 @@ def make_model(label_map, checkpoint, pretrained, thin):
         model, saved_label_map = load_detector(checkpoint)
         if saved_label_map != label_map:
             raise UserError(f'{checkpoint} detects {list(saved_label_map)[1:]}, but the lists have '
-                            f'{list(label_map)[1:]}: use the lists it was trained with; or rename it, and start anew '
-                            'with checkpoint = None and its new name as pretrained')
+                            f'{list(label_map)[1:]}: use the lists it was trained with; or rename this file, and '
+                            'set checkpoint = None and pretrained to its new name, to start anew from its weights')
         return model
     if pretrained in ('imagenet', None):
         return SSD300(len(label_map), pretrained == 'imagenet', thin)
@@ -257,8 +257,8 @@ def make_model(label_map, checkpoint, pretrained, thin):
                         'checkpoint, or None')
     model, new_labels = start_from(pretrained, label_map, thin)
     if get_rank() == 0:
-        print(f'Starting from the weights of {pretrained}, with its priors; the class scores of '
-              f'{new_labels or "no class"} are random.')
+        print(f'Starting from the weights of {pretrained}, with its priors; classes whose scores '
+              f'start at random: {new_labels or "none"}.')
     return model
 
 

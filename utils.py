@@ -30,7 +30,7 @@ def make_label_map(labels):
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated or not labels:
         raise UserError(f"labels {list(labels)} must name each class once, and not 'background': "
-                        + (f'{repeated} are repeated' if repeated else 'there is none'))
+                        + (f'repeated: {repeated}' if repeated else 'the list is empty'))
     return {name: index for index, name in enumerate(names)}
 
 
@@ -141,7 +141,7 @@ def non_maximum_suppression(boxes_xy, scores, labels, max_overlap):
     :param max_overlap: a Jaccard overlap from 0 to 1
     :return: indices of the boxes that are kept, by decreasing score"""
     # To keep classes apart, batched_nms can move the boxes of class k by k * (largest coordinate + 1). Clamping keeps a
-    # box out of the class before, and rounding small. It changes overlaps only of boxes that reach beyond -1 or 2.
+    # box out of the class before it, and rounding small. It changes overlaps only of boxes that reach beyond -1 or 2.
     return batched_nms(boxes_xy.clamp(-1, 2), scores, labels, max_overlap)
 
 
@@ -154,8 +154,8 @@ def calculate_mAP(det_boxes, det_labels, det_scores, true_boxes, true_labels, tr
     :param true_boxes: ground truth, (n_objects, 4) each; with true_labels (n_objects) and true_difficulties
         (n_objects), 1 if the object is marked as difficult
     :param label_map: dict of label -> index
-    :return: dict of label -> average precision, and their mean. A class without objects has no average precision
-        and is in neither; without any objects the mean is NaN."""
+    :return: dict of label -> average precision, and their mean. A class without objects, or with difficult
+        ones alone, has no average precision and is in neither; if no class has one, the mean is NaN."""
     matches = [match_detections(*image) for image in zip(det_boxes, det_labels, det_scores, true_boxes, true_labels,
                                                          true_difficulties)]
     true_positive, ignored, _ = (torch.cat(values) for values in zip(*matches))  # of all detections, bool (n_all)

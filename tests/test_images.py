@@ -173,8 +173,8 @@ def test_a_file_that_is_no_image_is_named_with_the_remedy(tmp_path, read, conten
 @pytest.mark.parametrize('error, words', [
     *((error, 'is not an image that can be read') for error in
       (OSError(-2), EOFError(), ValueError('bad\nheader'), OSError(errno.EINVAL, 'Invalid argument'))),
-    (OSError(errno.EMFILE, 'Too many open files'), 'can not be read: Too many open files'),
-    (PermissionError(errno.EACCES, 'Permission denied'), 'can not be read: Permission denied'),
+    (OSError(errno.EMFILE, 'Too many open files'), 'cannot be read: Too many open files'),
+    (PermissionError(errno.EACCES, 'Permission denied'), 'cannot be read: Permission denied'),
     (MemoryError(), 'needs more memory than there is: end other programs, or cut it into tiles')])
 def test_what_pillow_and_the_system_raise_is_told_apart(tmp_path, monkeypatch, function, error, words):
     path = tmp_path / 'a.jpg'
