@@ -429,12 +429,12 @@ def test_the_next_command_after_the_demo(tmp_path):
 
 @pytest.mark.parametrize('title, quick, n_detected, expected', [
     ('Your own images', 'epochs = 1\nthin = 16', 6,
-     {'create_data_lists.py': r'images +5 +1\n', 'train.py': r"\['circle', 'square', 'triangle'\] are random",
+     {'create_data_lists.py': r'images +5 +1\n', 'train.py': r"random: \['circle', 'square', 'triangle'\]",
       'eval.py': r'\nmAP +\d+ +\d', 'detect.py': 'objects, drawn in'}),
     ('A first training on a laptop', 'epochs = 1', 8,  # with shapes in place of cells
      {'create_data_lists.py': r'images +6 +2\n', 'overfit.py': '', 'train.py': r'\nepoch 0  mAP 0\.\d+  best 0\.\d+\n',
       'eval.py': 'mistakes.png', 'detect.py': 'objects, drawn in'}),
-    ('New classes for an old detector', 'epochs = 1\nthin = 16', None, {'train.py': r"\['triangle'\] are random"})])
+    ('New classes for an old detector', 'epochs = 1\nthin = 16', None, {'train.py': r"random: \['triangle'\]"})])
 def test_settings_and_commands(tmp_path, monkeypatch, run_forked, title, quick, n_detected, expected):
     blocks, commands = section(title, 'GUIDE.md')
     copy_scripts(tmp_path)
