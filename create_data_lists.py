@@ -163,7 +163,7 @@ def read_split(folder, split, found, labels=None):
     if 10 * len(left_out) > len(results):
         print('\n'.join(left_out[:10]), file=sys.stderr)
         raise UserError(f"{len(left_out)} of the {len(results)} images in {folder}'s split {split} can't be read (see "
-                        'above), so no lists were written: repair these, or set the path to a folder that has both '
+                        'above), so no lists were written: repair the files, or set the path to a folder that has both '
                         'these images and their .xml files')
     return [result for result in results if not isinstance(result, str)], left_out
 

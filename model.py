@@ -263,7 +263,7 @@ class SSD300(nn.Module):
         :param predicted_locs: offsets from the priors, (N, 8732, 4)
         :param predicted_scores: logits, (N, 8732, n_classes)
         :param min_score: keep only scores above this
-        :param max_overlap: Jaccard overlap above which the box with the lower score, of two of a class, is suppressed
+        :param max_overlap: of two boxes of a class that overlap by more, the one with the lower score is suppressed
         :param top_k: keep at most this many detections of an image
         :param n_candidates: suppress among this many of the highest scores of each class, as in the authors' code
         :return: lists of N tensors, by decreasing score: boxes (n, 4) in fractional boundary coordinates, labels (n)

@@ -190,7 +190,7 @@ def train(train_loader, model, criterion, optimizer, epoch, epochs=None, print_f
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)  # with inf, it only measures
-        # Each process has its own loss, all have the same gradient. The sum is finite only if all are. Waits for a GPU.
+        # The sum is finite only if each process's loss is, and the gradient, which all share. This waits for the GPU.
         if not (all_reduce_mean(loss.detach()) + norm).isfinite():
             raise UserError(f'the loss or the gradient became infinite or NaN in epoch {epoch}, batch {i + 1} (loss '
                             f'{loss.item()}). The weights were not changed, and the last checkpoint, if any, is fine: '
@@ -277,7 +277,7 @@ def main():
     check_whole_numbers('train.py', 1, batch_size=batch_size, epochs=epochs, print_freq=print_freq)
     check_whole_numbers('train.py', 0, workers=workers, warm_up=warm_up, min_negatives=min_negatives, seed=seed,
                         evaluate_every=evaluate_every)
-    if not isinstance(decay_lr_at, (tuple, list)):
+    if optimizer_kind == 'sgd' and not isinstance(decay_lr_at, (tuple, list)):
         raise UserError(f'decay_lr_at = {decay_lr_at!r} in train.py: set it to epochs, as (154, 193) or (154,), or ()')
     if frozen not in range(6):
         raise UserError(f'frozen = {frozen!r} in train.py: set it to the number of groups, from 0 to 5')
