@@ -54,11 +54,13 @@ def run(main, takes_arguments=False):
     sys.exit(line)  # not in the lines above: IPython 8 fails to show an exit during the handling of another error
 
 
-def check_whole_numbers(script, least, **parameters):
-    """Raise UserError unless each of these parameters of a script is a whole number, and at least `least`."""
+def check_numbers(script, least, kind=int, **parameters):
+    """Raise UserError unless each of these parameters of a script is a number of at least `least`, and a whole one if
+    `kind` is int, not float."""
     for name, value in parameters.items():
-        if not isinstance(value, int) or value < least:
-            raise UserError(f'{name} = {value!r} in {script}: set it to a whole number, at least {least}')
+        if not isinstance(value, (int, kind)) or not value >= least:  # NaN is not
+            what = 'a whole number' if kind is int else 'a number'
+            raise UserError(f'{name} = {value!r} in {script}: set it to {what}, at least {least}')
 
 
 def is_out_of_memory(error):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from checkpoints import load_detector
 from datasets import PascalVOCDataset, collate_fn
 from distributed import all_gather_images, destroy_process_group, get_rank, get_world_size, init_process_group
-from errors import UserError, check_whole_numbers, run
+from errors import UserError, check_numbers, run
 from images import check_font, check_image_path
 from mistakes import find_mistakes, print_counts, save_sheet
 from utils import calculate_mAP
@@ -85,8 +85,8 @@ def make_test_loader(test_set, batch_size, workers, device):
 
 def main():
     """Evaluate with the parameters at the top of this file."""
-    check_whole_numbers('eval.py', 1, batch_size=batch_size)
-    check_whole_numbers('eval.py', 0, workers=workers)
+    check_numbers('eval.py', 1, batch_size=batch_size)
+    check_numbers('eval.py', 0, workers=workers)
     if mistakes_path is not None:
         check_image_path('eval.py', 'mistakes_path', mistakes_path)
     torch.backends.cudnn.allow_tf32 = False  # else the mAP would depend on the GPU: TF32's mantissa has 10 bits

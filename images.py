@@ -135,7 +135,10 @@ def to_rgb(image):
     if image.has_transparency_data:
         image = image.convert('RGBA')  # what is transparent gets white behind it, as on a page
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image if image.mode == 'RGB' else image.convert('RGB')
+    if image.mode != 'RGB':
+        image = image.convert('RGB')
+        image.info.pop('icc_profile', None)  # of the other mode; a PNG would keep it
+    return image
 
 
 def scale_to_8_bits(image):

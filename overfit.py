@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from datasets import PascalVOCDataset, collate_fn
 from detect import draw_objects
-from errors import check_whole_numbers, run
+from errors import check_numbers, run
 from images import check_image_path, open_image, save_tiles
 from mistakes import find_mistakes
 from model import SSD300, MultiBoxLoss, standardize
@@ -83,7 +83,8 @@ def save_sheet(path, images, columns, label_map):
 def main():
     """Overfit with the parameters at the top of this file."""
     check_image_path('overfit.py', 'sheet_path', sheet_path)
-    check_whole_numbers('overfit.py', 1, n_images=n_images, steps=steps)
+    check_numbers('overfit.py', 1, n_images=n_images, steps=steps)
+    check_numbers('overfit.py', 0, float, lr=lr)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     torch.manual_seed(0)
     train_set = PascalVOCDataset(data_folder, 'TRAIN', keep_difficult=True)

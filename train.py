@@ -24,7 +24,7 @@ import distributed
 from checkpoints import load_checkpoint, load_detector, restore, save_checkpoint, start_from
 from datasets import EpochSampler, PascalVOCDataset, collate_fn
 from distributed import all_reduce_mean, data_parallel, get_rank, get_world_size
-from errors import UserError, check_whole_numbers, run, write_whole
+from errors import UserError, check_numbers, run, write_whole
 from eval import evaluate, make_test_loader
 from model import SSD300, MultiBoxLoss, standardize
 
@@ -274,9 +274,11 @@ def check_overwriting(saved):
 
 def main():
     """Train with the parameters at the top of this file."""
-    check_whole_numbers('train.py', 1, batch_size=batch_size, epochs=epochs, print_freq=print_freq)
-    check_whole_numbers('train.py', 0, workers=workers, warm_up=warm_up, min_negatives=min_negatives, seed=seed,
-                        evaluate_every=evaluate_every)
+    check_numbers('train.py', 1, batch_size=batch_size, epochs=epochs, print_freq=print_freq)
+    check_numbers('train.py', 0, workers=workers, warm_up=warm_up, min_negatives=min_negatives, seed=seed,
+                  evaluate_every=evaluate_every)
+    check_numbers('train.py', 0, float, lr=lr, decay_lr_to=decay_lr_to, momentum=momentum, weight_decay=weight_decay,
+                  grad_clip=grad_clip or 0)
     if optimizer_kind == 'sgd' and not isinstance(decay_lr_at, (tuple, list)):
         raise UserError(f'decay_lr_at = {decay_lr_at!r} in train.py: set it to epochs, as (154, 193) or (154,), or ()')
     if frozen not in range(6):

@@ -25,10 +25,10 @@ def test_images_of_any_mode(tmp_path, mode, color, expected):
     assert to_rgb(image).getpixel((3, 3)) == expected and to_rgb(image).mode == 'RGB'
     assert image.mode == mode and image.size == (20, 10)
     path = tmp_path / ('a.tif' if mode in ('CMYK', 'I', 'F') else 'a.png')
-    image.save(path)
+    image.save(path, icc_profile=b'for this mode')
     read, orientation, bits = read_image(path)
     assert read.getpixel((3, 3)) == open_image(path).getpixel((3, 3)) == expected and read.size == (20, 10)
-    assert orientation == 1 and (bits > 8 if mode in ('I;16', 'I', 'F') else bits == 8)
+    assert (orientation, bits > 8, 'icc_profile' in read.info) == (1, mode in ('I;16', 'I', 'F'), mode == 'RGB')
 
 
 def test_palette_transparency_is_white():
