@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageDraw
 
 from checkpoints import load_detector
 from datasets import to_input
-from errors import UserError, run
+from errors import UserError, check_numbers, run
 from images import check_font, list_images, load_font, open_image, output_paths, to_rgb
 from utils import make_color_map
 
@@ -100,6 +100,8 @@ def load_once(checkpoint, changed):
 
 def main():
     """Detect in the images on the command line, with the parameters at the top of this file."""
+    check_numbers('detect.py', 0, float, min_score=min_score, max_overlap=max_overlap)
+    check_numbers('detect.py', 0, top_k=top_k)
     torch.backends.cudnn.allow_tf32 = False  # as in eval.py
     paths, n_failed = list_images(sys.argv[1:] or [img_path]), 0
     for path, output_path in zip(paths, output_paths(paths, output_folder)):

@@ -79,16 +79,16 @@ def test_detect_goes_on_after_a_file_that_it_cannot_read(run_detect, tmp_path, m
 
 
 @pytest.mark.parametrize('path, message', [
-    ('empty', 'empty has no images'), ('none.jpg', 'none.jpg is missing'), ('full', r'c\.pth')])
+    ('empty', 'empty has no images'), ('none.jpg', 'none.jpg is missing'), ('full', r'c\.pth'), ('', '^min_score = ')])
 def test_errors_that_end_it_at_once(run_detect, tmp_path, capsys, path, message):
-    """One file or folder alone, for which the detector is not loaded; a damaged checkpoint, which is named once."""
+    """One file or folder alone, for which the detector is not loaded; a damaged checkpoint, named once; a parameter."""
     for folder in 'empty', 'full':
         (tmp_path / folder).mkdir()
     for i in range(9):
         Image.new('RGB', (40, 30)).save(tmp_path / f'full/{i}.png')
     (tmp_path / 'c.pth').write_text('no checkpoint')
     with pytest.raises(UserError, match=message):
-        run_detect(tmp_path / path, checkpoint=str(tmp_path / 'c.pth'))
+        run_detect(tmp_path / path, checkpoint=str(tmp_path / 'c.pth'), min_score=0.4 if path else (0, 4))
     assert capsys.readouterr() == ('', '') and not (tmp_path / 'out').exists()
 
 

@@ -127,9 +127,10 @@ def test_in_16_bits_only_if_its_parameter_says_so(voc_folder, monkeypatch, bfloa
     assert dtypes == {torch.bfloat16 if bfloat16 else torch.float32}
 
 
-@pytest.mark.parametrize('name, value', [('mistakes_path', 'mistakes'), ('batch_size', 0), ('workers', None)])
+@pytest.mark.parametrize('name, value', [
+    ('mistakes_path', 'mistakes'), ('batch_size', 0), ('workers', None), ('mistakes_min_score', '0.4')])
 def test_what_cannot_be_is_named_first(monkeypatch, name, value):
-    with pytest.raises(UserError, match=f'^{name} = {value!r} in eval.py: (end it in .png|set it to a whole number)'):
+    with pytest.raises(UserError, match=f'^{name} = {value!r} in eval.py: (end it in .png|set it to a )'):
         run_main(monkeypatch, None, **{name: value})
 
 
@@ -151,7 +152,7 @@ def test_an_evaluation_keeps_no_files_open(voc_folder):
 def test_eval_and_detect_find_the_same(voc_folder, tmp_path, monkeypatch):
     """In images of many modes and shapes: the same input to the last bit, the same detections."""
     copy_lists(voc_folder, tmp_path)
-    original, paths = open_image(PascalVOCDataset(voc_folder, 'TEST').images[0]), []
+    original, paths, inputs = open_image(PascalVOCDataset(voc_folder, 'TEST').images[0]), [], []
     for size in [(500, 375), (300, 300), (1, 1), (37, 451), (299, 7)]:
         for mode in ('L', 'RGB', 'P', 'RGBA', 'CMYK', 'I;16'):
             paths.append(str(tmp_path / f'{size} {mode[0]}{len(mode)}.{"tif" if mode == "CMYK" else "png"}'))
@@ -159,7 +160,6 @@ def test_eval_and_detect_find_the_same(voc_folder, tmp_path, monkeypatch):
     objects = [{'boxes': [[0, 0, 1, 1]], 'labels': [1], 'difficulties': [0]}] * len(paths)
     for name, values in ('images', paths), ('objects', objects):
         (tmp_path / f'TEST_{name}.json').write_text(json.dumps(values))
-    inputs = []
 
     class Model(TinyDetector):
         def forward(self, image):
