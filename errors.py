@@ -55,10 +55,10 @@ def run(main, takes_arguments=False):
 
 
 def check_numbers(script, least, kind=int, **parameters):
-    """Raise UserError unless each of these parameters of a script is a number of at least `least`, and a whole one if
-    `kind` is int, not float."""
+    """Raise UserError unless each of these parameters of a script is a number and at least `least`. With int as `kind`
+    it must be a whole number; with float, any."""
     for name, value in parameters.items():
-        if not isinstance(value, (int, kind)) or not value >= least:  # NaN is not
+        if not isinstance(value, (int, kind)) or not value >= least:  # NaN is never >= least
             what = 'a whole number' if kind is int else 'a number'
             raise UserError(f'{name} = {value!r} in {script}: set it to {what}, at least {least}')
 

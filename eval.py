@@ -87,8 +87,8 @@ def main():
     """Evaluate with the parameters at the top of this file."""
     check_numbers('eval.py', 1, batch_size=batch_size)
     check_numbers('eval.py', 0, workers=workers)
-    check_numbers('eval.py', 0, float, mistakes_min_score=mistakes_min_score)
     if mistakes_path is not None:
+        check_numbers('eval.py', 0, float, mistakes_min_score=mistakes_min_score)
         check_image_path('eval.py', 'mistakes_path', mistakes_path)
     torch.backends.cudnn.allow_tf32 = False  # else the mAP would depend on the GPU: TF32's mantissa has 10 bits
     device = init_process_group()

@@ -137,7 +137,7 @@ def to_rgb(image):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     if image.mode != 'RGB':
         image = image.convert('RGB')
-        image.info.pop('icc_profile', None)  # of the other mode; a PNG would keep it
+        image.info.pop('icc_profile', None)  # for the former mode; a PNG would keep it
     return image
 
 
