@@ -62,8 +62,9 @@ found_in = (60, 67, 14)  # test images with many objects that are not close toge
 watched = (2, 3, 6, 7, 10, 11)  # of those that `learn` watched
 # What a detector, trained on VOC 2008, found in photographs. `photographs` has for each figure a list of {"file": path
 # from this folder, "source": whose photograph it is, "detections": [[label, score, [x_min, y_min, x_max, y_max] in
-# pixels], ...]}. `decoded` is of one photograph, with boxes in fractions: "sample" has every hundredth of the decoded
-# boxes, with the label of its best class except background; "candidates", all with a score above 0.1.
+# pixels], ...]}. `decoded` is of an earlier detector and one photograph, with boxes in fractions: "sample" has every
+# hundredth of the decoded boxes, with the label of its best class except background; "candidates", all with a score
+# above 0.1.
 with open(os.path.join(images_folder, 'photographs.json'), encoding='utf-8') as file:
     photographs, decoded = json.load(file).values()
 
