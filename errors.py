@@ -22,9 +22,9 @@ def run(main, takes_arguments=False):
         elif hasattr(stream, 'reconfigure'):  # not in a notebook or IDLE
             stream.reconfigure(errors='backslashreplace')  # a name with letters that the console lacks
     try:
-        # Pasted into a notebook, a script has no __file__, but the notebook's arguments. Some shells pass on comments.
+        # Pasted into a notebook, a script has no __file__, but the notebook's arguments.
         is_script = main.__module__ == '__main__' and '__file__' in main.__globals__
-        if is_script and not takes_arguments and sys.argv[1:2] not in ([], ['#']):
+        if is_script and not takes_arguments and sys.argv[1:]:
             raise UserError(f'{sys.argv[0]} takes no arguments: edit the parameters at its top')
         try:
             return main()
@@ -83,6 +83,7 @@ def write_whole(contents):
     try:
         files = {os.path.realpath(path): content for path, content in contents.items()}  # of a link, what it leads to
         for path, content in files.items():
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(f'{path}.tmp', 'wb') as file:
                 file.write(content)
                 file.flush()

@@ -122,8 +122,6 @@ def test_arguments_are_refused_but_not_those_of_a_notebook(monkeypatch):
     exec('def main(): return 1', notebook := {'__name__': '__main__'})
     assert last_line(script['main']) == 'Error: eval.py takes no arguments: edit the parameters at its top'
     assert run(script['main'], takes_arguments=True) == run(notebook['main']) == 1
-    sys.argv[1:] = '#', 'AP', 'of'  # a comment, in a shell that passes it on
-    assert run(script['main']) == 1
 
 
 def test_importing_touches_nothing(tmp_path):
