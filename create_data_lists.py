@@ -7,6 +7,7 @@ writes five JSON files, which train.py and eval.py read. Edit the parameters bel
 import json
 import math
 import os
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -98,7 +99,6 @@ def write_lists(listed, label_map, output_folder):
         contents[f'{split}_objects.json'] = [
             {'boxes': annotation['boxes'], 'labels': [label_map[label] for label in annotation['labels']],
              'difficulties': annotation['difficulties']} for _, annotation in images]
-    os.makedirs(output_folder or '.', exist_ok=True)
     write_whole({os.path.join(output_folder, name): json.dumps(content).encode() for name, content in contents.items()})
 
 
@@ -224,8 +224,8 @@ difficult_words = {'': 0, 'unspecified': 0, 'false': 0, 'no': 0, 'true': 1, 'yes
 def read_objects(annotation_path):
     """Read an XML file in Pascal VOC's format.
 
-    :return: the (width, height) that it states, 0 if missing; a list of (label, difficult, box), one for each bndbox,
-        with boundary coordinates in pixels from 1; and a list of reasons, one for each object or bndbox that is dropped
+    :return: the (width, height) that it states, 0 if not a number; a list of (label, difficult, box), one for each
+        bndbox, with boundary coordinates in pixels from 1; and a list of reasons, one for each object or box dropped
     :raises UserError: the file is not XML, or an object lacks a name or an edge"""
     try:
         root = parse_xml(Path(annotation_path).read_bytes())
@@ -234,7 +234,8 @@ def read_objects(annotation_path):
     try:
         if root.tag != 'annotation':
             raise ValueError(f'its root is {root.tag}')
-        size = tuple(float(root.findtext(f'size/{side}') or 0) for side in ('width', 'height'))
+        sizes = [root.findtext(f'size/{side}', '').strip() for side in ('width', 'height')]
+        size = tuple(float(text) if re.fullmatch(r'\d+(\.\d+)?', text) else 0 for text in sizes)
         objects, dropped = [], [f'a bndbox in {node.tag}, not in an object' for node in root.iter()
                                 if node.tag not in ('object', 'part') for _ in node.findall('bndbox')]
         for node in root.iter('object'):  # at any depth, but not VOC 2012's nested 'part' boxes

@@ -52,9 +52,9 @@ class PascalVOCDataset(Dataset):
             rng = random.Random(seed)
         image = open_image(self.images[i], if_missing='the lists name it, so run "python create_data_lists.py" again')
         boxes = torch.tensor(self.objects[i]['boxes'], dtype=torch.float32).view(-1, 4)  # (n_objects, 4)
-        if (boxes[:, 2:] > torch.tensor(image.size) + 1).any():
-            raise UserError(f'{self.images[i]} has {image.width}x{image.height} pixels, but its boxes in the lists '
-                            'reach further: run "python create_data_lists.py" again')
+        if (boxes[:, 2:] > torch.tensor(image.size) + 1).any() or (boxes[:, :2] >= boxes[:, 2:]).any():
+            raise UserError(f'{self.images[i]} has {image.width}x{image.height} pixels, but a box in the lists reaches '
+                            'further, or has no area: run "python create_data_lists.py" again')
         labels = torch.tensor(self.objects[i]['labels'], dtype=torch.long)  # (n_objects)
         difficulties = torch.tensor(self.objects[i]['difficulties'], dtype=torch.uint8)  # (n_objects)
         if not self.keep_difficult:

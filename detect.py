@@ -103,10 +103,11 @@ def main():
     check_numbers('detect.py', 0, float, min_score=min_score, max_overlap=max_overlap)
     check_numbers('detect.py', 0, top_k=top_k)
     torch.backends.cudnn.allow_tf32 = False  # as in eval.py
-    paths, n_failed = list_images(sys.argv[1:] or [img_path]), 0
+    arguments = sys.argv[1:] if '__file__' in globals() else []  # in a notebook, they are its own
+    paths, n_failed = list_images(arguments or [img_path]), 0
     for path, output_path in zip(paths, output_paths(paths, output_folder)):
         try:
-            image = open_image(path, 'check the path' if sys.argv[1:] else 'name an image: python detect.py IMAGE')
+            image = open_image(path, 'check the path' if arguments else 'name an image: python detect.py IMAGE')
         except UserError as error:
             if len(paths) == 1:
                 raise

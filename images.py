@@ -26,7 +26,7 @@ def list_images(paths):
     does not expand, with the files that match. Raises UserError if a folder has no images."""
     files = []
     for path in paths:
-        for match in [path] if os.path.exists(path) else (sorted(glob(path)) or [path]):
+        for match in [path] if os.path.exists(path) else (sorted(glob(str(path))) or [path]):
             inside = [match]
             if os.path.isdir(match):
                 inside = [os.path.join(match, name) for name in sorted(os.listdir(match))
@@ -132,6 +132,8 @@ def to_rgb(image):
             image.info.pop(key, None)  # so that nobody turns it again
     if image.mode in bits_of_mode:
         image = scale_to_8_bits(image)
+    if image.mode == 'La':  # of a TIFF; Pillow converts it only to LA
+        image = image.convert('LA')
     if image.has_transparency_data:
         image = image.convert('RGBA')  # what is transparent gets white behind it, as on a page
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -169,7 +171,8 @@ def scale_to_8_bits(image):
 
 def check_image_path(script, name, path):
     """Raise UserError unless Pillow can write an image with the extension of this path."""
-    if not is_image(path) or Image.registered_extensions()[os.path.splitext(path)[1].lower()] not in Image.SAVE:
+    extension = os.path.splitext(str(path))[1].lower()
+    if not is_image(str(path)) or Image.registered_extensions()[extension] not in Image.SAVE:
         raise UserError(f'{name} = {path!r} in {script}: end it in .png or .jpg')
 
 

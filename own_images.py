@@ -127,7 +127,7 @@ def choose_split(folder, found, test_fraction):
         sets, where = sets_by_folders(found), 'folders'
     trainval, train, val, test = (sets.get(name, []) for name in ('trainval', 'train', 'val', 'test'))
     used = {path for of_set in sets.values() for path in of_set}
-    trainval = trainval or train + val or sorted(set(found).difference(test) if test else used)
+    trainval = trainval or (train and train + val) or sorted(set(found).difference(test) if test else used)
     if test or test_fraction is None:
         train, rule = trainval, 'as given by'
     elif train and val:

@@ -247,8 +247,9 @@ def make_model(label_map, checkpoint, pretrained, thin):
         model, saved_label_map = load_detector(checkpoint)
         if saved_label_map != label_map:
             raise UserError(f'{checkpoint} detects {list(saved_label_map)[1:]}, but the lists have '
-                            f'{list(label_map)[1:]}: use the lists it was trained with; or rename this file, and '
-                            'set checkpoint = None and pretrained to its new name, to start anew from its weights')
+                            f'{list(label_map)[1:]}: use the lists it was trained with; or rename this file and its '
+                            'log, and set checkpoint = None and pretrained to its new name, to start anew from its '
+                            'weights')
         return model
     if pretrained in ('imagenet', None):
         return SSD300(len(label_map), pretrained == 'imagenet', thin)
@@ -274,9 +275,9 @@ def check_overwriting(saved):
 
 def main():
     """Train with the parameters at the top of this file."""
-    check_numbers('train.py', 1, batch_size=batch_size, epochs=epochs, print_freq=print_freq)
+    check_numbers('train.py', 1, thin=thin, batch_size=batch_size, epochs=epochs, print_freq=print_freq)
     check_numbers('train.py', 0, workers=workers, warm_up=warm_up, min_negatives=min_negatives, seed=seed,
-                  evaluate_every=evaluate_every)
+                  evaluate_every=evaluate_every, frozen=frozen)
     check_numbers('train.py', 0, float, lr=lr, decay_lr_to=decay_lr_to, momentum=momentum, weight_decay=weight_decay,
                   grad_clip=grad_clip or 0)
     if optimizer_kind == 'sgd' and not isinstance(decay_lr_at, (tuple, list)):

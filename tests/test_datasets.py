@@ -33,9 +33,10 @@ def test_dataset_items(voc_folder):
         assert boxes.shape == (len(labels), 4) and boxes.dtype == torch.float32
         assert boxes.min() >= 0 and boxes.max() <= 1
         assert labels.dtype == torch.long and difficulties.dtype == torch.uint8 and len(difficulties) == len(labels)
-    dataset.objects[0]['boxes'][0][3] = 1000  # as if the image had been larger
-    with pytest.raises(UserError, match='jpg has .* pixels, but its boxes in the lists reach further: run'):
-        dataset[0]
+    for value in 1000, -5:  # as if the image had been larger; a box whose edges are swapped
+        dataset.objects[0]['boxes'][0][3] = value
+        with pytest.raises(UserError, match='jpg has .* but a box in the lists reaches further, or has no area: run'):
+            dataset[0]
 
 
 def test_images_whose_objects_are_all_difficult_or_that_have_none(voc_folder, tmp_path):

@@ -34,7 +34,7 @@ def test_images_of_any_mode(tmp_path, mode, color, expected):
 def test_palette_transparency_is_white():
     image = Image.new('P', (5, 5), 0)
     image.info['transparency'] = 0
-    for transparent in image, Image.new('RGBA', (5, 5)).quantize(4):
+    for transparent in image, Image.new('RGBA', (5, 5)).quantize(4), Image.new('La', (5, 5)):
         assert to_rgb(transparent).getpixel((0, 0)) == white  # else black
 
 
@@ -199,7 +199,7 @@ def test_a_pattern_and_a_folder_stand_for_their_images(tmp_path, monkeypatch):
     (tmp_path / 'd').mkdir()
     for name in ('b.png', 'a.png', 'a.jpg', '[a].jpg', 'd/c.png', 'd/a.jpg', 'd/b.txt', 'd/B.TIF', 'd/._a.jpg'):
         (tmp_path / name).touch()
-    found = list_images(['*.png', 'd', 'a.jpg', '[a].jpg', 'no*.jpg'])
+    found = list_images([(tmp_path / '*.png').relative_to(tmp_path), 'd', 'a.jpg', '[a].jpg', 'no*.jpg'])
     assert found == ['a.png', 'b.png', *(os.path.join('d', name) for name in ('B.TIF', 'a.jpg', 'c.png')),
                      'a.jpg', '[a].jpg', 'no*.jpg']
 
@@ -207,7 +207,7 @@ def test_a_pattern_and_a_folder_stand_for_their_images(tmp_path, monkeypatch):
 @pytest.mark.parametrize('name, readable, writable', [
     ('a.jpg', True, True), ('A.JPG', True, True), ('a.webp', True, True), ('a.gif', True, True), ('a.psd', True, False),
     ('a.eps', False, False), ('a.mpg', False, False), ('a.h5', False, False), ('a.pdf', False, False),
-    ('a.xml', False, False), ('jpg', False, False)])
+    ('a.xml', False, False), ('jpg', False, False), ('', False, False)])
 def test_images_are_known_by_their_extension(name, readable, writable):
     assert is_image(name) == readable
     if writable:

@@ -318,6 +318,7 @@ def test_lists_elsewhere_are_not_read_and_one_line_says_so(tmp_path, capsys, pat
 @pytest.mark.parametrize('names, expected, words', [
     (('train/c', 'valid/d', 'test/e'), 'cd', '2 images for training, 1 of the test left out: as given by its folders'),
     (('x/c', 'x/d', 'test/e'), 'cd', '2 images for training, 1 of the test left out: as given by its folders: test'),
+    (('val/c', 'x/d', 'test/e'), 'cd', '2 images for training, 1 of the test left out: as given by its folders: val'),
     (('x/c', 'x/d'), 'cd', '2 images for training, 0 of the test left out: as given by its folders: others (2).')])
 def test_of_a_second_folder_only_the_test_is_left_out(tmp_path, capsys, names, expected, words):
     pairs(names='ab')(tmp_path / '07')

@@ -117,7 +117,7 @@ def test_what_the_parameters_say_is_done(voc_folder, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize('name, value, message', [
     ('n_images', 0, 'n_images = 0 in overfit.py: .* at least 1$'), ('steps', 0, 'steps = 0 in overfit.py: .* 1$'),
     ('data_folder', 'nowhere', '.*create_data_lists.py'),
-    ('sheet_path', 'sheet', "sheet_path = 'sheet' in overfit.py: end it in .png")])
+    ('sheet_path', None, 'sheet_path = None in overfit.py: end it in .png')])
 def test_parameters_that_cannot_be_are_named(monkeypatch, name, value, message):
     monkeypatch.setattr(overfit, name, value)
     with pytest.raises(UserError, match=f'^{message}'):
