@@ -139,6 +139,7 @@ def start_from(pretrained, label_map, thin):
         if '.cl_' in key:
             old = values.unflatten(0, (-1, trained.n_classes))  # (n_priors, n_old_classes, ...)
             new = weights[key].unflatten(0, (-1, len(label_map)))  # (n_priors, n_classes, ...)
+            new *= 0.1  # random scores start near 0, as in `standardize`, not far above the trained ones
             for label in label_map.keys() & old_index.keys():
                 new[:, label_map[label]] = old[:, old_index[label]]
         else:

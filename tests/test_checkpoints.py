@@ -191,11 +191,11 @@ def test_a_start_from_a_checkpoint_keeps_what_has_the_same_name(shapes_detector,
     for index, label in enumerate(['background', *labels]):
         if label in old:
             torch.testing.assert_close(scores[:, :, index], trained_scores[:, :, old.index(label)])
-    for name, layer in model.pred_convs.named_children():
-        for label in new_labels if name.startswith('cl_') else ():  # as in a new SSD300: random weights, no bias
-            index = 1 + labels.index(label)
-            assert layer.weight.unflatten(0, (-1, model.n_classes))[:, index].std() > 0.01
-            assert not layer.bias.view(-1, model.n_classes)[:, index].any()
+    random_layers = SSD300(model.n_classes, thin=32).pred_convs.children()
+    for (name, layer), random in zip(model.pred_convs.named_children(), random_layers, strict=True):
+        for index in [1 + labels.index(label) for label in new_labels if name.startswith('cl_')]:
+            new, usual = (each.weight.unflatten(0, (-1, model.n_classes))[:, index].std() for each in (layer, random))
+            assert 0.08 < new / usual < 0.12 and not layer.bias.view(-1, model.n_classes)[:, index].any()
 
 
 def test_a_start_needs_only_a_model_that_is_as_thin(shapes_detector):
