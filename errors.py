@@ -77,8 +77,9 @@ def one_line(error):
 # ----------------------------------------------------------------------------------------------- Files that are written
 
 def write_whole(contents):
-    """Write files, a dict of path -> bytes. They replace older ones only when all are complete: after an interruption,
-    each path has the old file or the new one, never half a file. Raises UserError if a file can't be written."""
+    """Write files, a dict of path -> bytes, and make folders that are missing. They replace older files only when all
+    are complete: after an interruption, each path has the old file or the new one, never half a file. Raises UserError
+    if a file can't be written."""
     files = {}
     try:
         files = {os.path.realpath(path): content for path, content in contents.items()}  # of a link, what it leads to
