@@ -364,9 +364,9 @@ def test_frozen_groups_keep_their_weights(voc_folder, kind):
 
 
 @pytest.mark.parametrize('parameters, line', [
-    ({'optimizer_kind': 'adam'}, "^optimizer_kind = 'adam': set it to 'sgd' or 'adamw'$"),
+    ({'optimizer_kind': 'adam'}, "^optimizer_kind = 'adam': set it to 'sgd' or 'adamw'$"), ({'frozen': 2.}, '^froz'),
     ({'frozen': 3}, '^frozen = 3 in train.py would keep random or thinned-out weights: set it to 0$'),
-    ({'frozen': 6}, '^frozen = 6'), ({'frozen': 2.0}, '^frozen = 2.0'), ({'pretrained': 'vgg'}, "^pretrained = 'vgg'"),
+    ({'frozen': 6}, '^frozen = 6 in train.py: set it to'), ({'pretrained': 'vgg'}, "^pretrained = 'vgg' in train.py: "),
     ({'frozen': 1, 'thin': 4, 'pretrained': 'coco'}, '^frozen = 1 in train.py would'), ({'lr': None}, '^lr = None in'),
     ({'print_freq': 0}, '^print_freq = 0 in train.py: set it to a whole number, at least 1$'), ({'lr': -1}, '^lr = -1'),
     ({'evaluate_every': None}, '^evaluate_every = None in train.py: .* at least 0$'), ({'seed': '1'}, "^seed = '1' in"),
